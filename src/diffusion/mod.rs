@@ -1,0 +1,1 @@
+//! Denoising: schedules, noise, guidance, the transformer and the autoencoder.

@@ -1,0 +1,115 @@
+//! Operations together with the weights they read from a checkpoint.
+
+use candle_core::{Result as TensorResult, Tensor};
+
+use crate::{
+    error::Result,
+    ops::{self, Conv2dShape, PackedConv2d, PackedLinear},
+    weights::Weights,
+};
+
+/// `x · weightᵀ + bias`.
+#[derive(Debug, Clone)]
+pub struct Linear(PackedLinear);
+
+impl Linear {
+    /// Reads `weight: [width_out, width_in]` and `bias: [width_out]` below `weights`.
+    ///
+    /// # Errors
+    /// A tensor that is missing or has another shape.
+    pub fn load(weights: &Weights, width_in: usize, width_out: usize) -> Result<Self> {
+        let bias = weights.tensor("bias", &[width_out])?;
+        Self::with_bias(weights, [width_out, width_in], Some(bias))
+    }
+
+    /// Reads `weight: [width_out, width_in]` below `weights`; there is no bias.
+    ///
+    /// # Errors
+    /// A tensor that is missing or has another shape.
+    pub fn load_without_bias(weights: &Weights, width_in: usize, width_out: usize) -> Result<Self> {
+        Self::with_bias(weights, [width_out, width_in], None)
+    }
+
+    fn with_bias(weights: &Weights, shape: [usize; 2], bias: Option<Tensor>) -> Result<Self> {
+        Ok(Self(PackedLinear::new(weights.linear_weight("weight", shape)?, bias)?))
+    }
+
+    /// `[.., width_in]` → `[.., width_out]`.
+    ///
+    /// # Errors
+    /// Another width, or a failure of the device.
+    pub fn forward(&self, x: &Tensor) -> TensorResult<Tensor> {
+        self.0.forward(x)
+    }
+}
+
+/// RMS norm over the last axis.
+#[derive(Debug, Clone)]
+pub struct RmsNorm {
+    weight: Tensor,
+    eps: f64,
+}
+
+impl RmsNorm {
+    /// Reads `weight: [dim]` below `weights`.
+    ///
+    /// # Errors
+    /// A tensor that is missing or has another shape.
+    pub fn load(weights: &Weights, dim: usize, eps: f64) -> Result<Self> {
+        Ok(Self { weight: weights.tensor("weight", &[dim])?, eps })
+    }
+
+    /// `[.., dim]` → the same shape.
+    ///
+    /// # Errors
+    /// Another width, or a failure of the device.
+    pub fn forward(&self, x: &Tensor) -> TensorResult<Tensor> {
+        ops::rms_norm(x, &self.weight, self.eps)
+    }
+}
+
+/// RMS norm over the channels of a picture.
+#[derive(Debug, Clone)]
+pub struct ChannelRmsNorm(Tensor);
+
+impl ChannelRmsNorm {
+    /// Reads `gamma` below `weights`: `channels` numbers with any trailing axes of length one.
+    ///
+    /// # Errors
+    /// A tensor that is missing or has another shape.
+    pub fn load(weights: &Weights, channels: usize, trailing_axes: usize) -> Result<Self> {
+        let mut shape = vec![channels];
+        shape.resize(1 + trailing_axes, 1);
+        Ok(Self(weights.tensor("gamma", &shape)?.flatten_all()?))
+    }
+
+    /// `[b, c, h, w]` → the same shape.
+    ///
+    /// # Errors
+    /// Another number of channels, or a failure of the device.
+    pub fn forward(&self, x: &Tensor) -> TensorResult<Tensor> {
+        ops::channel_rms_norm(x, &self.0)
+    }
+}
+
+/// A convolution over pictures.
+#[derive(Debug, Clone)]
+pub struct Conv2d(PackedConv2d);
+
+impl Conv2d {
+    /// From tensors that are already two-dimensional: `weight: [out, in, kh, kw]`, `bias: [out]`.
+    ///
+    /// # Errors
+    /// A weight of another rank.
+    pub fn new(weight: &Tensor, bias: &Tensor, shape: Conv2dShape) -> Result<Self> {
+        Ok(Self(PackedConv2d::new(weight, Some(bias), shape)?))
+    }
+
+    /// `[b, in, h, w]` → `[b, out, h', w']`.
+    ///
+    /// # Errors
+    /// Another number of channels, or a failure of the device.
+    pub fn forward(&self, x: &Tensor) -> TensorResult<Tensor> {
+        self.0.forward(x)
+    }
+}

@@ -1,0 +1,16 @@
+//! The operations that models are made of. Each has one signature and gives the same numbers on
+//! every device; tensors are float32 unless a function says otherwise.
+
+pub mod activation;
+pub mod attention;
+pub mod conv;
+pub mod linear;
+pub mod norm;
+pub mod rope;
+
+pub use activation::{gelu_erf, gelu_tanh, silu, swiglu};
+pub use attention::{Mask, attention};
+pub use conv::{Conv2dShape, PackedConv2d, Padding, upsample_nearest_2x};
+pub use linear::{LinearWeight, PackedLinear};
+pub use norm::{channel_rms_norm, gated_add, layer_norm, modulated_layer_norm, rms_norm};
+pub use rope::{rotate_halves, rotate_pairs};

@@ -1,0 +1,58 @@
+//! Normalisations and the modulation that surrounds them.
+
+use candle_core::{D, Result, Tensor};
+
+/// `x / sqrt(mean(x²) + eps) · weight` over the last axis. `weight: [dim]`.
+///
+/// # Errors
+/// Shapes that do not fit.
+pub fn rms_norm(x: &Tensor, weight: &Tensor, eps: f64) -> Result<Tensor> {
+    let mean_square = x.sqr()?.mean_keepdim(D::Minus1)?;
+    x.broadcast_div(&(mean_square + eps)?.sqrt()?)?.broadcast_mul(weight)
+}
+
+/// `(x − mean) / sqrt(variance + eps)` over the last axis, without weight and bias.
+///
+/// # Errors
+/// A failure of the device.
+pub fn layer_norm(x: &Tensor, eps: f64) -> Result<Tensor> {
+    let centred = x.broadcast_sub(&x.mean_keepdim(D::Minus1)?)?;
+    let variance = centred.sqr()?.mean_keepdim(D::Minus1)?;
+    centred.broadcast_div(&(variance + eps)?.sqrt()?)
+}
+
+/// `layer_norm(x) · (1 + scale) + shift`. `x: [b, n, dim]`; `scale, shift: [b, 1, dim]` or
+/// `[b, n, dim]`.
+///
+/// # Errors
+/// Shapes that do not fit.
+pub fn modulated_layer_norm(
+    x: &Tensor,
+    scale: &Tensor,
+    shift: &Tensor,
+    eps: f64,
+) -> Result<Tensor> {
+    layer_norm(x, eps)?.broadcast_mul(&(scale + 1.0)?)?.broadcast_add(shift)
+}
+
+/// `residual + gate · x`. `residual, x: [b, n, dim]`; `gate: [b, 1, dim]` or `[b, n, dim]`.
+///
+/// # Errors
+/// Shapes that do not fit.
+pub fn gated_add(residual: &Tensor, x: &Tensor, gate: &Tensor) -> Result<Tensor> {
+    residual.add(&x.broadcast_mul(gate)?)
+}
+
+/// `x / max(‖x‖₂, 1e-12) · sqrt(channels) · gamma` over the channels of a picture.
+/// `x: [b, c, h, w]`, `gamma: [c]`.
+///
+/// # Errors
+/// Shapes that do not fit.
+pub fn channel_rms_norm(x: &Tensor, gamma: &Tensor) -> Result<Tensor> {
+    let channels = x.dim(1)?;
+    #[expect(clippy::cast_precision_loss, reason = "a number of channels is small")]
+    let root = (channels as f64).sqrt();
+    let norm = x.sqr()?.sum_keepdim(1)?.sqrt()?.maximum(1e-12)?;
+    let gamma = (gamma.reshape((1, channels, 1, 1))? * root)?;
+    x.broadcast_div(&norm)?.broadcast_mul(&gamma)
+}

@@ -1,0 +1,127 @@
+//! What a running request tells its caller, and how the caller stops it.
+
+use std::{
+    sync::{
+        Arc,
+        atomic::{AtomicBool, Ordering},
+    },
+    time::Duration,
+};
+
+use crate::error::{Error, Result};
+
+/// Stops a request from another thread; honoured within one transformer block.
+///
+/// ```
+/// let cancel = pentimento::CancelToken::new();
+/// let handle = cancel.clone();
+/// handle.cancel();
+/// assert!(cancel.check().is_err());
+/// ```
+#[derive(Debug, Clone, Default)]
+pub struct CancelToken(Arc<AtomicBool>);
+
+impl CancelToken {
+    /// A token that is not cancelled.
+    #[must_use]
+    pub fn new() -> Self {
+        Self::default()
+    }
+
+    /// Asks every request that holds this token to stop.
+    pub fn cancel(&self) {
+        self.0.store(true, Ordering::Relaxed);
+    }
+
+    /// Whether [`cancel`](Self::cancel) was called.
+    #[must_use]
+    pub fn is_cancelled(&self) -> bool {
+        self.0.load(Ordering::Relaxed)
+    }
+
+    /// # Errors
+    /// [`Error::Cancelled`] after [`cancel`](Self::cancel).
+    pub fn check(&self) -> Result<()> {
+        if self.is_cancelled() { Err(Error::Cancelled) } else { Ok(()) }
+    }
+}
+
+/// The stages of a request, in their order.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, serde::Serialize)]
+#[serde(rename_all = "snake_case")]
+#[non_exhaustive]
+pub enum Stage {
+    /// Reading weights into memory.
+    Load,
+    /// The vision-language model reads prompt and pictures.
+    EncodePrompt,
+    /// The autoencoder turns the pictures into latents.
+    EncodePicture,
+    /// The denoising loop.
+    Denoise,
+    /// The autoencoder turns latents into a picture.
+    Decode,
+    /// The vision-language model writes an answer.
+    Generate,
+}
+
+impl Stage {
+    /// A word for a person.
+    #[must_use]
+    pub fn label(self) -> &'static str {
+        match self {
+            Self::Load => "loading",
+            Self::EncodePrompt => "reading the request",
+            Self::EncodePicture => "encoding the picture",
+            Self::Denoise => "denoising",
+            Self::Decode => "decoding",
+            Self::Generate => "answering",
+        }
+    }
+}
+
+/// One thing that happened in a request.
+#[derive(Debug, Clone, PartialEq)]
+#[non_exhaustive]
+pub enum Event<'a> {
+    /// Step `step` (from 0) of `of` is about to begin; `elapsed` since the stage began.
+    Step {
+        /// The stage.
+        stage: Stage,
+        /// Steps finished so far.
+        step: usize,
+        /// Steps in the stage.
+        of: usize,
+        /// Time since the stage began.
+        elapsed: Duration,
+    },
+    /// A stage ended.
+    StageDone {
+        /// The stage.
+        stage: Stage,
+        /// How long it took.
+        elapsed: Duration,
+    },
+    /// Something was done, but not quite as asked.
+    Note(&'a str),
+    /// A piece of generated text.
+    Text(&'a str),
+}
+
+/// Receives the events of a request, on the thread that runs it.
+pub trait Observer {
+    /// Called for each event; should return at once.
+    fn event(&self, event: &Event<'_>);
+}
+
+/// Hears nothing.
+impl Observer for () {
+    fn event(&self, _: &Event<'_>) {}
+}
+
+/// A closure hears everything.
+impl<F: Fn(&Event<'_>)> Observer for F {
+    fn event(&self, event: &Event<'_>) {
+        self(event);
+    }
+}

@@ -1,0 +1,1 @@
+//! Qwen2.5-VL: reads pictures and text, and writes text.

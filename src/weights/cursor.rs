@@ -1,0 +1,150 @@
+//! A cursor into a checkpoint: a prefix, the type and the device that tensors are read into.
+
+use std::{fmt::Display, sync::Arc};
+
+use candle_core::{DType, Device, Tensor};
+
+use super::checkpoint::Checkpoint;
+use crate::{
+    error::{ModelError, Result},
+    ops::LinearWeight,
+};
+
+/// How the matrices of linear layers are kept in memory.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub enum Storage {
+    /// In the type of the computation.
+    #[default]
+    Compute,
+    /// In the given plain type; widened when used.
+    Plain(DType),
+    /// Quantized to Q8_0 while reading: 8.5 bits a weight.
+    Q8_0,
+}
+
+/// Where tensors go and in which types.
+#[derive(Debug, Clone)]
+pub struct Precision {
+    /// The device of the computation.
+    pub device: Device,
+    /// The type of activations, norms, biases and convolutions.
+    pub compute: DType,
+    /// The matrices of linear layers.
+    pub storage: Storage,
+}
+
+impl Precision {
+    /// Float32 on the CPU: the reference.
+    #[must_use]
+    pub fn reference() -> Self {
+        Self { device: Device::Cpu, compute: DType::F32, storage: Storage::Compute }
+    }
+}
+
+/// A place in a checkpoint, named by a prefix; cheap to clone.
+#[derive(Debug, Clone)]
+pub struct Weights {
+    checkpoint: Arc<Checkpoint>,
+    precision: Precision,
+    prefix: String,
+}
+
+impl Weights {
+    /// The top of a checkpoint.
+    #[must_use]
+    pub fn new(checkpoint: Checkpoint, precision: Precision) -> Self {
+        Self { checkpoint: Arc::new(checkpoint), precision, prefix: String::new() }
+    }
+
+    /// The place below `part`, which is a name or an index.
+    #[must_use]
+    pub fn pp(&self, part: impl Display) -> Self {
+        Self { prefix: self.full_name(&part.to_string()), ..self.clone() }
+    }
+
+    /// Where tensors go and in which types.
+    #[must_use]
+    pub fn precision(&self) -> &Precision {
+        &self.precision
+    }
+
+    /// The same place, with linear matrices kept in the type of the computation.
+    #[must_use]
+    pub fn unquantized(&self) -> Self {
+        let precision = Precision { storage: Storage::Compute, ..self.precision.clone() };
+        Self { precision, ..self.clone() }
+    }
+
+    /// The whole checkpoint.
+    #[must_use]
+    pub fn checkpoint(&self) -> &Checkpoint {
+        &self.checkpoint
+    }
+
+    /// Whether `name` is there below this place.
+    #[must_use]
+    pub fn contains(&self, name: &str) -> bool {
+        self.checkpoint.contains(&self.full_name(name))
+    }
+
+    /// A tensor in the type of the computation.
+    ///
+    /// # Errors
+    /// A tensor that is missing, or has another shape or an unsupported type.
+    pub fn tensor(&self, name: &str, shape: &[usize]) -> Result<Tensor> {
+        Ok(self.stored(name, shape)?.to_dtype(self.precision.compute)?)
+    }
+
+    /// The matrix of a linear layer `[out, in]`, as it is to be kept in memory.
+    ///
+    /// # Errors
+    /// A tensor that is missing, or has another shape or an unsupported type.
+    pub fn linear_weight(&self, name: &str, shape: [usize; 2]) -> Result<LinearWeight> {
+        let stored = self.stored(name, &shape)?;
+        Ok(match self.precision.storage {
+            Storage::Compute => LinearWeight::Dense(stored.to_dtype(self.precision.compute)?),
+            Storage::Plain(dtype) => LinearWeight::Dense(stored.to_dtype(dtype)?),
+            Storage::Q8_0 => LinearWeight::q8_0(&stored)?,
+        })
+    }
+
+    /// Fails when a tensor was not read and no entry of `ignored` is the start of its name.
+    /// Call it once per checkpoint, after everything is loaded.
+    ///
+    /// # Errors
+    /// [`ModelError::TensorsUnused`] with the first names.
+    pub fn finish(&self, ignored: &[&str]) -> Result<()> {
+        const NAMES_MAX: usize = 8;
+        let mut unread = self.checkpoint.unread();
+        unread.retain(|name| !ignored.iter().any(|start| name.starts_with(start)));
+        if unread.is_empty() {
+            return Ok(());
+        }
+        let mut names = unread[..unread.len().min(NAMES_MAX)].join(", ");
+        if unread.len() > NAMES_MAX {
+            names.push_str(", …");
+        }
+        let path = self.checkpoint.name().to_owned();
+        Err(ModelError::TensorsUnused { path, count: unread.len(), names }.into())
+    }
+
+    fn stored(&self, name: &str, shape: &[usize]) -> Result<Tensor> {
+        let name = self.full_name(name);
+        if let Some(found) = self.checkpoint.shape(&name)
+            && found != shape
+        {
+            return Err(ModelError::TensorShape {
+                path: self.checkpoint.name().to_owned(),
+                tensor: name,
+                found: found.to_vec(),
+                expected: shape.to_vec(),
+            }
+            .into());
+        }
+        self.checkpoint.load(&name, &self.precision.device)
+    }
+
+    fn full_name(&self, name: &str) -> String {
+        if self.prefix.is_empty() { name.to_owned() } else { format!("{}.{name}", self.prefix) }
+    }
+}
