@@ -20,6 +20,17 @@ pub enum Rng {
     Cuda,
 }
 
+impl Rng {
+    /// The name in flags, JSON and metadata.
+    #[must_use]
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Cpu => "cpu",
+            Self::Cuda => "cuda",
+        }
+    }
+}
+
 /// How a request is carried out.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "snake_case")]
@@ -28,6 +39,16 @@ pub enum Strategy {
     /// The prompt goes to the editor as it is, in one pass.
     #[default]
     Direct,
+}
+
+impl Strategy {
+    /// The name in flags, JSON and metadata.
+    #[must_use]
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Direct => "direct",
+        }
+    }
 }
 
 /// One edit: the pictures, the sentence, and what differs from the model's defaults.

@@ -3,8 +3,8 @@
 use std::path::Path;
 
 use pentimento::{
-    EditOutcome, EditRequest, Engine, Error, Result, Rng, Strategy,
-    pixels::{self, EditMetadata, Format, Overwrite},
+    EditOutcome, EditRequest, Engine, Error, Result, Rng, StageReport, Strategy,
+    pixels::{self, EditRecord, Encoded, Format, ModelRecord, Overwrite, RECORD_VERSION},
 };
 use serde_json::json;
 
@@ -30,7 +30,7 @@ pub(crate) fn run(args: EditArgs) -> Result<()> {
     let result = engine.edit(&request, &bar);
     bar.clear();
     let outcome = result?;
-    let metadata = (!args.no_metadata).then(|| metadata(&engine, &request, &outcome));
+    let record = (!args.no_metadata).then(|| record(&engine, &request, &outcome));
 
     if to_stdout {
         return super::print(&pixels::encode_to_vec(
@@ -92,17 +92,33 @@ fn prompt_from_file(file: &Path) -> Result<String> {
     Ok(text.trim_end_matches(['\r', '\n']).to_owned())
 }
 
-fn metadata(engine: &Engine, request: &EditRequest, outcome: &EditOutcome) -> EditMetadata {
+fn record(engine: &Engine, request: &EditRequest, outcome: &EditOutcome) -> EditRecord {
     let model = engine.model();
-    EditMetadata {
+    EditRecord {
+        version: RECORD_VERSION,
+        program: EditRecord::this_program(),
         prompt: request.prompt.clone(),
         negative_prompt: request.negative_prompt.clone(),
         seed: outcome.seed,
+        rng: request.rng.name().to_owned(),
         steps: outcome.steps,
+        sampler: "Euler".to_owned(),
         cfg_scale: outcome.cfg_scale,
-        model_name: model.name.clone(),
-        model_digest: model.digest.clone(),
+        strategy: request.strategy.name().to_owned(),
+        model: ModelRecord {
+            name: model.name.clone(),
+            class: model.class.to_owned(),
+            digest: Some(model.digest.clone()),
+        },
+        working_size: outcome.working_size,
+        input_sizes: request.pictures.iter().map(pixels::Picture::size).collect(),
+        timings_ms: outcome.stages.iter().map(timing).collect(),
     }
+}
+
+fn timing(report: &StageReport) -> (String, u64) {
+    let elapsed_ms = u64::try_from(report.elapsed.as_millis()).unwrap_or(u64::MAX);
+    (report.stage.name().to_owned(), elapsed_ms)
 }
 
 fn summary(

@@ -224,7 +224,7 @@ fn metadata_is_written_and_read_back_unless_left_out() {
     }
     let value: serde_json::Value =
         serde_json::from_slice(&run(&["info", &out, "--json"], 0).stdout).unwrap();
-    assert_eq!(value["pentimento"]["seed"], 7);
+    assert_eq!(value["record"]["seed"], 7);
     let mut arguments = quick(&sample, &out, &model);
     arguments.extend(["--force", "--no-metadata"]);
     run(&arguments, 0);
