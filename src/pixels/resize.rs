@@ -216,7 +216,7 @@ fn along_columns(pixels: &[u8], row: usize, weights: &Weights) -> Vec<u8> {
     out
 }
 
-#[expect(clippy::cast_possible_truncation, clippy::cast_sign_loss, reason = "clamped before")]
+#[expect(clippy::cast_sign_loss, reason = "clamped before")]
 fn level(value: i32) -> u8 {
     value.clamp(0, 255) as u8
 }
