@@ -6,6 +6,7 @@ use image::{
     AnimationDecoder, DynamicImage, ExtendedColorType, ImageBuffer, ImageDecoder, ImageError,
     ImageFormat, ImageResult, Pixel,
     codecs::{gif::GifDecoder, png::PngDecoder, webp::WebPDecoder},
+    error::DecodingError,
     metadata::Orientation,
 };
 
@@ -87,16 +88,19 @@ fn decoder<'a>(
     format: ImageFormat,
     limits: &Limits,
 ) -> ImageResult<Box<dyn ImageDecoder + 'a>> {
-    let source = Cursor::new(bytes);
     if format == ImageFormat::Png {
-        // Only this constructor limits what chunks before the pixels may unpack to.
-        let mut chunks = image::Limits::no_limits();
-        chunks.max_alloc = Some(limits.memory_bytes_max);
-        return Ok(Box::new(PngDecoder::with_limits(source, chunks)?));
+        return Ok(Box::new(png_decoder(bytes, limits)?));
     }
-    let mut reader = image::ImageReader::with_format(source, format);
+    let mut reader = image::ImageReader::with_format(Cursor::new(bytes), format);
     reader.no_limits();
     Ok(Box::new(reader.into_decoder()?))
+}
+
+/// Limits what a compressed chunk before the pixels, such as a colour profile, may unpack to.
+fn png_decoder<'a>(bytes: &'a [u8], limits: &Limits) -> ImageResult<PngDecoder<Source<'a>>> {
+    let mut chunks = image::Limits::no_limits();
+    chunks.max_alloc = Some(limits.memory_bytes_max);
+    PngDecoder::with_limits(Cursor::new(bytes), chunks)
 }
 
 fn strict(limits: &Limits) -> image::Limits {
@@ -111,13 +115,16 @@ fn strict(limits: &Limits) -> image::Limits {
 fn has_several(bytes: &[u8], format: ImageFormat, limits: &Limits) -> ImageResult<bool> {
     let source: Source<'_> = Cursor::new(bytes);
     match format {
-        ImageFormat::Png => PngDecoder::new(source)?.is_apng(),
+        ImageFormat::Png => png_decoder(bytes, limits)?.is_apng(),
         ImageFormat::WebP => Ok(WebPDecoder::new(source)?.has_animation()),
         ImageFormat::Gif => {
             let mut decoder = GifDecoder::new(source)?;
             decoder.set_limits(strict(limits))?;
             let mut frames = decoder.into_frames();
-            frames.next().transpose()?;
+            if frames.next().transpose()?.is_none() {
+                let none = DecodingError::new(format.into(), "the file holds no frame");
+                return Err(ImageError::Decoding(none));
+            }
             // A second frame that is damaged is still one that is not used.
             Ok(frames.next().is_some())
         }

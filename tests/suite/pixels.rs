@@ -147,6 +147,7 @@ fn what_is_no_picture_is_named() {
     refused(b"II*\0\x10\0\0\0CR\x02\0", &["raw file", "export it"]);
     refused(b"\0\0\0\x18ftypisom\0\0\0\0", &["a video"]);
     refused(b"%PDF-1.7", &["PDF"]);
+    refused(b"GIF89a\x04\0\x04\0\0\0\0;\0", &["image/gif", "no frame"]);
     refused(b"GGUF\x03\0\0\0", &["model file", "--model"]);
 }
 
@@ -428,7 +429,7 @@ fn tensors_hold_what_diffusers_holds() {
     assert_eq!(tensor.dims(), [1, 3, 1, 256]);
     let rows: Vec<Vec<f32>> = tensor.reshape((3, 256)).unwrap().to_vec2().unwrap(); // (c, h·w)
     assert_eq!(rows[0], bits("there"));
-    assert!(rows[1].iter().all(|x| *x == -1.0) && rows[2].iter().all(|x| *x == 1.0));
+    assert_eq!((&rows[1], &rows[2]), (&vec![-1.0; 256], &vec![1.0; 256]));
     assert_eq!(rgb_from_tensor(&tensor, "test").unwrap(), grey);
 
     let edges = bits("edges");

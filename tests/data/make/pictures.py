@@ -62,7 +62,9 @@ def wide(name, colour, samples):
 def files():
     rgb = Image.fromarray(scene())
     rgba = rgb.copy(); rgba.putalpha(mask())
-    srgb = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
+    srgb = bytearray(ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes())
+    srgb[24:36] = bytes(12)  # the time it was made
+    srgb = bytes(srgb)
     for value in range(1, 9):
         exif = Image.Exif(); exif[0x0112] = value; exif[0x010F] = "Maker"
         save(rgb, f"oriented-{value}.jpg", 3, exif=exif, quality=95, subsampling=0)
@@ -163,7 +165,20 @@ def pixels():
             "back": (back * 255).round().astype("uint8").tolist()}
 
 
-OUT.mkdir(parents=True, exist_ok=True)
-files()
-facts = {"files": cases, "resized": resized(), "dimensions": dimensions(), "tensor": pixels()}
-(OUT / "expected.json").write_text(json.dumps(facts, indent=1).replace("\n   ", "").replace("\n  ", " "))
+def chunks():
+    """The chunks that Pillow writes for the texts of a record with these prompts, by prompt."""
+    rest = ("\nNegative prompt: blurry\nSteps: 4, Sampler: Euler, CFG scale: 4.5, Seed: 18446744073709551615, "
+            'Size: 40x30, Model hash: 0123456789, Model: "tiny, random", Version: pentimento 0')
+    found = {}
+    for prompt in ("caf\u00e9", "\u4fee\u6539"):
+        info = PngImagePlugin.PngInfo()
+        info.add_text("parameters", prompt + rest)
+        found[prompt] = chunk(*info.chunks[0][:2]).hex()
+    return found
+
+
+if __name__ == "__main__":
+    OUT.mkdir(parents=True, exist_ok=True)
+    files()
+    facts = {"files": cases, "resized": resized(), "dimensions": dimensions(), "tensor": pixels(), "chunks": chunks()}
+    (OUT / "expected.json").write_text(json.dumps(facts, indent=1).replace("\n   ", "").replace("\n  ", " "))

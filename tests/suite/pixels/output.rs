@@ -12,7 +12,7 @@ use pentimento::{
     },
 };
 
-use super::{assert_message, data, open, pattern};
+use super::{assert_message, data, expected, hex, open, pattern};
 
 // ---- writing ----
 
@@ -241,6 +241,16 @@ fn text_goes_into_the_chunk_that_can_hold_it() {
     assert_eq!((info.texts, info.record), (vec![], None));
     let notes = encode_to_vec(&small(), Format::WebP, Some(&record("x"))).unwrap().notes;
     assert!(notes[0].contains("PNG only"), "{notes:?}");
+}
+
+#[test]
+fn the_text_is_written_as_pillow_writes_it() {
+    for (prompt, chunk) in expected()["chunks"].as_object().unwrap() {
+        let record = EditRecord { program: "pentimento 0".to_owned(), ..record(prompt) };
+        let bytes = encode_to_vec(&small(), Format::Png, Some(&record)).unwrap().bytes;
+        let chunk = hex(chunk.as_str().unwrap());
+        assert!(bytes.windows(chunk.len()).any(|window| window == chunk), "{prompt}");
+    }
 }
 
 #[test]
