@@ -4,7 +4,7 @@ use std::path::Path;
 
 use pentimento::{
     EditOutcome, EditRequest, Engine, Error, Result, Rng, StageReport, Strategy,
-    pixels::{self, EditRecord, Encoded, Format, ModelRecord, Overwrite, RECORD_VERSION},
+    pixels::{self, EditRecord, Format, ModelRecord, Overwrite, RECORD_VERSION},
 };
 use serde_json::json;
 
@@ -33,13 +33,12 @@ pub(crate) fn run(args: EditArgs) -> Result<()> {
     let record = (!args.no_metadata).then(|| record(&engine, &request, &outcome));
 
     if to_stdout {
-        return super::print(&pixels::encode_to_vec(
-            &outcome.picture,
-            Format::Png,
-            metadata.as_ref(),
-        )?);
+        let encoded = pixels::encode_to_vec(&outcome.picture, Format::Png, record.as_ref())?;
+        return super::print(&encoded.bytes);
     }
-    pixels::write(&outcome.picture, &args.output, overwrite, metadata.as_ref())?;
+    for note in pixels::save(&outcome.picture, &args.output, overwrite, record.as_ref())? {
+        bar.note(&note);
+    }
     if args.report.json {
         return super::print_json(&summary(&args.output, &engine, &request, &outcome));
     }
