@@ -377,8 +377,8 @@ fn the_autoencoder_equals_the_three_dimensional_reference() {
     }
 }
 
-/// Two checkpoints whose layers see 72 and 40 pixels far; tiles that leave out what they cannot see
-/// equal the whole, and narrower overlaps stay near it.
+/// Tiles that share twice as much as the layers see equal the whole; with less, errors appear where
+/// tiles meet. Random weights carry them further than trained ones do.
 #[test]
 fn tiles_equal_the_whole() {
     for name in ["tiny-qwen-plus", "edit-23"] {
@@ -389,20 +389,22 @@ fn tiles_equal_the_whole() {
         let whole = autoencoder.encode(&picture, &Tiling::OFF, &cancel).unwrap();
         let decoded = autoencoder.decode(&whole, &Tiling::OFF, &cancel).unwrap();
         let exact_px = autoencoder.exact_overlap_px();
-        for (tile_px, overlap_px, limit) in
-            [(2 * exact_px, exact_px, 1e-5), (160, 80, 0.05), (128, 32, 0.5)]
+        // Tile, overlap, and the largest and the mean difference allowed.
+        for (tile_px, overlap_px, largest, mean) in
+            [(2 * exact_px, exact_px, 1e-5, 1e-6), (160, 80, 0.05, 1e-3), (128, 32, 1.0, 2e-2)]
         {
             let tiling = Tiling { above_pixels: 0, tile_px, overlap_px };
             let latents = autoencoder.encode(&picture, &tiling, &cancel).unwrap();
             let again = autoencoder.decode(&whole, &tiling, &cancel).unwrap();
-            eprintln!(
-                "{name} {exact_px} {tile_px} {overlap_px}: {:.2e} {:.2e}",
-                largest_difference(&latents, &whole),
-                largest_difference(&again, &decoded)
-            );
-            let name = format!("{name}: tiles of {tile_px} px sharing {overlap_px} px");
-            assert_close(&name, &latents, &whole, Tolerance::Relative(limit));
-            assert_close(&name, &again, &decoded, Tolerance::Absolute(limit));
+            for (tiled, whole) in [(&latents, &whole), (&again, &decoded)] {
+                let found = largest_difference(tiled, whole);
+                let average = (tiled - whole).unwrap().abs().unwrap().mean_all().unwrap();
+                let average = f64::from(average.to_scalar::<f32>().unwrap());
+                assert!(
+                    found <= largest && average <= mean,
+                    "{name}, tiles of {tile_px} px sharing {overlap_px} px: {found:e}, {average:e}"
+                );
+            }
         }
         // Up to the threshold nothing is tiled.
         let tiling = Tiling { above_pixels: 400 * 320, tile_px: 64, overlap_px: 0 };
