@@ -258,41 +258,45 @@ impl Head {
 }
 
 #[cfg(test)]
+#[expect(clippy::integer_division, reason = "the three indices of a kernel's tap")]
 mod tests {
     use candle_core::Device;
 
     use super::*;
 
-    /// A causal three-dimensional convolution by its definition: `x: [in, time, h, w]` has zeros
-    /// before its first frame and around its sides; returns `[out, time, h, w]`.
+    /// A causal three-dimensional convolution by its definition: `x: [in, time, h, w]` has two zero
+    /// frames before its first and a zero around its sides; returns `[out, time, h, w]`.
     fn causal_conv3d(x: &Tensor, kernel: &Tensor) -> Vec<f32> {
         let (c, t, h, w) = x.dims4().unwrap();
-        let (out, _, kt, kh, kw) = kernel.dims5().unwrap();
+        let out = kernel.dim(0).unwrap();
         let xs: Vec<f32> = x.flatten_all().unwrap().to_vec1().unwrap();
         let ks: Vec<f32> = kernel.flatten_all().unwrap().to_vec1().unwrap();
-        let at = |i: usize, time: usize, y: usize, x: usize| {
-            // Places are counted from the first zero before the input.
-            let inside = time.checked_sub(kt - 1).zip(y.checked_sub(1)).zip(x.checked_sub(1));
-            match inside {
-                Some(((time, y), x)) if time < t && y < h && x < w => {
-                    xs[((i * t + time) * h + y) * w + x]
-                }
-                _ => 0.0,
+        // Places are counted from the first zero before the input.
+        let at = |i: usize, time: usize, y: usize, x: usize| match time
+            .checked_sub(2)
+            .zip(y.checked_sub(1))
+            .zip(x.checked_sub(1))
+        {
+            Some(((time, y), x)) if time < t && y < h && x < w => {
+                xs[((i * t + time) * h + y) * w + x]
             }
+            _ => 0.0,
         };
-        let mut result = Vec::new();
-        for (o, time) in (0..out).flat_map(|o| (0..t).map(move |time| (o, time))) {
-            for (y, x) in (0..h).flat_map(|y| (0..w).map(move |x| (y, x))) {
-                let mut sum = 0.0;
-                for i in 0..c * kt * kh * kw {
-                    let (a, b, d, e) =
-                        (i / (kt * kh * kw), i / (kh * kw) % kt, i / kw % kh, i % kw);
-                    sum += at(a, time + b, y + d, x + e) * ks[o * c * kt * kh * kw + i];
-                }
-                result.push(sum);
-            }
-        }
-        result
+        let taps: Vec<[usize; 4]> = (0..c)
+            .flat_map(|i| (0..27).map(move |tap| [i, tap / 9, tap / 3 % 3, tap % 3]))
+            .collect();
+        let places = (0..out).flat_map(|o| (0..t).map(move |time| (o, time)));
+        let places = places
+            .flat_map(|(o, time)| (0..h).flat_map(move |y| (0..w).map(move |x| (o, time, y, x))));
+        places
+            .map(|(o, time, y, x)| {
+                let kernel = &ks[o * taps.len()..];
+                let tap = |(k, [i, dt, dy, dx]): (&f32, &[usize; 4])| {
+                    k * at(*i, time + dt, y + dy, x + dx)
+                };
+                kernel.iter().zip(&taps).map(tap).sum()
+            })
+            .collect()
     }
 
     #[test]

@@ -228,16 +228,19 @@ mod tests {
                     assert!(shared >= overlap && pair[0].len <= tile, "{name}: {shared}");
                     assert_eq!(pair[0].fade_out, pair[1].fade_in);
                 }
-                for places in [1, 8] {
-                    let mut total = vec![0.0; side * places];
-                    for span in &spans {
-                        let sums = &mut total[span.start * places..];
-                        sums.iter_mut().zip(span.weights(places)).for_each(|(sum, w)| *sum += w);
-                    }
-                    assert!(total.iter().all(|&sum| sum > 0.01), "{name}: {total:?}");
-                }
+                let totals = [1, 8].map(|places| total_weights(&spans, side, places));
+                assert!(totals.iter().flatten().all(|&sum| sum > 0.01), "{name}: {totals:?}");
             }
         }
+    }
+
+    fn total_weights(spans: &[Span], side: usize, places: usize) -> Vec<f32> {
+        let mut total = vec![0.0; side * places];
+        for span in spans {
+            let sums = &mut total[span.start * places..];
+            sums.iter_mut().zip(span.weights(places)).for_each(|(sum, weight)| *sum += weight);
+        }
+        total
     }
 
     #[test]
