@@ -1,25 +1,27 @@
 //! Denoising: schedules, noise, guidance, the transformer and the autoencoder.
 //!
-//! ```no_run
-//! # fn main() -> pentimento::Result<()> {
-//! # use std::path::PathBuf;
-//! # use candle_core::Tensor;
+//! ```
+//! use std::path::Path;
+//!
+//! use candle_core::{DType, Device, Tensor};
 //! use pentimento::{
 //!     CancelToken,
-//!     diffusion::{
-//!         Conditioning, Denoise, DiffusionModel, Grid, noise::NoiseSource, vae::Tiling,
-//!     },
+//!     diffusion::{Conditioning, Denoise, DiffusionModel, noise::NoiseSource, vae::Tiling},
 //!     weights::{ModelFiles, Precision},
 //! };
 //!
-//! # let (picture, hidden_states): (Tensor, Tensor) = todo!();
-//! let files = ModelFiles::Folder(PathBuf::from("Qwen-Image-Edit"));
-//! let model = DiffusionModel::load(&files, &Precision::reference())?;
+//! # fn main() -> pentimento::Result<()> {
+//! # let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/data/reference/tiny-qwen-edit");
+//! let model = DiffusionModel::load(&ModelFiles::Folder(folder), &Precision::reference())?;
 //! let (cancel, tiling) = (CancelToken::new(), Tiling::default());
+//!
+//! // A grey picture, and the encoder's last hidden states of a request of seven tokens.
+//! let picture = Tensor::zeros((1, 3, 32, 48), DType::F32, &Device::Cpu)?;
+//! let hidden_states = Tensor::zeros((1, 7, 64), DType::F32, &Device::Cpu)?;
 //!
 //! let (reference, grid) = model.reference_tokens(&picture, &tiling, &cancel)?;
 //! let noise = model.initial_noise(NoiseSource::Cpu, 42, grid)?;
-//! let schedule = model.schedule().schedule(40, grid.tokens())?;
+//! let schedule = model.schedule().schedule(4, grid.tokens())?;
 //! let latents = Denoise {
 //!     noise: &noise,
 //!     references: Some(&reference),
@@ -30,7 +32,8 @@
 //!     schedule: &schedule,
 //! }
 //! .run(model.transformer(), &(), &cancel, &mut |_, _| {})?;
-//! let edited = model.picture(&latents, grid, &tiling, &cancel)?; // [1, 3, h, w] from −1 to 1
+//! let edited = model.picture(&latents, grid, &tiling, &cancel)?; // from −1 to 1
+//! assert_eq!(edited.dims(), [1, 3, 32, 48]);
 //! # Ok(())
 //! # }
 //! ```
