@@ -226,7 +226,7 @@ fn read_header(
     let start = 8 + header_bytes;
     let data_bytes = bytes.len() - start;
     let mut end_max = 0;
-    for (tensor, info) in header.tensors() {
+    for (tensor, info) in BTreeMap::from_iter(header.tensors()) {
         let (begin, end) = info.data_offsets;
         if end > data_bytes || begin > end {
             return Err(corrupt(format!(

@@ -150,7 +150,8 @@ impl Weights {
         self.checkpoint.load(&name, &self.precision.device)
     }
 
-    fn full_name(&self, name: &str) -> String {
+    /// The whole name of `name` below this place.
+    pub(crate) fn full_name(&self, name: &str) -> String {
         if self.prefix.is_empty() { name.to_owned() } else { format!("{}.{name}", self.prefix) }
     }
 }
