@@ -34,7 +34,11 @@ struct Checked<'a> {
     notes: Vec<String>,
 }
 
-pub(super) fn run(engine: &Engine, request: &EditRequest, observer: &dyn Observer) -> Result<EditOutcome> {
+pub(super) fn run(
+    engine: &Engine,
+    request: &EditRequest,
+    observer: &dyn Observer,
+) -> Result<EditOutcome> {
     let Strategy::Direct = request.strategy;
     let checked = Checked::new(engine, request)?;
     for note in &checked.notes {
@@ -45,7 +49,8 @@ pub(super) fn run(engine: &Engine, request: &EditRequest, observer: &dyn Observe
     let mut stages = Stages::new(observer);
 
     // 1. The vision-language model reads the request.
-    let (positive, negative) = stages.run(Stage::EncodePrompt, || conditioning(engine, &checked))?;
+    let (positive, negative) =
+        stages.run(Stage::EncodePrompt, || conditioning(engine, &checked))?;
     // 2. The autoencoder turns the pictures into latents.
     let (references, grids) =
         stages.run(Stage::EncodePicture, || reference_tokens(engine, &checked, &tiling))?;
@@ -248,8 +253,7 @@ fn resized(picture: &Picture, size: Size) -> Result<RgbImage> {
 fn finish(decoded: &RgbImage, checked: &Checked<'_>) -> Result<Picture> {
     let input = &checked.request.pictures[0];
     let Size { width, height } = checked.sizes.output;
-    let mut picture =
-        Picture::from_rgb(pixels::resize(decoded, width, height, Filter::Lanczos3)?);
+    let mut picture = Picture::from_rgb(pixels::resize(decoded, width, height, Filter::Lanczos3)?);
     picture.alpha = match &input.alpha {
         Some(alpha) => Some(pixels::resize_gray(alpha, width, height, Filter::Lanczos3)?),
         None => None,

@@ -27,7 +27,11 @@ impl<'a> Stages<'a> {
     }
 
     /// Runs `work` as a stage that tells of its own steps.
-    pub(super) fn run_steps<T>(&mut self, stage: Stage, work: impl FnOnce() -> Result<T>) -> Result<T> {
+    pub(super) fn run_steps<T>(
+        &mut self,
+        stage: Stage,
+        work: impl FnOnce() -> Result<T>,
+    ) -> Result<T> {
         let start = Instant::now();
         let result = work()?;
         let elapsed = start.elapsed();

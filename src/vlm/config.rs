@@ -171,7 +171,8 @@ impl TextConfig {
         let hidden_size = section.size("hidden_size")?;
         let heads = section.size("num_attention_heads")?;
         let kv_heads = section.size_or("num_key_value_heads", heads)?;
-        let head_dim = section.quotient("hidden_size", hidden_size, "num_attention_heads", heads)?;
+        let head_dim =
+            section.quotient("hidden_size", hidden_size, "num_attention_heads", heads)?;
         section.quotient("num_attention_heads", heads, "num_key_value_heads", kv_heads)?;
         if section.size_or("head_dim", head_dim)? != head_dim {
             return Err(section.fault("head_dim", head_dim));
@@ -343,7 +344,8 @@ impl Section<'_> {
 
     /// Base and sections of the language model's rotary embedding.
     fn text_rope(&self, head_dim: usize) -> Result<(f64, Vec<usize>)> {
-        let key = if self.get("rope_scaling").is_some() { "rope_scaling" } else { "rope_parameters" };
+        let key =
+            if self.get("rope_scaling").is_some() { "rope_scaling" } else { "rope_parameters" };
         let rope = match self.get(key) {
             None => Map::new(),
             Some(Value::Object(rope)) => rope.clone(),

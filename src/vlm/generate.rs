@@ -91,7 +91,8 @@ impl GenerateOptions {
         for (key, neutral) in NEUTRAL {
             file.number(key, *neutral, *neutral..=*neutral)?;
         }
-        options.repetition_penalty = file.number("repetition_penalty", 1.0, f64::MIN_POSITIVE..=1e6)?;
+        options.repetition_penalty =
+            file.number("repetition_penalty", 1.0, f64::MIN_POSITIVE..=1e6)?;
         if file.map.get("do_sample").is_some_and(|flag| flag == true) {
             options.sampling = file.sampling()?;
         }
@@ -142,12 +143,7 @@ impl Settings<'_> {
         })
     }
 
-    fn number(
-        &self,
-        key: &str,
-        default: f64,
-        range: std::ops::RangeInclusive<f64>,
-    ) -> Result<f32> {
+    fn number(&self, key: &str, default: f64, range: std::ops::RangeInclusive<f64>) -> Result<f32> {
         let number = self.get(key).map_or(Some(default), Value::as_f64);
         match number.filter(|number| range.contains(number)) {
             #[expect(clippy::cast_possible_truncation, reason = "logits are f32")]

@@ -151,7 +151,8 @@ impl Layer {
     fn forward(&self, x: &Tensor, angles: &Angles, past: Past<'_>) -> Result<Tensor> {
         let x = (x + self.attention.forward(&self.input_layernorm.forward(x)?, angles, past)?)?;
         let normed = self.post_attention_layernorm.forward(&x)?;
-        let inner = ops::swiglu(&self.gate_proj.forward(&normed)?, &self.up_proj.forward(&normed)?)?;
+        let inner =
+            ops::swiglu(&self.gate_proj.forward(&normed)?, &self.up_proj.forward(&normed)?)?;
         Ok((x + self.down_proj.forward(&inner)?)?)
     }
 }

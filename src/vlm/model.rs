@@ -360,7 +360,8 @@ fn expand(
     let mut spans = Vec::with_capacity(pictures.len());
     let mut grids = pictures.iter();
     for &token in written {
-        let repeat = if token == image_token { grids.next().map(|grid| grid.patches()) } else { None };
+        let repeat =
+            if token == image_token { grids.next().map(|grid| grid.patches()) } else { None };
         if let Some(count) = repeat {
             let start = tokens.len();
             tokens.resize(start + count, image_token);

@@ -4,15 +4,13 @@
 //! <https://github.com/huggingface/transformers/blob/v5.23.0/src/transformers/models/qwen2_vl/image_processing_qwen2_vl.py>.
 
 use candle_core::{Device, Tensor};
-use fast_image_resize::{
-    FilterType, PixelType, ResizeAlg, ResizeOptions, Resizer, images::Image, images::ImageRef,
-};
 use image::RgbImage;
 use serde_json::{Map, Value};
 
 use super::config::VisionConfig;
 use crate::{
     error::{Error, Result},
+    pixels::{self, Filter},
     weights::ModelFiles,
 };
 
@@ -153,7 +151,8 @@ impl Preprocessor {
         for picture in pictures {
             let grid = self.grid(picture.width(), picture.height())?;
             let (width, height) = self.resized_size(picture.width(), picture.height())?;
-            self.cut(&resize(picture, width, height)?, grid, &mut values);
+            let resized = pixels::resize(picture, width, height, Filter::BicubicTorch)?;
+            self.cut(resized.as_raw(), grid, &mut values);
             grids.push(grid);
         }
         let count = grids.iter().map(|grid| grid.patches()).sum::<usize>();
@@ -221,36 +220,6 @@ fn num(side: f64) -> Option<u32> {
 
 fn row_and_column(index: usize, width: usize) -> (usize, usize) {
     (index.checked_div(width).unwrap_or(0), index.checked_rem(width).unwrap_or(0))
-}
-
-/// Bicubic with antialiasing, in 16-bit fixed point; `height × width × 3` bytes.
-///
-/// Like the reference, rows come first and are rounded to bytes before columns: one pass over both
-/// would do it the other way round.
-fn resize(picture: &RgbImage, width: u32, height: u32) -> Result<Vec<u8>> {
-    let (old_width, old_height) = picture.dimensions();
-    let mut bytes = picture.as_raw().clone();
-    if width != old_width {
-        bytes = resample(&bytes, (old_width, old_height), (width, old_height))?;
-    }
-    if height != old_height {
-        bytes = resample(&bytes, (width, old_height), (width, height))?;
-    }
-    Ok(bytes)
-}
-
-/// Resamples RGB bytes between two sizes (width, height).
-fn resample(bytes: &[u8], from: (u32, u32), to: (u32, u32)) -> Result<Vec<u8>> {
-    let failed = |error: &dyn std::fmt::Display| {
-        Error::field("image", format!("cannot be resized: {error}"), "an RGB picture")
-    };
-    let source = ImageRef::new(from.0, from.1, bytes, PixelType::U8x3);
-    let mut resized = Image::new(to.0, to.1, PixelType::U8x3);
-    let options = ResizeOptions::new().resize_alg(ResizeAlg::Convolution(FilterType::CatmullRom));
-    Resizer::new()
-        .resize(&source.map_err(|error| failed(&error))?, &mut resized, Some(&options))
-        .map_err(|error| failed(&error))?;
-    Ok(resized.into_vec())
 }
 
 /// The settings object of a file.

@@ -137,20 +137,18 @@ impl ChatTemplate {
     }
 
     fn parse(files: &ModelFiles, path: &str, template: String) -> Result<Self> {
-        let refused = |error: &minijinja::Error| {
-            files.corrupt(path, &error.to_string(), "a chat template")
-        };
+        let refused =
+            |error: &minijinja::Error| files.corrupt(path, &error.to_string(), "a chat template");
         let mut environment = Environment::new();
         let syntax = SyntaxConfig::builder().trim_blocks(true).lstrip_blocks(true).build();
         environment.set_syntax(syntax.map_err(|error| refused(&error))?);
         environment.set_fuel(Some(FUEL));
-        environment.set_unknown_method_callback(minijinja_contrib::pycompat::unknown_method_callback);
+        environment
+            .set_unknown_method_callback(minijinja_contrib::pycompat::unknown_method_callback);
         environment.add_function("raise_exception", |message: String| {
             Err::<JinjaValue, _>(minijinja::Error::new(ErrorKind::InvalidOperation, message))
         });
-        environment
-            .add_template_owned("chat", template)
-            .map_err(|error| refused(&error))?;
+        environment.add_template_owned("chat", template).map_err(|error| refused(&error))?;
         Ok(Self { environment, path: path.to_owned() })
     }
 
@@ -176,7 +174,11 @@ impl ChatTemplate {
 fn from_json(files: &ModelFiles, path: &str) -> Result<Option<String>> {
     let json: Value = files.read_json(path)?;
     let holder: Holder = serde_json::from_value(json).map_err(|error| {
-        files.corrupt(path, &error.to_string(), "a chat template as a string or a list of named ones")
+        files.corrupt(
+            path,
+            &error.to_string(),
+            "a chat template as a string or a list of named ones",
+        )
     })?;
     match holder.chat_template {
         None => Ok(None),

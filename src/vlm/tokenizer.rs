@@ -103,7 +103,9 @@ impl Tokenizer {
         let bpe = BPE::builder()
             .vocab_and_merges(vocab.into_iter().collect::<tokenizers::models::bpe::Vocab>(), merges)
             .build()
-            .map_err(|error| files.corrupt(&merges_path, &error.to_string(), "merges of vocab.json"))?;
+            .map_err(|error| {
+                files.corrupt(&merges_path, &error.to_string(), "merges of vocab.json")
+            })?;
         let mut tokenizer = Bpe::new(bpe);
         let failed = |error: &dyn std::fmt::Display| {
             files.corrupt(&vocab_path, &error.to_string(), "a Qwen2 vocabulary")

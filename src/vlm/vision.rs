@@ -63,7 +63,8 @@ impl VisionTower {
     /// Tokens of all pictures `[1, tokens, width_out]`, in reading order, one picture after the
     /// other.
     pub(super) fn forward(&self, patches: &Patches, cancel: &CancelToken) -> Result<Tensor> {
-        let windows = Windows::new(&patches.grids, self.config.merge_size, self.config.window_tokens());
+        let windows =
+            Windows::new(&patches.grids, self.config.merge_size, self.config.window_tokens());
         let order = Tensor::new(windows.order.as_slice(), &self.device)?;
         let x = patches.pixel_values.to_device(&self.device)?.to_dtype(self.dtype)?;
         let x = self.patch_embed.forward(&x)?; // (patches, hidden)
@@ -216,7 +217,8 @@ impl Block {
     fn forward(&self, x: &Tensor, angles: &Angles, segments: &[usize]) -> Result<Tensor> {
         let x = (x + self.attend(&self.norm1.forward(x)?, angles, segments)?)?;
         let normed = self.norm2.forward(&x)?;
-        let inner = ops::swiglu(&self.gate_proj.forward(&normed)?, &self.up_proj.forward(&normed)?)?;
+        let inner =
+            ops::swiglu(&self.gate_proj.forward(&normed)?, &self.up_proj.forward(&normed)?)?;
         Ok((x + self.down_proj.forward(&inner)?)?)
     }
 
@@ -288,10 +290,10 @@ mod tests {
                 prop_assert_eq!(windows.order[*place as usize] as usize, token);
             }
             prop_assert!(windows.starts.windows(2).all(|pair| pair[0] < pair[1]));
-            prop_assert!(windows.starts.windows(2).all(|pair| {
-                pair[1] - pair[0] <= window * window * merge * merge
-            }));
-            prop_assert_eq!(windows.starts.last(), picture_starts(&grids).last());
+            let patches_max = window * window * merge * merge;
+            prop_assert!(windows.starts.windows(2).all(|pair| pair[1] - pair[0] <= patches_max));
+            let pictures = picture_starts(&grids);
+            prop_assert_eq!(windows.starts.last(), pictures.last());
         }
     }
 

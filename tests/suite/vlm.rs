@@ -41,7 +41,12 @@ fn one_picture_equals_the_reference() {
         let grid = [1, grid.height as i64, grid.width as i64];
         assert_eq!(grid.as_slice(), case.ints("vl.image_grid_thw"));
         let pixels = case.tensor("vl.pixel_values");
-        assert_close(&name("pixel_values"), &patches.pixel_values, pixels, Tolerance::Absolute(1e-5));
+        assert_close(
+            &name("pixel_values"),
+            &patches.pixel_values,
+            pixels,
+            Tolerance::Absolute(1e-5),
+        );
         let positions = &inputs.positions().tokens;
         let by_axis: Vec<i64> =
             (0..3).flat_map(|axis| positions.iter().map(move |p| i64::from(p[axis]))).collect();
