@@ -128,7 +128,9 @@ impl<'a> Checked<'a> {
 /// Side of a token in pixels.
 fn token_px(engine: &Engine) -> Result<u32> {
     let side = engine.diffusion.pixels_per_token();
-    u32::try_from(side).map_err(|_| Error::field("token side", side, "a number of pixels"))
+    u32::try_from(side).map_err(|error| {
+        Error::field("token side", format!("{side}: {error}"), "a number of pixels")
+    })
 }
 
 fn grid(engine: &Engine, size: Size) -> Result<Grid> {

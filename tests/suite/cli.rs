@@ -219,7 +219,7 @@ fn metadata_is_written_and_read_back_unless_left_out() {
     let out = folder.path().join("out.png").display().to_string();
     run(&quick(&sample, &out, &model), 0);
     let info = text(&run(&["info", &out], 0).stdout);
-    for word in ["96x64", "make it night", "Seed: 7", "Steps: 1", "Model hash:"] {
+    for word in ["96x64", "make it night", "Seed: 7", "Steps: 2", "Model hash:"] {
         assert!(info.contains(word), "no {word:?} in {info}");
     }
     let value: serde_json::Value =
@@ -295,7 +295,7 @@ fn prompts_come_from_files_and_words_too() {
     fs_err::write(folder.path().join("prompt.txt"), "make it night\n").unwrap();
     let (a, b, c, prompt) = (path("a.png"), path("b.png"), path("c.png"), path("prompt.txt"));
     run(&quick(&sample, &a, &model), 0);
-    let common = ["--model", &model, "--area", "64x64", "--steps", "1", "-s", "7", "-i", &sample];
+    let common = ["--model", &model, "--area", "64x64", "--steps", "2", "-s", "7", "-i", &sample];
     run(&[&["edit", "--prompt-file", &prompt, "-o", &b], common.as_slice()].concat(), 0);
     run(&[&["edit", "make it night", "-o", &c], common.as_slice()].concat(), 0);
     let open = |name: &str| image::open(name).unwrap();
@@ -312,7 +312,7 @@ fn ctrl_c_ends_with_130_and_leaves_nothing() {
     let (sample, name, model) =
         (sample().display().to_string(), out.display().to_string(), model());
     let mut arguments = quick(&sample, &name, &model);
-    for (from, to) in [("64x64", "512x512"), ("1", "1000")] {
+    for (from, to) in [("64x64", "512x512"), ("2", "1000")] {
         let position = arguments.iter().position(|argument| *argument == from).unwrap();
         arguments[position] = to;
     }
