@@ -61,7 +61,7 @@ fn quick<'a>(input: &'a str, output: &'a str, model: &'a str) -> Vec<&'a str> {
         "--area",
         "64x64",
         "--steps",
-        "1",
+        "2",
         "-s",
         "7",
     ]
