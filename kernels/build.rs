@@ -1,4 +1,48 @@
-//! Build script: records what the program was built with.
-fn main() {
+//! Build script: lists the files of the miniature pack, so that the feature `mini` can compile
+//! them into the crate.
+
+use std::{
+    env,
+    error::Error,
+    fmt::Write as _,
+    fs,
+    path::{Path, PathBuf},
+};
+
+/// What lies beside the pack's own files and is not part of it.
+const NOT_PACKED: &[&str] = &["README.md", "recipe", "samples", "world.json"];
+
+fn main() -> Result<(), Box<dyn Error>> {
     println!("cargo::rerun-if-changed=kernels");
+    println!("cargo::rerun-if-changed=models/mini");
+    let out = PathBuf::from(env::var("OUT_DIR")?).join("mini_files.rs");
+    let root = PathBuf::from(env::var("CARGO_MANIFEST_DIR")?).join("models/mini");
+    let mut code = String::from("&[\n");
+    for file in files(&root)? {
+        let path = file.strip_prefix(&root)?.to_string_lossy().replace('\\', "/");
+        let top = path.split('/').next().unwrap_or_default();
+        if !NOT_PACKED.contains(&top) {
+            writeln!(
+                code,
+                "  EmbeddedFile {{ path: {path:?}, bytes: include_bytes!({file:?}) }},"
+            )?;
+        }
+    }
+    code.push_str("]\n");
+    fs::write(out, code)?;
+    Ok(())
+}
+
+fn files(folder: &Path) -> Result<Vec<PathBuf>, Box<dyn Error>> {
+    let mut found = Vec::new();
+    for entry in fs::read_dir(folder)? {
+        let path = entry?.path();
+        if path.is_dir() {
+            found.extend(files(&path)?);
+        } else {
+            found.push(path);
+        }
+    }
+    found.sort();
+    Ok(found)
 }

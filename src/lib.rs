@@ -1,15 +1,47 @@
 //! Pentimento edits pictures on this machine: one sentence says what should change.
-#![cfg_attr(docsrs, feature(doc_cfg))]
+//!
+//! | to | use | example |
+//! |---|---|---|
+//! | edit a picture | [`Engine::edit`] with an [`EditRequest`] | on [`Engine`] |
+//! | ask about a picture | [`Assistant::ask`] with an [`AskRequest`] | on [`Assistant`] |
+//! | stop a request | [`CancelToken`] | on [`CancelToken`] |
+//! | follow a request | [`Observer`] | on [`Observer`] |
+//! | look into a model without loading it | [`ModelInfo::read`] | on [`ModelInfo`] |
+//! | read and write pictures | [`pixels`] | on [`pixels::Picture`] |
+//!
+//! Everything runs on the caller's thread and rayon's pool; nothing is fetched, and nothing leaves
+//! the machine. How the crate is laid out: docs/ARCHITECTURE.md.
 
 pub mod diffusion;
+pub mod editor;
 pub mod error;
 pub mod layers;
 pub mod memory;
 pub mod ops;
 pub mod pixels;
 pub mod progress;
+pub mod request;
 pub mod vlm;
 pub mod weights;
 
+pub use editor::{Assistant, Engine, EngineOptions, ModelInfo, ModelSource};
 pub use error::{Error, ModelError, PictureError, RequestError, Result};
+pub use memory::Device;
 pub use progress::{CancelToken, Event, Observer, Stage};
+pub use request::{AskOutcome, AskRequest, EditOutcome, EditRequest, Rng, StageReport, Strategy};
+
+/// Sets how many threads the computation uses, for the whole process. Call it once, before the
+/// first request; without it every core is used.
+///
+/// # Errors
+/// When the threads have been started already.
+pub fn set_threads(count: usize) -> Result<()> {
+    let built = rayon::ThreadPoolBuilder::new().num_threads(count).build_global();
+    built.map_err(|error| {
+        Error::field(
+            "threads",
+            count,
+            format!("a number set once, before the first request ({error})"),
+        )
+    })
+}

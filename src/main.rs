@@ -1,2 +1,7 @@
-//! The program.
-fn main() {}
+//! The program `pentimento`.
+
+mod cli;
+
+fn main() -> std::process::ExitCode {
+    cli::run()
+}

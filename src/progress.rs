@@ -28,6 +28,12 @@ impl CancelToken {
         Self::default()
     }
 
+    /// A token that is cancelled when `flag` becomes true, for signal handlers.
+    #[must_use]
+    pub fn from_flag(flag: Arc<AtomicBool>) -> Self {
+        Self(flag)
+    }
+
     /// Asks every request that holds this token to stop.
     pub fn cancel(&self) {
         self.0.store(true, Ordering::Relaxed);
@@ -66,6 +72,19 @@ pub enum Stage {
 }
 
 impl Stage {
+    /// The name in JSON and metadata.
+    #[must_use]
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Load => "load",
+            Self::EncodePrompt => "encode_prompt",
+            Self::EncodePicture => "encode_picture",
+            Self::Denoise => "denoise",
+            Self::Decode => "decode",
+            Self::Generate => "generate",
+        }
+    }
+
     /// A word for a person.
     #[must_use]
     pub fn label(self) -> &'static str {
@@ -109,6 +128,17 @@ pub enum Event<'a> {
 }
 
 /// Receives the events of a request, on the thread that runs it.
+///
+/// ```
+/// use pentimento::{Event, Observer};
+///
+/// let observer = |event: &Event<'_>| {
+///     if let Event::Step { stage, step, of, elapsed } = event {
+///         eprintln!("{} {step}/{of} after {elapsed:?}", stage.label());
+///     }
+/// };
+/// observer.event(&Event::Note("closures hear every event"));
+/// ```
 pub trait Observer {
     /// Called for each event; should return at once.
     fn event(&self, event: &Event<'_>);

@@ -1,4 +1,9 @@
-//! How much memory there is, how much was used, and whether a piece of work fits.
+//! How much memory there is, how much was used, whether a piece of work fits, and which device
+//! computes.
+
+mod device;
+
+pub use device::Device;
 
 use crate::error::{Error, Result};
 

@@ -1,0 +1,292 @@
+//! What can be typed.
+
+use std::{ffi::OsString, path::PathBuf};
+
+use clap::{Args, Parser, Subcommand, ValueEnum};
+
+/// Edit pictures on this machine: one sentence says what should change.
+#[derive(Debug, Parser)]
+#[command(name = "pentimento", version, arg_required_else_help = true, after_help = EXIT_CODES)]
+pub(crate) struct Cli {
+    #[command(subcommand)]
+    pub(crate) command: Command,
+}
+
+const EXIT_CODES: &str = "Exit codes: 0 done, 1 the request failed, 2 wrong usage, 3 model files, \
+                          4 out of memory, 130 cancelled";
+
+#[derive(Debug, Subcommand)]
+pub(crate) enum Command {
+    /// Edit a picture
+    Edit(Box<EditArgs>),
+    /// Ask a question about pictures
+    Ask(AskArgs),
+    /// Show what a weight file, a model folder or a picture holds
+    Info(InfoArgs),
+    /// Show the devices, features and packs that this program sees
+    Doctor(DoctorArgs),
+    /// Print a completion script for a shell
+    Completions {
+        /// The shell
+        shell: clap_complete::Shell,
+    },
+}
+
+/// Which model, and where and how it runs.
+#[derive(Debug, Args)]
+#[command(next_help_heading = "Model")]
+pub(crate) struct ModelArgs {
+    /// Model folder in the published layout; without it the miniature pack is used
+    #[arg(long, value_name = "DIR", env = "PENTIMENTO_MODEL")]
+    pub(crate) model: Option<PathBuf>,
+    /// Device of the computation: auto, cpu, cuda or cuda:N
+    #[arg(long, value_name = "DEVICE", default_value = "auto")]
+    pub(crate) device: String,
+    /// Type in which the large matrices are kept in memory
+    #[arg(long, value_enum, default_value_t = DtypeArg::Auto)]
+    pub(crate) dtype: DtypeArg,
+    /// Threads of the computation [default: all cores]
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u16).range(1..))]
+    pub(crate) threads: Option<u16>,
+    /// Host memory that may be used, in GiB [default: what the system has free]
+    #[arg(long, value_name = "GIB", value_parser = gib)]
+    pub(crate) max_ram: Option<u64>,
+}
+
+/// Types of `--dtype`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub(crate) enum DtypeArg {
+    /// f32 on the CPU, bf16 on a GPU
+    Auto,
+    /// 4 bytes a weight
+    F32,
+    /// 2 bytes a weight
+    Bf16,
+    /// 2 bytes a weight, a smaller range than bf16
+    F16,
+    /// 1.06 bytes a weight; quantized while loading
+    #[value(name = "q8_0", alias = "q8-0")]
+    Q8_0,
+}
+
+/// Whose random numbers a seed draws.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub(crate) enum RngArg {
+    /// As torch draws them on the CPU
+    Cpu,
+    /// As torch draws them on a CUDA device
+    Cuda,
+}
+
+/// How a request is carried out.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub(crate) enum StrategyArg {
+    /// The prompt goes to the editor as it is, in one pass
+    Direct,
+}
+
+/// What a person sees while it runs, and what is printed.
+#[derive(Debug, Clone, Copy, Args)]
+#[command(next_help_heading = "Output")]
+pub(crate) struct ReportArgs {
+    /// Print the result as JSON on stdout
+    #[arg(long)]
+    pub(crate) json: bool,
+    /// No progress bar and no notes
+    #[arg(short, long)]
+    pub(crate) quiet: bool,
+    /// More about what happens; twice for every step
+    #[arg(short, long, action = clap::ArgAction::Count, conflicts_with = "quiet")]
+    pub(crate) verbose: u8,
+}
+
+/// `pentimento edit`
+#[derive(Debug, Args)]
+pub(crate) struct EditArgs {
+    /// Picture to edit; repeat for models that take several; `-` reads stdin
+    #[arg(
+        short = 'i',
+        long = "image",
+        alias = "ref-image",
+        short_alias = 'r',
+        required = true,
+        value_name = "FILE"
+    )]
+    pub(crate) images: Vec<PathBuf>,
+    /// What should change
+    #[arg(short, long, value_name = "TEXT", required_unless_present_any = ["prompt_file", "prompt_words"], conflicts_with_all = ["prompt_file", "prompt_words"])]
+    pub(crate) prompt: Option<String>,
+    /// Read the prompt from a UTF-8 file
+    #[arg(long, value_name = "FILE", conflicts_with = "prompt_words")]
+    pub(crate) prompt_file: Option<PathBuf>,
+    /// What should change
+    #[arg(value_name = "PROMPT")]
+    pub(crate) prompt_words: Option<String>,
+    /// What should not appear; guidance runs only with this (it may be empty) and --cfg-scale above 1
+    #[arg(short, long, value_name = "TEXT")]
+    pub(crate) negative_prompt: Option<String>,
+    /// Where the result goes: .png, .jpg, .webp, .bmp or .tiff; `-` writes PNG to stdout
+    #[arg(short, long, value_name = "FILE")]
+    pub(crate) output: PathBuf,
+    /// Replace the output if it exists
+    #[arg(long)]
+    pub(crate) force: bool,
+    /// Leave prompt, seed and timings out of the picture's metadata
+    #[arg(long, alias = "disable-image-metadata")]
+    pub(crate) no_metadata: bool,
+    /// Denoising steps [default: the model's]
+    #[arg(long, value_name = "N")]
+    pub(crate) steps: Option<usize>,
+    /// Seed of the noise; -1 or absent draws one, which is reported
+    #[arg(short, long, value_name = "N", allow_hyphen_values = true, value_parser = seed)]
+    pub(crate) seed: Option<SeedArg>,
+    /// Whose random numbers the seed draws
+    #[arg(long, value_enum, default_value_t = RngArg::Cpu)]
+    pub(crate) rng: RngArg,
+    /// True classifier-free guidance; above 1 with a negative prompt doubles the work [default: the model's]
+    #[arg(long, value_name = "X")]
+    pub(crate) cfg_scale: Option<f64>,
+    /// Width of the working size and of the result [default: follows the input]
+    #[arg(short = 'W', long, value_name = "PX")]
+    pub(crate) width: Option<u32>,
+    /// Height of the working size and of the result [default: follows the input]
+    #[arg(short = 'H', long, value_name = "PX")]
+    pub(crate) height: Option<u32>,
+    /// Area of the working size: square pixels, or WxH [default: the model's]
+    #[arg(long, value_name = "AREA", value_parser = area)]
+    pub(crate) area: Option<u64>,
+    /// Area of the copies that the vision-language model sees [default: the model's]
+    #[arg(long, value_name = "AREA", value_parser = area)]
+    pub(crate) vl_area: Option<u64>,
+    /// How the request is carried out
+    #[arg(long, value_enum, default_value_t = StrategyArg::Direct)]
+    pub(crate) strategy: StrategyArg,
+    #[command(flatten)]
+    pub(crate) model: ModelArgs,
+    #[command(flatten)]
+    pub(crate) report: ReportArgs,
+}
+
+/// `pentimento ask`
+#[derive(Debug, Args)]
+pub(crate) struct AskArgs {
+    /// Picture to look at; repeat for several; `-` reads stdin
+    #[arg(short = 'i', long = "image", value_name = "FILE")]
+    pub(crate) images: Vec<PathBuf>,
+    /// The question
+    #[arg(value_name = "QUESTION")]
+    pub(crate) question: String,
+    /// The longest answer in tokens
+    #[arg(long, value_name = "N", default_value_t = 256)]
+    pub(crate) max_tokens: usize,
+    /// 0 takes the likeliest token each time
+    #[arg(long, value_name = "X", default_value_t = 0.0)]
+    pub(crate) temperature: f64,
+    /// Seed of the sampling; -1 or absent draws one
+    #[arg(short, long, value_name = "N", allow_hyphen_values = true, value_parser = seed)]
+    pub(crate) seed: Option<SeedArg>,
+    #[command(flatten)]
+    pub(crate) model: ModelArgs,
+    #[command(flatten)]
+    pub(crate) report: ReportArgs,
+}
+
+/// `pentimento info`
+#[derive(Debug, Args)]
+pub(crate) struct InfoArgs {
+    /// A safetensors file, a model folder or a picture
+    #[arg(value_name = "FILE")]
+    pub(crate) path: PathBuf,
+    /// Print as JSON
+    #[arg(long)]
+    pub(crate) json: bool,
+}
+
+/// `pentimento doctor`
+#[derive(Debug, Args)]
+pub(crate) struct DoctorArgs {
+    /// Also look into this model folder
+    #[arg(long, value_name = "DIR", env = "PENTIMENTO_MODEL")]
+    pub(crate) model: Option<PathBuf>,
+    /// Print as JSON
+    #[arg(long)]
+    pub(crate) json: bool,
+}
+
+/// A seed as typed: a number, or -1 for a random one.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum SeedArg {
+    Random,
+    Number(u64),
+}
+
+impl SeedArg {
+    pub(crate) fn number(self) -> Option<u64> {
+        match self {
+            Self::Random => None,
+            Self::Number(number) => Some(number),
+        }
+    }
+}
+
+fn seed(text: &str) -> Result<SeedArg, String> {
+    if text == "-1" {
+        return Ok(SeedArg::Random);
+    }
+    let number =
+        text.parse().map_err(|error| format!("{error}; a seed is 0 to {} or -1", u64::MAX))?;
+    Ok(SeedArg::Number(number))
+}
+
+fn area(text: &str) -> Result<u64, String> {
+    let number =
+        |part: &str| part.trim().parse::<u64>().map_err(|error| format!("{part:?}: {error}"));
+    let pixels = match text.split_once(['x', 'X']) {
+        Some((width, height)) => number(width)?.checked_mul(number(height)?),
+        None => Some(number(text)?),
+    };
+    pixels
+        .filter(|&pixels| pixels > 0)
+        .ok_or_else(|| "an area is a number of pixels above 0".to_owned())
+}
+
+fn gib(text: &str) -> Result<u64, String> {
+    const BYTES_PER_GIB: f64 = 1_073_741_824.0;
+    let gib: f64 = text.parse().map_err(|error| format!("{error}"))?;
+    if !(gib > 0.0 && gib < 1e6) {
+        return Err("expected a number of GiB above 0".to_owned());
+    }
+    #[expect(clippy::cast_possible_truncation, clippy::cast_sign_loss, reason = "checked above")]
+    Ok((gib * BYTES_PER_GIB) as u64)
+}
+
+/// The arguments of the process.
+pub(crate) fn parse(arguments: impl IntoIterator<Item = OsString>) -> Result<Cli, clap::Error> {
+    Cli::try_parse_from(arguments)
+}
+
+#[cfg(test)]
+mod tests {
+    use clap::CommandFactory;
+
+    use super::*;
+
+    #[test]
+    fn the_flags_do_not_contradict_each_other() {
+        Cli::command().debug_assert();
+    }
+
+    #[test]
+    fn areas_seeds_and_sizes_are_checked() {
+        assert_eq!(area("96x96"), Ok(9216));
+        assert_eq!(area("9216"), Ok(9216));
+        assert!(
+            area("0").is_err() && area("x").is_err() && area("99999999999x99999999999").is_err()
+        );
+        assert_eq!(seed("-1"), Ok(SeedArg::Random));
+        assert_eq!(seed("18446744073709551615"), Ok(SeedArg::Number(u64::MAX)));
+        assert!(seed("-2").is_err() && seed("1.5").is_err());
+        assert_eq!(gib("0.5"), Ok(1 << 29));
+        assert!(gib("-1").is_err() && gib("nan").is_err());
+    }
+}

@@ -1,0 +1,47 @@
+//! `pentimento ask`
+
+use pentimento::{AskRequest, Assistant, Event, Observer, Result};
+
+use super::{args::AskArgs, model, progress::Bar};
+
+/// Shows the bar until the first word, then the words.
+struct Speaker<'a> {
+    bar: &'a Bar,
+    speak: bool,
+}
+
+impl Observer for Speaker<'_> {
+    fn event(&self, event: &Event<'_>) {
+        let Event::Text(piece) = event else { return self.bar.event(event) };
+        if self.speak {
+            self.bar.clear();
+            if let Err(error) = super::print(piece.as_bytes()) {
+                tracing::debug!(%error, "stdout is gone");
+            }
+        }
+    }
+}
+
+pub(crate) fn run(args: AskArgs) -> Result<()> {
+    let mut request = AskRequest::new(model::pictures(&args.images)?, args.question);
+    request.tokens_max = args.max_tokens;
+    request.temperature = args.temperature;
+    request.seed = args.seed.and_then(|seed| seed.number());
+    request.cancel = super::cancel_on_interrupt()?;
+
+    let bar = Bar::new(args.report.quiet);
+    let (source, options) = (model::source(&args.model), model::options(&args.model)?);
+    let assistant = Assistant::open(&source, &options, &bar)?;
+    let speaker = Speaker { bar: &bar, speak: !args.report.json };
+    let result = assistant.ask(&request, &speaker);
+    bar.clear();
+    let outcome = result?;
+    if args.report.json {
+        return super::print_json(&outcome);
+    }
+    super::print_line("")?;
+    if !outcome.finished {
+        bar.note("the answer was cut at --max-tokens");
+    }
+    Ok(())
+}

@@ -1,0 +1,139 @@
+//! `pentimento info`: what a weight file, a model folder or a picture holds.
+
+use std::{collections::BTreeMap, path::Path};
+
+use pentimento::{
+    ModelInfo, ModelSource, Result,
+    pixels::{self, Limits},
+    weights::{Checkpoint, identify},
+};
+use serde_json::{Value, json};
+
+use super::args::InfoArgs;
+
+/// How many bytes of a file are looked at to tell what it is.
+const START_BYTES: usize = 16;
+
+pub(crate) fn run(args: &InfoArgs) -> Result<()> {
+    let path = args.path.as_path();
+    if path.is_dir() {
+        let info = ModelInfo::read(&ModelSource::Folder(path.to_owned()))?;
+        return if args.json {
+            super::print_json(&info)
+        } else {
+            super::print(folder(&info).as_bytes())
+        };
+    }
+    let is_weights =
+        path.extension().is_some_and(|extension| extension.eq_ignore_ascii_case("safetensors"))
+            || starts_like_weights(path)?;
+    if is_weights {
+        let checkpoint = Checkpoint::open_file(path)?;
+        if args.json {
+            return super::print_json(&weights_json(&checkpoint));
+        }
+        return super::print(weights(&checkpoint).as_bytes());
+    }
+    picture(path, args.json)
+}
+
+/// A safetensors header under another name: a small length and an opening brace.
+fn starts_like_weights(path: &Path) -> Result<bool> {
+    use std::io::Read;
+    let mut start = Vec::new();
+    fs_err::File::open(path)?.take(START_BYTES as u64).read_to_end(&mut start)?;
+    Ok(start.get(6..9) == Some(&[0, 0, b'{']))
+}
+
+fn shape(shape: &[usize]) -> String {
+    let sides: Vec<String> = shape.iter().map(usize::to_string).collect();
+    format!("[{}]", sides.join(", "))
+}
+
+fn weights(checkpoint: &Checkpoint) -> String {
+    let width = checkpoint.tensors().map(|(name, _)| name.len()).max().unwrap_or(0);
+    let mut text = String::new();
+    for (name, entry) in checkpoint.tensors() {
+        text += &format!(
+            "{name:<width$}  {:<5} {}\n",
+            format!("{:?}", entry.dtype),
+            shape(&entry.shape)
+        );
+    }
+    for (key, value) in checkpoint.metadata() {
+        text += &format!("metadata {key}: {value}\n");
+    }
+    text + &format!(
+        "{} tensors, {} parameters, {}\nmodel: {}\nfingerprint: {}\n",
+        checkpoint.tensors().count(),
+        checkpoint.elements(),
+        indicatif::BinaryBytes(checkpoint.stored_bytes()),
+        identify(checkpoint).unwrap_or("unknown"),
+        checkpoint.fingerprint(),
+    )
+}
+
+fn weights_json(checkpoint: &Checkpoint) -> Value {
+    let tensors: BTreeMap<&str, Value> = checkpoint
+        .tensors()
+        .map(|(name, entry)| {
+            (name, json!({ "type": format!("{:?}", entry.dtype), "shape": entry.shape }))
+        })
+        .collect();
+    json!({
+        "model": identify(checkpoint),
+        "fingerprint": checkpoint.fingerprint(),
+        "parameters": checkpoint.elements(),
+        "stored_bytes": checkpoint.stored_bytes(),
+        "metadata": checkpoint.metadata(),
+        "tensors": tensors,
+    })
+}
+
+fn folder(info: &ModelInfo) -> String {
+    let mut text = format!("{}: {} ({})\n", info.name, info.version, info.class);
+    if info.untrained {
+        text += "untrained: random weights\n";
+    }
+    for part in &info.parts {
+        let types: Vec<String> =
+            part.types.iter().map(|(name, count)| format!("{count} {name}")).collect();
+        text += &format!(
+            "{:<13} {} tensors ({}), {} parameters, {}\n",
+            part.name,
+            part.tensors,
+            types.join(", "),
+            part.parameters,
+            indicatif::BinaryBytes(part.stored_bytes),
+        );
+    }
+    text + &format!(
+        "defaults      {} px² ({} px² for the language model), {} steps, CFG {}\ndigest        {}\n",
+        info.area, info.vl_area, info.steps, info.cfg_scale, info.digest
+    )
+}
+
+fn picture(path: &Path, as_json: bool) -> Result<()> {
+    let bytes = fs_err::read(path)?;
+    let info = pixels::read_metadata(&bytes, &path.display().to_string(), &Limits::default())?;
+    if as_json {
+        return super::print_json(&info);
+    }
+    let mut text = format!("{} {}\n", info.format, info.size);
+    if info.orientation != 1 {
+        text += &format!("EXIF orientation {}\n", info.orientation);
+    }
+    if let Some(bytes) = info.icc_bytes {
+        text += &format!("ICC profile of {bytes} bytes\n");
+    }
+    if info.several_frames {
+        text += "several frames or pages; the first is used\n";
+    }
+    for note in &info.notes {
+        text += &format!("note: {note}\n");
+    }
+    for entry in &info.texts {
+        text += &format!("{}: {}\n", entry.keyword, entry.text);
+    }
+    super::print(text.as_bytes())
+}

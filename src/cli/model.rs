@@ -1,0 +1,66 @@
+//! From what was typed about a model to what the engine opens.
+
+use std::{io::Read, path::Path};
+
+use pentimento::{
+    Device, Engine, EngineOptions, ModelSource, Result,
+    memory::Budget,
+    pixels::{Limits, Picture},
+    weights::Storage,
+};
+
+use super::args::{DtypeArg, ModelArgs};
+
+/// Where the model comes from.
+pub(crate) fn source(args: &ModelArgs) -> ModelSource {
+    args.model.clone().map_or(ModelSource::Mini, ModelSource::Folder)
+}
+
+/// Where and how it runs. Sets the number of threads for the whole process.
+pub(crate) fn options(args: &ModelArgs) -> Result<EngineOptions> {
+    if let Some(threads) = args.threads {
+        pentimento::set_threads(usize::from(threads))?;
+    }
+    Ok(EngineOptions {
+        device: args.device.parse::<Device>()?,
+        storage: match args.dtype {
+            DtypeArg::Auto => None,
+            DtypeArg::F32 => Some(Storage::Plain(candle_core::DType::F32)),
+            DtypeArg::Bf16 => Some(Storage::Plain(candle_core::DType::BF16)),
+            DtypeArg::F16 => Some(Storage::Plain(candle_core::DType::F16)),
+            DtypeArg::Q8_0 => Some(Storage::Q8_0),
+        },
+        budget: Budget { bytes_max: args.max_ram },
+    })
+}
+
+/// The pictures of a request; `-` is stdin and may stand once.
+pub(crate) fn pictures(paths: &[impl AsRef<Path>]) -> Result<Vec<Picture>> {
+    let limits = Limits::default();
+    let mut stdin_used = false;
+    let mut pictures = Vec::with_capacity(paths.len());
+    for path in paths {
+        let path = path.as_ref();
+        if path.as_os_str() != "-" {
+            pictures.push(Picture::open(path, &limits)?);
+            continue;
+        }
+        if std::mem::replace(&mut stdin_used, true) {
+            return Err(pentimento::RequestError::Field {
+                field: "--image",
+                found: "`-` twice".to_owned(),
+                expected: "stdin at most once".to_owned(),
+            }
+            .into());
+        }
+        let mut bytes = Vec::new();
+        std::io::stdin().lock().take(limits.bytes_max + 1).read_to_end(&mut bytes)?;
+        pictures.push(Picture::decode(&bytes, "stdin", &limits)?);
+    }
+    Ok(pictures)
+}
+
+/// Opens the engine of a model.
+pub(crate) fn open(args: &ModelArgs, observer: &dyn pentimento::Observer) -> Result<Engine> {
+    Engine::open(&source(args), &options(args)?, observer)
+}

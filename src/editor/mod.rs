@@ -1,0 +1,189 @@
+//! The one place where the vision-language model and the denoiser meet.
+
+mod ask;
+mod edit;
+mod estimate;
+mod inspect;
+mod pipeline;
+mod plan_sizes;
+mod source;
+mod stages;
+
+use std::{sync::Arc, time::Duration};
+
+pub use self::{
+    inspect::{ModelInfo, PartInfo},
+    pipeline::Kind,
+    source::ModelSource,
+};
+use self::{pipeline::Pipeline, stages::Stages};
+use crate::{
+    diffusion::DiffusionModel,
+    error::Result,
+    memory::{Budget, Device},
+    progress::{Event, Observer, Stage},
+    request::{AskOutcome, AskRequest, EditOutcome, EditRequest, StageReport},
+    vlm::VisionLanguageModel,
+    weights::{ModelFiles, Precision, Storage},
+};
+
+/// Where and how a model runs.
+#[derive(Debug, Clone, Copy, Default)]
+pub struct EngineOptions {
+    /// The device of the computation.
+    pub device: Device,
+    /// How the matrices of linear layers are kept in memory; `None` is the type of the computation.
+    pub storage: Option<Storage>,
+    /// A ceiling for host memory.
+    pub budget: Budget,
+}
+
+impl EngineOptions {
+    fn precision(&self) -> Result<Precision> {
+        let device = self.device.open()?;
+        let compute = Device::compute_type(&device);
+        let storage = match self.storage {
+            None => Storage::Compute,
+            Some(Storage::Plain(dtype)) if dtype == compute => Storage::Compute,
+            Some(storage) => storage,
+        };
+        Ok(Precision { device, compute, storage })
+    }
+}
+
+/// A model in memory, ready for requests.
+///
+/// ```
+/// use pentimento::{Engine, EngineOptions, EditRequest, ModelSource, pixels::Picture};
+///
+/// let engine = Engine::open(&ModelSource::Mini, &EngineOptions::default(), &())?;
+/// let picture = Picture::from_rgb(image::RgbImage::from_pixel(64, 64, image::Rgb([90, 140, 200])));
+/// let mut request = EditRequest::new(picture, "make it night");
+/// request.seed = Some(1);
+/// request.steps = Some(1);
+/// let outcome = engine.edit(&request, &())?;
+/// assert_eq!(outcome.picture.rgb.dimensions(), (64, 64));
+/// assert_eq!(outcome.seed, 1);
+/// # Ok::<(), pentimento::Error>(())
+/// ```
+#[derive(Debug)]
+pub struct Engine {
+    pipeline: Pipeline,
+    info: ModelInfo,
+    vlm: Arc<VisionLanguageModel>,
+    diffusion: DiffusionModel,
+    budget: Budget,
+    load: StageReport,
+}
+
+impl Engine {
+    /// Checks a model's files and reads its weights into memory.
+    ///
+    /// # Errors
+    /// Files that are missing, damaged or of another kind; a device that cannot be opened; not
+    /// enough memory.
+    pub fn open(
+        source: &ModelSource,
+        options: &EngineOptions,
+        observer: &dyn Observer,
+    ) -> Result<Self> {
+        let files = source.files()?;
+        let pipeline = Pipeline::read(&files)?;
+        let info = ModelInfo::from_pipeline(&files, &pipeline)?;
+        if info.untrained {
+            observer.event(&Event::Note(&format!(
+                "the model {} has random weights: it shows that everything runs, but the picture \
+                 will not follow the prompt; pass --model DIR for a trained one",
+                info.name
+            )));
+        }
+        let precision = options.precision()?;
+        estimate::check_weights(&info, &precision, options.budget)?;
+        let mut stages = Stages::new(observer);
+        let (vlm, diffusion) = stages.run(Stage::Load, || {
+            let vlm = load_vlm(&files, &precision)?;
+            Ok((vlm, DiffusionModel::load(&files, &precision)?))
+        })?;
+        let load =
+            StageReport { stage: Stage::Load, elapsed: Duration::ZERO, peak_resident_bytes: None };
+        let load = stages.finish().pop().unwrap_or(load);
+        Ok(Self { pipeline, info, vlm: Arc::new(vlm), diffusion, budget: options.budget, load })
+    }
+
+    /// What was opened.
+    #[must_use]
+    pub fn model(&self) -> &ModelInfo {
+        &self.info
+    }
+
+    /// Time and memory that opening took.
+    #[must_use]
+    pub fn load_report(&self) -> StageReport {
+        self.load
+    }
+
+    /// Carries out one edit.
+    ///
+    /// # Errors
+    /// A request the model cannot carry out, not enough memory, cancellation, or values that are
+    /// not finite.
+    pub fn edit(&self, request: &EditRequest, observer: &dyn Observer) -> Result<EditOutcome> {
+        edit::run(self, request, observer)
+    }
+
+    /// Answers a question about pictures with the editor's own vision-language model.
+    ///
+    /// # Errors
+    /// A question that is empty or too long, or cancellation.
+    pub fn ask(&self, request: &AskRequest, observer: &dyn Observer) -> Result<AskOutcome> {
+        ask::run(&self.vlm, request, observer)
+    }
+}
+
+/// A vision-language model alone, for questions; it loads nothing of the editor.
+///
+/// ```
+/// use pentimento::{Assistant, AskRequest, EngineOptions, ModelSource, pixels::Picture};
+///
+/// let assistant = Assistant::open(&ModelSource::Mini, &EngineOptions::default(), &())?;
+/// let picture = Picture::from_rgb(image::RgbImage::from_pixel(64, 64, image::Rgb([90, 140, 200])));
+/// let mut request = AskRequest::new(vec![picture], "what is in the picture?");
+/// request.tokens_max = 4;
+/// let outcome = assistant.ask(&request, &())?;
+/// assert!(outcome.answer_tokens <= 4);
+/// # Ok::<(), pentimento::Error>(())
+/// ```
+#[derive(Debug)]
+pub struct Assistant {
+    vlm: VisionLanguageModel,
+}
+
+impl Assistant {
+    /// Reads the vision-language model of a folder into memory.
+    ///
+    /// # Errors
+    /// As [`Engine::open`].
+    pub fn open(
+        source: &ModelSource,
+        options: &EngineOptions,
+        observer: &dyn Observer,
+    ) -> Result<Self> {
+        let files = source.files()?;
+        let precision = options.precision()?;
+        estimate::check_part(&files, "text_encoder", "model", &precision, options.budget)?;
+        let vlm = Stages::new(observer).run(Stage::Load, || load_vlm(&files, &precision))?;
+        Ok(Self { vlm })
+    }
+
+    /// Answers a question about pictures.
+    ///
+    /// # Errors
+    /// A question that is empty or too long, or cancellation.
+    pub fn ask(&self, request: &AskRequest, observer: &dyn Observer) -> Result<AskOutcome> {
+        ask::run(&self.vlm, request, observer)
+    }
+}
+
+fn load_vlm(files: &ModelFiles, precision: &Precision) -> Result<VisionLanguageModel> {
+    VisionLanguageModel::load(files, "text_encoder", precision)
+}

@@ -1,0 +1,65 @@
+//! The sizes at which a request's pictures go through the models.
+
+use super::pipeline::{Kind, Pipeline};
+use crate::{error::Result, pixels::Size, request::EditRequest};
+
+/// Sizes of a request.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(super) struct Sizes {
+    /// The size that is denoised.
+    pub(super) working: Size,
+    /// The size of the result.
+    pub(super) output: Size,
+    /// What the autoencoder sees of each picture.
+    pub(super) latent: Vec<Size>,
+    /// What the vision-language model sees of each picture.
+    pub(super) vision: Vec<Size>,
+}
+
+impl Sizes {
+    /// Chooses the sizes; `multiple_px` is the side of one token.
+    ///
+    /// The first picture is the one that is edited: it gets the working size, so that its token
+    /// grid is the output's and nothing shifts. Further pictures keep their own aspect ratio.
+    /// The result has the input's size, or the one that was asked for.
+    pub(super) fn plan(
+        pipeline: &Pipeline,
+        request: &EditRequest,
+        multiple_px: u32,
+    ) -> Result<Self> {
+        let inputs: Vec<Size> =
+            request.pictures.iter().map(|picture| Size::of(&picture.rgb)).collect();
+        let area = request.area.unwrap_or(pipeline.area);
+        let vl_area = match (request.vl_area, pipeline.kind) {
+            (Some(area), _) => area,
+            // The first version shows the vision-language model what the autoencoder sees.
+            (None, Kind::Edit) => request.area.unwrap_or(pipeline.vl_area),
+            (None, Kind::Plus) => pipeline.vl_area,
+        };
+        let first = inputs[0];
+        let asked = (request.width, request.height);
+        let calculated = match asked {
+            (Some(width), None) => {
+                Size::for_area(matching_area(width, first.height, first.width), first)?
+            }
+            (None, Some(height)) => {
+                Size::for_area(matching_area(height, first.width, first.height), first)?
+            }
+            _ => Size::for_area(area, first)?,
+        };
+        let working = Size::working(asked.0, asked.1, calculated, multiple_px)?;
+        let mut latent = vec![working];
+        for &input in &inputs[1..] {
+            latent.push(Size::for_area(area, input)?);
+        }
+        let vision =
+            inputs.iter().map(|&input| Size::for_area(vl_area, input)).collect::<Result<_>>()?;
+        let output = if asked == (None, None) { first } else { working };
+        Ok(Self { working, output, latent, vision })
+    }
+}
+
+/// The area of a picture of which one side is `px`, where the input's sides are as `other` to `same`.
+fn matching_area(px: u32, other: u32, same: u32) -> u64 {
+    (u64::from(px) * u64::from(px) * u64::from(other)).div_ceil(u64::from(same.max(1)))
+}

@@ -1,0 +1,48 @@
+//! Times the stages of a request and tells the observer about them.
+
+use std::time::{Duration, Instant};
+
+use crate::{
+    error::Result,
+    memory,
+    progress::{Event, Observer, Stage},
+    request::StageReport,
+};
+
+/// Runs stages one after the other and keeps a report of each.
+pub(super) struct Stages<'a> {
+    observer: &'a dyn Observer,
+    reports: Vec<StageReport>,
+}
+
+impl<'a> Stages<'a> {
+    pub(super) fn new(observer: &'a dyn Observer) -> Self {
+        Self { observer, reports: Vec::new() }
+    }
+
+    /// Runs `work` as a stage that has no steps of its own.
+    pub(super) fn run<T>(&mut self, stage: Stage, work: impl FnOnce() -> Result<T>) -> Result<T> {
+        self.observer.event(&Event::Step { stage, step: 0, of: 1, elapsed: Duration::ZERO });
+        self.run_steps(stage, work)
+    }
+
+    /// Runs `work` as a stage that tells of its own steps.
+    pub(super) fn run_steps<T>(
+        &mut self,
+        stage: Stage,
+        work: impl FnOnce() -> Result<T>,
+    ) -> Result<T> {
+        let start = Instant::now();
+        let result = work()?;
+        let elapsed = start.elapsed();
+        self.observer.event(&Event::StageDone { stage, elapsed });
+        let peak_resident_bytes = memory::peak_resident_bytes();
+        tracing::debug!(?stage, ?elapsed, ?peak_resident_bytes, "stage done");
+        self.reports.push(StageReport { stage, elapsed, peak_resident_bytes });
+        Ok(result)
+    }
+
+    pub(super) fn finish(self) -> Vec<StageReport> {
+        self.reports
+    }
+}

@@ -1,0 +1,54 @@
+//! Which model a weight file belongs to, told from its tensors.
+
+use super::checkpoint::Checkpoint;
+
+/// Prefixes under which tools save a transformer.
+pub const TRANSFORMER_PREFIXES: &[&str] =
+    &["transformer.", "model.diffusion_model.", "diffusion_model."];
+
+/// A rule: every name must be there. Rules that ask for more come first.
+const RULES: &[(&[&str], &str)] = &[
+    (
+        &["time_text_embed.addition_t_embedding.weight", "txt_norm.weight"],
+        "Qwen-Image-Layered transformer (not supported)",
+    ),
+    (
+        &["transformer_blocks.0.img_mlp.gate_up.weight"],
+        "Qwen-Image 2.1 transformer (not supported)",
+    ),
+    (&["transformer_blocks.0.img_mlp.w1.weight"], "a relative of Qwen-Image (not supported)"),
+    (&["transformer_blocks.0.img_mod.1.weight", "txt_norm.weight"], "Qwen-Image transformer"),
+    (
+        &["single_transformer_blocks.0.attn.to_q.weight"],
+        "FLUX transformer, diffusers names (not supported)",
+    ),
+    (&["double_stream_modulation_img.lin.weight"], "FLUX.2 transformer (not supported)"),
+    (&["double_blocks.0.img_attn.norm.key_norm.scale"], "FLUX.1 transformer (not supported)"),
+    (&["visual.patch_embed.proj.weight", "model.embed_tokens.weight"], "Qwen2.5-VL"),
+    (&["model.visual.patch_embed.proj.weight"], "Qwen2.5-VL"),
+    (
+        &["quant_conv.weight", "encoder.conv_in.weight", "encoder.mid_block.resnets.0.norm1.gamma"],
+        "Qwen-Image autoencoder",
+    ),
+    (
+        &["decoder.middle.0.residual.0.gamma", "conv1.weight"],
+        "Qwen-Image autoencoder, Wan names (not supported)",
+    ),
+    (&["unet.conv_in.weight"], "Stable Diffusion UNet (not supported)"),
+    (
+        &["model.diffusion_model.input_blocks.0.0.weight"],
+        "Stable Diffusion checkpoint (not supported)",
+    ),
+];
+
+/// The model's name, where the tensors tell.
+#[must_use]
+pub fn identify(checkpoint: &Checkpoint) -> Option<&'static str> {
+    let holds = |name: &str| {
+        checkpoint.contains(name)
+            || TRANSFORMER_PREFIXES
+                .iter()
+                .any(|prefix| checkpoint.contains(&format!("{prefix}{name}")))
+    };
+    RULES.iter().find(|(names, _)| names.iter().all(|name| holds(name))).map(|(_, model)| *model)
+}
