@@ -181,8 +181,8 @@ impl ScheduleConfig {
         if self.invert {
             sigmas.iter_mut().for_each(|sigma| *sigma = 1.0 - *sigma);
         }
-        if let Some(level) = sigmas.iter().find(|sigma| !sigma.is_finite()) {
-            return Err(Error::field("steps", steps, format!("a number without a level {level}")));
+        if !sigmas.iter().all(|sigma| sigma.is_finite()) {
+            return Err(Error::field("steps", steps, "a number of steps with finite noise levels"));
         }
         let scale = f32_of(f64::from(self.train_timesteps));
         let timesteps = sigmas.iter().map(|sigma| sigma * scale).collect();
@@ -326,9 +326,13 @@ impl Schedule {
     /// velocity that the model predicts there. All `[b, n, c]` in float32.
     ///
     /// # Errors
-    /// Shapes that differ, or a failure of the device.
+    /// A step that is not there, shapes that differ, or a failure of the device.
     pub fn advance(&self, step: usize, latents: &Tensor, velocity: &Tensor) -> Result<Tensor> {
-        let distance = self.sigmas[step + 1] - self.sigmas[step];
+        let Some([sigma, next]) = self.sigmas.get(step..).and_then(|rest| rest.first_chunk())
+        else {
+            return Err(Error::field("step", step, format!("below {}", self.steps())));
+        };
+        let distance = next - sigma;
         Ok((latents + (velocity * f64::from(distance))?)?)
     }
 }

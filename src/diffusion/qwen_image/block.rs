@@ -136,7 +136,7 @@ impl Block {
         let text = self.text_attention.out.forward(&text)?;
         let text = ops::gated_add(&streams.text, &text, &step.text.attention.gate)?;
         let inner = self.text_mlp.forward(&modulated(&text, &step.text.mlp)?)?;
-        let text = ops::gated_add(&text, &inner, &step.text.mlp.gate)?;
+        let text = in_range(ops::gated_add(&text, &inner, &step.text.mlp.gate)?)?;
         let image = self.image_attention.out.forward(&image)?;
         let image = self.finish_image(&streams.image, &image, layout, step)?;
         Ok(Streams { image, text })
@@ -229,9 +229,15 @@ impl Block {
         let inner = by_kind([&image], layout, step, |[x], m| modulated(x, &m.mlp))?;
         let inner = self.image_mlp.forward(&inner)?;
         by_kind([&image, &inner], layout, step, |[residual, x], modulation| {
-            ops::gated_add(residual, x, &modulation.mlp.gate)
+            in_range(ops::gated_add(residual, x, &modulation.mlp.gate)?)
         })
     }
+}
+
+/// Keeps the residual streams finite in float16, as the reference does.
+fn in_range(x: Tensor) -> TensorResult<Tensor> {
+    const MAX: f64 = 65_504.0;
+    if x.dtype() == DType::F16 { x.clamp(-MAX, MAX) } else { Ok(x) }
 }
 
 /// Applies `f` to the image tokens that are modulated alike: all of them, or the picture that is

@@ -36,11 +36,11 @@ fn the_autoencoder_equals_the_three_dimensional_reference() {
         let mean = reference.tensor("vae.mean").squeeze(2).unwrap();
         let latents = autoencoder.encode(&picture, &Tiling::default(), &cancel).unwrap();
         let found = denormalised(&autoencoder, &latents);
-        assert_close(reference.name(), &found, &mean, Tolerance::Relative(1e-5));
+        assert_close(reference.name(), &found, &mean, Tolerance::Relative(5e-5));
         let latents = normalised(&autoencoder, &mean);
         let decoded = autoencoder.decode(&latents, &Tiling::default(), &cancel).unwrap();
         let expected = reference.tensor("vae.decoded").squeeze(2).unwrap();
-        assert_close(reference.name(), &decoded, &expected, Tolerance::Relative(1e-5));
+        assert_close(reference.name(), &decoded, &expected, Tolerance::Relative(5e-5));
     }
 }
 
@@ -52,7 +52,7 @@ fn tiles_equal_the_whole() {
         let reference = Reference::open(name);
         let autoencoder = Autoencoder::load(&files(&reference), &Precision::reference()).unwrap();
         let cancel = CancelToken::new();
-        let picture = smooth_picture(400, 320);
+        let picture = smooth_picture(328, 312);
         let whole = autoencoder.encode(&picture, &Tiling::OFF, &cancel).unwrap();
         let decoded = autoencoder.decode(&whole, &Tiling::OFF, &cancel).unwrap();
         let exact_px = autoencoder.exact_overlap_px();
@@ -74,8 +74,8 @@ fn tiles_equal_the_whole() {
             }
         }
         // Up to the threshold nothing is tiled.
-        let tiling = Tiling { above_pixels: 400 * 320, tile_px: 64, overlap_px: 0 };
-        assert!(!tiling.applies(400, 320) && tiling.applies(400, 328));
+        let tiling = Tiling { above_pixels: 328 * 312, tile_px: 64, overlap_px: 0 };
+        assert!(!tiling.applies(328, 312) && tiling.applies(328, 320));
         let latents = autoencoder.encode(&picture, &tiling, &cancel).unwrap();
         assert!(largest_difference(&latents, &whole) == 0.0);
     }

@@ -6,8 +6,11 @@ use candle_core::Tensor;
 use pentimento::{
     CancelToken, Error, Event, RequestError, Stage,
     diffusion::{
-        Conditioning, Denoise, DiffusionModel, Transformer, noise::NoiseSource,
-        schedule::ScheduleConfig, vae::Tiling,
+        Conditioning, Denoise, DiffusionModel, Transformer,
+        noise::NoiseSource,
+        qwen_image::{ModelInput, Outputs},
+        schedule::ScheduleConfig,
+        vae::Tiling,
     },
     weights::Precision,
 };
@@ -92,6 +95,38 @@ fn a_negative_prompt_counts_only_with_a_scale_above_one() {
     let plain = latents(None, 4.0);
     assert!(largest_difference(&plain, &latents(negative.as_ref(), 1.0)) == 0.0);
     assert!(largest_difference(&plain, &latents(negative.as_ref(), 4.0)) > 1e-3);
+}
+
+/// More steps than are prepared together.
+#[test]
+fn preparing_steps_together_changes_nothing() {
+    let run = Run::open("tiny-qwen-2511", "pipe.two");
+    let files = files(&run.reference);
+    let model = Transformer::load(&files, &Precision::reference()).unwrap();
+    let schedule = ScheduleConfig::load(&files).unwrap().schedule(10, 32).unwrap();
+    let (grids, cancel) = (run.grids(), CancelToken::new());
+    let (noise, references) = (&run.inputs["noise"], &run.inputs["references"]);
+    let conditioning = run.conditioning("positive").unwrap();
+    let mut latents = noise.clone();
+    for (step, time) in schedule.timesteps().iter().enumerate() {
+        let context = &model.contexts(&[time / 1000.0], &cancel).unwrap()[0];
+        let tokens = &Tensor::cat(&[&latents, references], 1).unwrap();
+        let input = ModelInput { tokens, grids: &grids, conditioning: &conditioning };
+        let velocity = model.forward(&input, context, Outputs::All, &cancel).unwrap();
+        let velocity = velocity.narrow(1, 0, grids[0].tokens()).unwrap();
+        latents = schedule.advance(step, &latents, &velocity).unwrap();
+    }
+    let denoise = Denoise {
+        noise,
+        references: Some(references),
+        grids: &grids,
+        positive: &conditioning,
+        negative: None,
+        cfg_scale: 1.0,
+        schedule: &schedule,
+    };
+    let together = denoise.run(&model, &(), &cancel, &mut |_, _| {}).unwrap();
+    assert_close("together", &together, &latents, Tolerance::Relative(1e-5));
 }
 
 #[test]

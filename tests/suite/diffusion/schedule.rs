@@ -121,3 +121,14 @@ fn scheduler_configs_that_compute_something_else_are_refused() {
     );
     ScheduleConfig::load(&files).unwrap();
 }
+
+#[test]
+fn a_step_moves_along_the_velocity() {
+    let (_folder, files) = scheduler_folder(&serde_json::json!({}));
+    let schedule = ScheduleConfig::load(&files).unwrap().schedule(4, 64).unwrap();
+    let (latents, velocity) = (vector(&[1.0, -2.0]), vector(&[0.5, 4.0]));
+    let next = schedule.advance(1, &latents, &velocity).unwrap(); // from 0.75 to 0.5
+    assert_close("step", &next, &vector(&[0.875, -3.0]), Tolerance::Absolute(1e-6));
+    let error = schedule.advance(4, &latents, &velocity).unwrap_err();
+    assert!(matches!(error, Error::Request(RequestError::Field { field: "step", .. })), "{error}");
+}
