@@ -5,19 +5,20 @@ use std::time::Duration;
 use serde::Serialize;
 
 use crate::{
+    diffusion::noise::CudaGrid,
     pixels::{Picture, Size},
     progress::{CancelToken, Stage},
 };
 
 /// Whose random numbers a seed draws.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize)]
-#[serde(rename_all = "snake_case")]
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub enum Rng {
     /// What `torch.Generator("cpu").manual_seed(seed)` draws; the same picture on every machine.
     #[default]
     Cpu,
-    /// What `torch.Generator("cuda").manual_seed(seed)` draws.
-    Cuda,
+    /// What `torch.Generator("cuda").manual_seed(seed)` draws. Where the noise has more values than
+    /// the device has threads, the device matters: [`CudaGrid::of_device`].
+    Cuda(CudaGrid),
 }
 
 impl Rng {
@@ -26,7 +27,7 @@ impl Rng {
     pub fn name(self) -> &'static str {
         match self {
             Self::Cpu => "cpu",
-            Self::Cuda => "cuda",
+            Self::Cuda(_) => "cuda",
         }
     }
 }

@@ -3,13 +3,13 @@
 use std::path::Path;
 
 use pentimento::{
-    EditOutcome, EditRequest, Engine, Error, Result, Rng, StageReport, Strategy,
+    EditOutcome, EditRequest, Engine, Error, Result, StageReport, Strategy,
     pixels::{self, EditRecord, Format, ModelRecord, Overwrite, RECORD_VERSION},
 };
 use serde_json::json;
 
 use super::{
-    args::{EditArgs, RngArg, StrategyArg},
+    args::{EditArgs, StrategyArg},
     model,
     progress::Bar,
 };
@@ -66,10 +66,7 @@ fn request(args: &EditArgs) -> Result<EditRequest> {
     request.negative_prompt.clone_from(&args.negative_prompt);
     request.steps = args.steps;
     request.seed = args.seed.and_then(|seed| seed.number());
-    request.rng = match args.rng {
-        RngArg::Cpu => Rng::Cpu,
-        RngArg::Cuda => Rng::Cuda,
-    };
+    request.rng = args.rng;
     request.cfg_scale = args.cfg_scale;
     (request.width, request.height) = (args.width, args.height);
     (request.area, request.vl_area) = (args.area, args.vl_area);
@@ -138,7 +135,7 @@ fn summary(
         "prompt": request.prompt,
         "negative_prompt": request.negative_prompt,
         "seed": outcome.seed,
-        "rng": request.rng,
+        "rng": request.rng.name(),
         "steps": outcome.steps,
         "cfg_scale": outcome.cfg_scale,
         "strategy": request.strategy,

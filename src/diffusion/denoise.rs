@@ -91,7 +91,6 @@ impl Denoise<'_> {
                 record(step, &latents);
             }
         }
-        observer.event(&Event::StageDone { stage: Stage::Denoise, elapsed: begin.elapsed() });
         Ok(latents)
     }
 

@@ -5,11 +5,7 @@ use image::RgbImage;
 
 use super::{Engine, estimate, pipeline::Pipeline, plan_sizes::Sizes, stages::Stages};
 use crate::{
-    diffusion::{
-        Conditioning, Denoise, Grid,
-        noise::{CudaGrid, NoiseSource},
-        vae::Tiling,
-    },
+    diffusion::{Conditioning, Denoise, Grid, noise::NoiseSource, vae::Tiling},
     error::{Error, RequestError, Result},
     pixels::{self, Filter, Picture, Size},
     progress::{Event, Observer, Stage},
@@ -120,7 +116,7 @@ impl<'a> Checked<'a> {
     fn noise_source(&self) -> NoiseSource {
         match self.request.rng {
             Rng::Cpu => NoiseSource::Cpu,
-            Rng::Cuda => NoiseSource::Cuda(CudaGrid::default()),
+            Rng::Cuda(grid) => NoiseSource::Cuda(grid),
         }
     }
 }

@@ -8,7 +8,7 @@ use serde_json::Value;
 use crate::{
     diffusion::config_check::{refuse_unknown_keys, require_class},
     error::{ModelError, Result},
-    weights::{Checkpoint, ModelFiles},
+    weights::{Checkpoint, ModelFiles, identify::TRANSFORMER_PREFIXES},
 };
 
 /// Where the config lies in a model folder.
@@ -199,8 +199,11 @@ fn rope_axes(files: &ModelFiles, raw: &RawConfig) -> Result<[usize; 3]> {
 
 /// A tensor's name without what other programs put before it.
 pub(super) fn canonical_name(name: &str) -> String {
-    const PREFIXES: [&str; 3] = ["model.diffusion_model.", "diffusion_model.", "transformer."];
-    PREFIXES.iter().find_map(|prefix| name.strip_prefix(prefix)).unwrap_or(name).to_owned()
+    TRANSFORMER_PREFIXES
+        .iter()
+        .find_map(|prefix| name.strip_prefix(prefix))
+        .unwrap_or(name)
+        .to_owned()
 }
 
 /// Refuses checkpoints of related models by their tensors, with the model's name.
