@@ -61,6 +61,17 @@ impl Inputs {
         self.patches.as_ref()
     }
 
+    /// The same inputs with the tokens of an answer after them, for judging an answer that is known.
+    #[must_use]
+    pub fn with_answer(mut self, answer: &[u32]) -> Self {
+        self.tokens.extend(answer);
+        for _ in answer {
+            self.positions.tokens.push([self.positions.next; 3]);
+            self.positions.next += 1;
+        }
+        self
+    }
+
     /// The same inputs with every token, pictures included, at its index on all three axes.
     ///
     /// The editing pipelines of diffusers leave out the token types from which transformers 5 works
