@@ -67,7 +67,8 @@ for name, text, count in prompts:
     few = {k: v for k, v in inp.items() if k != "mm_token_type_ids"}
     te.model.rope_deltas = None
     c.put(f"{name}.hidden_sequential", te(**few, output_hidden_states=True).hidden_states[-1])
-    for penalty in (1.0, 1.3):
+    # generation counts on from the last position, which is wrong when that is a picture's: prompts never end so
+    for penalty in (1.0, 1.3) if name != "bare" else ():
         gen = te.generate(**inp, generation_config=GenerationConfig(max_new_tokens=20, do_sample=False, repetition_penalty=penalty, eos_token_id=ids["<|im_end|>"], pad_token_id=0))
         c.put(f"{name}.greedy.{penalty}", gen[0, inp["input_ids"].shape[1]:])
 c.write()

@@ -88,11 +88,11 @@ fn long_texts_are_tokenized_whole_and_in_time() {
 #[test]
 fn unfinished_characters_wait_for_their_last_byte() {
     let tokenizer = qwen2();
-    let ids = tokenizer.encode("x🦙").unwrap();
-    assert!(ids.len() > 2, "the animal must be several tokens");
+    let ids = tokenizer.encode("x🫠").unwrap();
+    assert!(ids.len() > 2, "the face must be several tokens");
     let mut stream = tokenizer.stream();
     let pieces: Vec<String> = ids.iter().map(|id| stream.push(*id).unwrap()).collect();
-    assert_eq!(pieces.concat(), "x🦙");
+    assert_eq!(pieces.concat(), "x🫠");
     assert!(pieces[1..pieces.len() - 1].iter().all(String::is_empty), "{pieces:?}");
     let mut stream = tokenizer.stream();
     let start: String = ids[..2].iter().map(|id| stream.push(*id).unwrap()).collect();
