@@ -3,8 +3,6 @@
 use candle_core::{Result, Tensor};
 use candle_nn::kv_cache::KvCache;
 
-/// Tokens for which room is made at once.
-const GROW_TOKENS: usize = 512;
 /// The axis of the tokens in `[1, n, heads, d]`.
 const TOKEN_AXIS: usize = 1;
 
@@ -15,10 +13,10 @@ pub(super) struct Cache {
 }
 
 impl Cache {
-    /// An empty cache for `layers` layers.
-    #[must_use]
-    pub(super) fn new(layers: usize) -> Self {
-        let layer = KvCache::new(TOKEN_AXIS, GROW_TOKENS);
+    /// An empty cache for `layers` layers, with room for `tokens` tokens; it grows by as many when
+    /// they are used up.
+    pub(super) fn new(layers: usize, tokens: usize) -> Self {
+        let layer = KvCache::new(TOKEN_AXIS, tokens.max(1));
         Self { layers: vec![layer; layers] }
     }
 

@@ -75,9 +75,9 @@ impl LanguageModel {
         Ok(self.norm.forward(&x)?)
     }
 
-    /// An empty cache.
-    pub(super) fn cache(&self) -> Cache {
-        Cache::new(self.layers.len())
+    /// An empty cache with room for `tokens` tokens.
+    pub(super) fn cache(&self, tokens: usize) -> Cache {
+        Cache::new(self.layers.len(), tokens)
     }
 
     /// Angles in sections: section `i` turns with axis `i % 3`.

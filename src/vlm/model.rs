@@ -29,6 +29,8 @@ pub const IMAGE_PLACEHOLDER: &str = "<|image_pad|>";
 /// Tensors that may be in a checkpoint and are not read while loading: the head is read when logits
 /// are first asked for, and frequencies are computed.
 const IGNORED: &[&str] = &["lm_head.weight", "visual.rotary_pos_emb.inv_freq"];
+/// Tokens of an answer that the cache makes room for before it has to grow.
+const CACHE_TOKENS: usize = 512;
 const HEAD: &str = "lm_head.weight";
 const EMBEDDING: &str = "model.embed_tokens.weight";
 
@@ -59,6 +61,17 @@ impl Inputs {
     #[must_use]
     pub fn patches(&self) -> Option<&Patches> {
         self.patches.as_ref()
+    }
+
+    /// The same inputs with the tokens of an answer after them, for judging an answer that is known.
+    #[must_use]
+    pub fn with_answer(mut self, answer: &[u32]) -> Self {
+        self.tokens.extend(answer);
+        for _ in answer {
+            self.positions.tokens.push([self.positions.next; 3]);
+            self.positions.next += 1;
+        }
+        self
     }
 
     /// The same inputs with every token, pictures included, at its index on all three axes.
@@ -232,14 +245,15 @@ impl VisionLanguageModel {
         on_text: &mut dyn FnMut(&str),
     ) -> Result<Generation> {
         let mut sampler = options.sampler()?;
-        let mut cache = self.language.cache();
-        let mut hidden = self.prefill(inputs, Some(&mut cache), cancel)?;
         let mut seen = inputs.tokens.clone();
         let room = self.config.text.max_position_embeddings.saturating_sub(seen.len());
+        let steps = options.max_new_tokens.min(room);
+        let mut cache = self.language.cache(seen.len() + steps.min(CACHE_TOKENS));
+        let mut hidden = self.prefill(inputs, Some(&mut cache), cancel)?;
         let mut text = String::new();
         let mut stream = self.tokenizer.stream();
         let mut finish = Finish::Length;
-        for step in 0..options.max_new_tokens.min(room) {
+        for step in 0..steps {
             let token = sampler.choose(self.next_logits(&hidden)?, &seen)?;
             seen.push(token);
             if options.stop_tokens.contains(&token) {
@@ -248,7 +262,7 @@ impl VisionLanguageModel {
             }
             let piece = stream.push(token)?;
             hear(&piece, &mut text, on_text);
-            if step + 1 < options.max_new_tokens.min(room) {
+            if step + 1 < steps {
                 let at = inputs.positions.next + small(step);
                 let embedding = self.language.embed(&[token])?;
                 hidden = self.language.forward(&embedding, &[[at; 3]], Some(&mut cache), cancel)?;

@@ -17,6 +17,9 @@ use crate::{
 /// Largest ratio of a picture's sides.
 const RATIO_MAX: f64 = 200.0;
 const CHANNELS: usize = 3;
+/// Mean and standard deviation where a file names none.
+const CLIP_MEAN: [f64; CHANNELS] = [0.481_454_66, 0.457_827_5, 0.408_210_73];
+const CLIP_STD: [f64; CHANNELS] = [0.268_629_54, 0.261_302_58, 0.275_777_11];
 
 /// A picture's size in patches. A still picture is one frame deep.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -39,6 +42,15 @@ impl PatchGrid {
     #[expect(clippy::integer_division, reason = "both sides are multiples of the merge size")]
     pub fn merged(self, merge_size: usize) -> Self {
         Self { height: self.height / merge_size, width: self.width / merge_size }
+    }
+
+    /// Row and column of each patch in the order of the patches: token by token in reading order,
+    /// and in reading order within a token.
+    pub(super) fn places(self, merge_size: usize) -> impl Iterator<Item = (usize, usize)> {
+        let (rows, columns) = ((0..self.height), (0..self.width));
+        let within = move || reading_order(0..merge_size, 0..merge_size);
+        reading_order(rows.step_by(merge_size), columns.step_by(merge_size))
+            .flat_map(move |(top, left)| within().map(move |(y, x)| (top + y, left + x)))
     }
 }
 
@@ -164,27 +176,21 @@ impl Preprocessor {
     /// Appends the patches of one resized picture: by token row, token column, row and column in
     /// the token; in a patch by channel, frame, row, column.
     fn cut(&self, rgb: &[u8], grid: PatchGrid, values: &mut Vec<f32>) {
-        let (patch, merge) = (self.patch_size, self.merge_size);
-        let tokens = grid.merged(merge);
+        let patch = self.patch_size;
         let tables = self.tables();
         values.reserve(rgb.len() * self.frames);
-        for token in 0..tokens.patches() {
-            let (token_row, token_column) = row_and_column(token, tokens.width);
-            for part in 0..merge * merge {
-                let (row, column) = row_and_column(part, merge);
-                let top = (token_row * merge + row) * patch;
-                let left = (token_column * merge + column) * patch;
-                for (channel, table) in tables.iter().enumerate() {
-                    let start = values.len();
-                    for y in top..top + patch {
-                        let from = (y * grid.width * patch + left) * CHANNELS;
-                        let line = &rgb[from..from + patch * CHANNELS];
-                        let channel = line.iter().skip(channel).step_by(CHANNELS);
-                        values.extend(channel.map(|&byte| table[usize::from(byte)]));
-                    }
-                    for _ in 1..self.frames {
-                        values.extend_from_within(start..start + patch * patch);
-                    }
+        for (row, column) in grid.places(self.merge_size) {
+            let first = (row * grid.width * patch + column) * patch * CHANNELS;
+            for (channel, table) in tables.iter().enumerate() {
+                let start = values.len();
+                for y in 0..patch {
+                    let from = first + y * grid.width * patch * CHANNELS;
+                    let line = &rgb[from..from + patch * CHANNELS];
+                    let bytes = line.iter().skip(channel).step_by(CHANNELS);
+                    values.extend(bytes.map(|&byte| table[usize::from(byte)]));
+                }
+                for _ in 1..self.frames {
+                    values.extend_from_within(start..start + patch * patch);
                 }
             }
         }
@@ -218,8 +224,13 @@ fn num(side: f64) -> Option<u32> {
     whole
 }
 
-fn row_and_column(index: usize, width: usize) -> (usize, usize) {
-    (index.checked_div(width).unwrap_or(0), index.checked_rem(width).unwrap_or(0))
+/// All pairs of a row and a column, row by row.
+pub(super) fn reading_order<R, C>(rows: R, columns: C) -> impl Iterator<Item = (usize, usize)>
+where
+    R: Iterator<Item = usize>,
+    C: Iterator<Item = usize> + Clone,
+{
+    rows.flat_map(move |row| columns.clone().map(move |column| (row, column)))
 }
 
 /// The settings object of a file.
@@ -248,11 +259,11 @@ impl Settings<'_> {
         let (patch, merge) = (vision.patch_size, vision.merge_size);
         let frames = vision.temporal_patch_size;
         for (key, value, default) in [
-            ("patch_size", patch, 14),
+            ("patch_size", patch, 14_u64),
             ("merge_size", merge, 2),
             ("temporal_patch_size", frames, 2),
         ] {
-            let found = self.map.get(key).map_or(Some(default as u64), Value::as_u64);
+            let found = self.map.get(key).map_or(Some(default), Value::as_u64);
             if found != Some(value as u64) {
                 return Err(self.fault(key, format!("{value}, as the vision tower's config says")));
             }
@@ -262,8 +273,8 @@ impl Settings<'_> {
         Ok(Preprocessor {
             min_pixels,
             max_pixels,
-            mean: self.channels("image_mean", [0.481_454_66, 0.457_827_5, 0.408_210_73], scale)?,
-            std: self.channels("image_std", [0.268_629_54, 0.261_302_58, 0.275_777_11], scale)?,
+            mean: self.channels("image_mean", CLIP_MEAN, scale)?,
+            std: self.channels("image_std", CLIP_STD, scale)?,
             patch_size: patch,
             merge_size: merge,
             frames,
@@ -304,11 +315,11 @@ impl Settings<'_> {
     }
 
     /// Three numbers over the rescaling factor.
-    fn channels(&self, key: &str, default: [f32; 3], scale: f64) -> Result<[f32; CHANNELS]> {
+    fn channels(&self, key: &str, default: [f64; CHANNELS], scale: f64) -> Result<[f32; CHANNELS]> {
         #[expect(clippy::cast_possible_truncation, reason = "the reference computes in f32")]
         let narrow = |number: f64| number as f32;
         let numbers = match self.map.get(key) {
-            None => default,
+            None => default.map(narrow),
             Some(value) => {
                 let list: Option<Vec<f32>> = value
                     .as_array()
@@ -318,7 +329,7 @@ impl Settings<'_> {
             }
         };
         let numbers = numbers.map(|number| number * narrow(1.0 / scale));
-        if key == "image_std" && numbers.iter().any(|std| !(*std > 0.0)) {
+        if key == "image_std" && numbers.iter().any(|std| *std <= 0.0 || std.is_nan()) {
             return Err(self.fault(key, "three numbers above zero"));
         }
         Ok(numbers)

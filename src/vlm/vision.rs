@@ -8,7 +8,7 @@ use candle_core::{DType, Device, Tensor};
 use super::{
     config::VisionConfig,
     positions::small,
-    preprocess::{PatchGrid, Patches},
+    preprocess::{PatchGrid, Patches, reading_order},
     rotary::{Angles, inverse_frequencies},
 };
 use crate::{
@@ -92,13 +92,13 @@ impl VisionTower {
     /// columns the second.
     fn angles(&self, grids: &[PatchGrid], windows: &Windows) -> Result<Angles> {
         let merge = self.config.merge_size;
-        let places: Vec<[u32; 2]> =
-            grids.iter().flat_map(|grid| patch_places(*grid, merge)).collect();
+        let places: Vec<(usize, usize)> =
+            grids.iter().flat_map(|grid| grid.places(merge)).collect();
         let unit = self.config.merge_unit();
         let mut table = Vec::with_capacity(places.len() * half(self.config.head_dim));
         for token in &windows.order {
             let first = *token as usize * unit;
-            for [row, column] in &places[first..first + unit] {
+            for (row, column) in &places[first..first + unit] {
                 table.extend(self.frequencies.iter().map(|f| angle(*row, *f)));
                 table.extend(self.frequencies.iter().map(|f| angle(*column, *f)));
             }
@@ -107,7 +107,7 @@ impl VisionTower {
     }
 }
 
-fn angle(position: u32, frequency: f32) -> f32 {
+fn angle(position: usize, frequency: f32) -> f32 {
     #[expect(clippy::cast_precision_loss, reason = "positions are below 2^24")]
     let position = position as f32;
     position * frequency
@@ -116,17 +116,6 @@ fn angle(position: u32, frequency: f32) -> f32 {
 #[expect(clippy::integer_division, reason = "head widths are even")]
 fn half(width: usize) -> usize {
     width / 2
-}
-
-/// Row and column of each patch, in the order in which patches are cut: token by token.
-fn patch_places(grid: PatchGrid, merge: usize) -> impl Iterator<Item = [u32; 2]> {
-    let tokens = grid.merged(merge);
-    let rows = 0..tokens.height;
-    rows.flat_map(move |row| (0..tokens.width).map(move |column| (row * merge, column * merge)))
-        .flat_map(move |(top, left)| {
-            (0..merge).flat_map(move |y| (0..merge).map(move |x| (top + y, left + x)))
-        })
-        .map(|(row, column)| [small(row), small(column)])
 }
 
 /// Where each picture's patches start, and the total at the end.
@@ -156,15 +145,16 @@ impl Windows {
         let mut first_token = 0;
         for grid in grids {
             let tokens = grid.merged(merge);
-            for top in (0..tokens.height).step_by(window) {
-                for left in (0..tokens.width).step_by(window) {
-                    for row in top..tokens.height.min(top + window) {
-                        let start = first_token + row * tokens.width;
-                        let columns = left..tokens.width.min(left + window);
-                        order.extend(columns.map(|column| small(start + column)));
-                    }
-                    starts.push(order.len() * merge * merge);
-                }
+            let corners = reading_order(
+                (0..tokens.height).step_by(window),
+                (0..tokens.width).step_by(window),
+            );
+            for (top, left) in corners {
+                let rows = top..tokens.height.min(top + window);
+                let columns = left..tokens.width.min(left + window);
+                let token = |(row, column)| small(first_token + row * tokens.width + column);
+                order.extend(reading_order(rows, columns).map(token));
+                starts.push(order.len() * merge * merge);
             }
             first_token += tokens.patches();
         }
@@ -289,9 +279,10 @@ mod tests {
             for (token, place) in back.iter().enumerate() {
                 prop_assert_eq!(windows.order[*place as usize] as usize, token);
             }
-            prop_assert!(windows.starts.windows(2).all(|pair| pair[0] < pair[1]));
-            let patches_max = window * window * merge * merge;
-            prop_assert!(windows.starts.windows(2).all(|pair| pair[1] - pair[0] <= patches_max));
+            let largest = window * window * merge * merge;
+            for pair in windows.starts.windows(2) {
+                prop_assert!((1..=largest).contains(&(pair[1] - pair[0])));
+            }
             let pictures = picture_starts(&grids);
             prop_assert_eq!(windows.starts.last(), pictures.last());
         }
