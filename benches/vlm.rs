@@ -2,7 +2,6 @@
 //! a prompt of text, a picture, and the tokens of an answer.
 //!
 //! `cargo bench --bench vlm`; the vocabulary is small, so logits cost less than in the real model.
-#![expect(missing_docs, reason = "criterion's macros make undocumented functions")]
 #![expect(clippy::unwrap_used, reason = "a benchmark may panic")]
 
 use std::{collections::HashMap, hint::black_box, path::Path, time::Duration};
