@@ -60,7 +60,7 @@ impl EngineOptions {
 /// let picture = Picture::from_rgb(image::RgbImage::from_pixel(64, 64, image::Rgb([90, 140, 200])));
 /// let mut request = EditRequest::new(picture, "make it night");
 /// request.seed = Some(1);
-/// request.steps = Some(1);
+/// request.steps = Some(2);
 /// let outcome = engine.edit(&request, &())?;
 /// assert_eq!(outcome.picture.rgb.dimensions(), (64, 64));
 /// assert_eq!(outcome.seed, 1);
