@@ -7,7 +7,7 @@ use candle_core::{Device, Tensor};
 use image::RgbImage;
 use serde_json::{Map, Value};
 
-use super::config::VisionConfig;
+use super::{config::VisionConfig, positions::small};
 use crate::{
     error::{Error, Result},
     pixels::{self, Filter},
@@ -130,8 +130,7 @@ impl Preprocessor {
             new_height = (height * beta / factor).ceil() * factor;
             new_width = (width * beta / factor).ceil() * factor;
         }
-        let whole = |side: f64| -> Option<u32> { num(side) };
-        match (whole(new_width), whole(new_height)) {
+        match (whole_px(new_width), whole_px(new_height)) {
             (Some(width), Some(height)) => Ok((width, height)),
             _ => Err(Error::field("image", found(), "a picture of ordinary size")),
         }
@@ -211,14 +210,12 @@ impl Preprocessor {
 
     /// Side of a token in pixels.
     fn token_px(&self) -> f64 {
-        #[expect(clippy::cast_precision_loss, reason = "a token is a few pixels wide")]
-        let side = (self.patch_size * self.merge_size) as f64;
-        side
+        f64::from(small(self.patch_size * self.merge_size))
     }
 }
 
 /// A whole number of pixels.
-fn num(side: f64) -> Option<u32> {
+fn whole_px(side: f64) -> Option<u32> {
     #[expect(clippy::cast_possible_truncation, clippy::cast_sign_loss, reason = "checked")]
     let whole = (1.0..=f64::from(1_u32 << 24)).contains(&side).then_some(side as u32);
     whole
