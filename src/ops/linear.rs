@@ -1,10 +1,19 @@
 //! Products with a weight matrix, in the type the matrix is kept in.
+//!
+//! On the CPU a plain matrix is packed for the registers once, in its own type; bf16 and f16 are
+//! widened panel by panel inside the product, never as a whole.
 
 use std::sync::Arc;
 
 use candle_core::{
-    DType, Module, Result, Tensor,
+    DType, Device, Module, Result, Tensor, bail,
     quantized::{GgmlDType, QMatMul, QTensor},
+};
+
+use super::{
+    cpu::{Floats, is_fast},
+    matrix::PackedMatrix,
+    simd::{Arch, hugepage, int8::PackedInt8},
 };
 
 /// A weight matrix `[out, in]` as it is kept in memory.
@@ -39,6 +48,8 @@ pub struct PackedLinear {
 
 #[derive(Debug, Clone)]
 enum Kernel {
+    Packed(Arc<PackedMatrix>),
+    Int8(Arc<PackedInt8>),
     Dense(Tensor),
     Quantized(QMatMul),
 }
@@ -50,8 +61,14 @@ impl PackedLinear {
     /// A failure of the device.
     pub fn new(weight: LinearWeight, bias: Option<Tensor>) -> Result<Self> {
         let weight = match weight {
+            LinearWeight::Dense(weight) if PackedMatrix::supports(&weight) => {
+                Kernel::Packed(Arc::new(PackedMatrix::new(&weight, Arch::new())?))
+            }
             LinearWeight::Dense(weight) => Kernel::Dense(weight),
-            LinearWeight::Quantized(weight) => Kernel::Quantized(QMatMul::from_arc(weight)?),
+            LinearWeight::Quantized(weight) => match int8(&weight)? {
+                Some(weight) => Kernel::Int8(Arc::new(weight)),
+                None => Kernel::Quantized(QMatMul::from_arc(weight)?),
+            },
         };
         Ok(Self { weight, bias })
     }
@@ -62,6 +79,18 @@ impl PackedLinear {
     /// Another width, or a failure of the device.
     pub fn forward(&self, x: &Tensor) -> Result<Tensor> {
         let y = match &self.weight {
+            Kernel::Packed(weight) if is_fast(&[x]) => {
+                return by_rows(x, self.bias.as_ref(), weight.dims(), |x, bias, y| {
+                    weight.multiply(x, bias, y);
+                });
+            }
+            Kernel::Int8(weight) if is_fast(&[x]) => {
+                return by_rows(x, self.bias.as_ref(), weight.dims(), |x, bias, y| {
+                    weight.multiply(x, bias, y);
+                });
+            }
+            Kernel::Packed(weight) => dense(x, &weight.unpacked()?)?,
+            Kernel::Int8(weight) => dense(x, &dequantized(weight)?)?,
             Kernel::Dense(weight) => dense(x, weight)?,
             Kernel::Quantized(weight) => weight.forward(&x.contiguous()?)?,
         };
@@ -70,6 +99,45 @@ impl PackedLinear {
             None => Ok(y),
         }
     }
+}
+
+/// The matrix for the processor's 8-bit instructions, where it has them.
+fn int8(weight: &QTensor) -> Result<Option<PackedInt8>> {
+    if weight.dtype() != GgmlDType::Q8_0 || !weight.device().is_cpu() {
+        return Ok(None);
+    }
+    let (out, width) = weight.shape().dims2()?;
+    Ok(PackedInt8::new(&weight.data()?, out, width))
+}
+
+fn dequantized(weight: &PackedInt8) -> Result<Tensor> {
+    let dims = weight.dims();
+    let numbers = (0..dims.0).flat_map(|row| weight.row(row)).collect();
+    Tensor::from_vec(numbers, dims, &Device::Cpu)
+}
+
+/// Checks shapes and runs `multiply(x, bias, y)` on slices.
+fn by_rows(
+    x: &Tensor,
+    bias: Option<&Tensor>,
+    (out, width): (usize, usize),
+    multiply: impl FnOnce(&[f32], Option<&[f32]>, &mut [f32]),
+) -> Result<Tensor> {
+    let mut dims = x.dims().to_vec();
+    let Some(last) = dims.last_mut().filter(|last| **last == width) else {
+        bail!("linear: {:?} does not end in the width {width}", x.dims());
+    };
+    *last = out;
+    let bias = bias.map(Tensor::contiguous).transpose()?;
+    let bias = bias.as_ref().map(Floats::new);
+    let bias = bias.as_ref().map(Floats::contiguous).transpose()?;
+    if bias.is_some_and(|bias| bias.len() != out) {
+        bail!("linear: the bias does not have the output's width {out}");
+    }
+    let mut y = hugepage::zeros(dims.iter().product());
+    let x = x.contiguous()?;
+    multiply(Floats::new(&x).contiguous()?, bias, &mut y);
+    Tensor::from_vec(y, dims, x.device())
 }
 
 fn dense(x: &Tensor, weight: &Tensor) -> Result<Tensor> {

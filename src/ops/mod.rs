@@ -4,13 +4,21 @@
 pub mod activation;
 pub mod attention;
 pub mod conv;
+mod cpu;
+mod direct;
+mod flash;
 pub mod linear;
+mod matrix;
 pub mod norm;
 pub mod rope;
+mod rows;
+mod simd;
 
 pub use activation::{gelu_erf, gelu_tanh, silu, swiglu};
 pub use attention::{Mask, attention};
 pub use conv::{Conv2dShape, PackedConv2d, Padding, upsample_nearest_2x};
 pub use linear::{LinearWeight, PackedLinear};
-pub use norm::{channel_rms_norm, gated_add, layer_norm, modulated_layer_norm, rms_norm};
+pub use norm::{
+    channel_rms_norm, channel_rms_norm_silu, gated_add, layer_norm, modulated_layer_norm, rms_norm,
+};
 pub use rope::{rotate_halves, rotate_pairs};

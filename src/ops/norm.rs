@@ -2,11 +2,19 @@
 
 use candle_core::{D, Result, Tensor};
 
+use super::{
+    cpu::is_fast,
+    rows::{self, Modulation},
+};
+
 /// `x / sqrt(mean(x²) + eps) · weight` over the last axis. `weight: [dim]`.
 ///
 /// # Errors
 /// Shapes that do not fit.
 pub fn rms_norm(x: &Tensor, weight: &Tensor, eps: f64) -> Result<Tensor> {
+    if is_fast(&[x, weight]) && weight.dims() == [x.dim(D::Minus1)?] {
+        return rows::rms_norm(x, weight, eps);
+    }
     let mean_square = x.sqr()?.mean_keepdim(D::Minus1)?;
     x.broadcast_div(&(mean_square + eps)?.sqrt()?)?.broadcast_mul(weight)
 }
@@ -16,6 +24,9 @@ pub fn rms_norm(x: &Tensor, weight: &Tensor, eps: f64) -> Result<Tensor> {
 /// # Errors
 /// A failure of the device.
 pub fn layer_norm(x: &Tensor, eps: f64) -> Result<Tensor> {
+    if is_fast(&[x]) && x.rank() > 0 {
+        return rows::layer_norm(x, None, eps);
+    }
     let centred = x.broadcast_sub(&x.mean_keepdim(D::Minus1)?)?;
     let variance = centred.sqr()?.mean_keepdim(D::Minus1)?;
     centred.broadcast_div(&(variance + eps)?.sqrt()?)
@@ -32,6 +43,11 @@ pub fn modulated_layer_norm(
     shift: &Tensor,
     eps: f64,
 ) -> Result<Tensor> {
+    if is_fast(&[x, scale, shift])
+        && let Some(modulation) = Modulation::new(x, scale, Some(shift))?
+    {
+        return rows::layer_norm(x, Some(&modulation), eps);
+    }
     layer_norm(x, eps)?.broadcast_mul(&(scale + 1.0)?)?.broadcast_add(shift)
 }
 
@@ -40,6 +56,12 @@ pub fn modulated_layer_norm(
 /// # Errors
 /// Shapes that do not fit.
 pub fn gated_add(residual: &Tensor, x: &Tensor, gate: &Tensor) -> Result<Tensor> {
+    if is_fast(&[residual, x, gate])
+        && residual.dims() == x.dims()
+        && let Some(gate) = Modulation::new(x, gate, None)?
+    {
+        return rows::gated_add(residual, x, &gate);
+    }
     residual.add(&x.broadcast_mul(gate)?)
 }
 
@@ -49,10 +71,24 @@ pub fn gated_add(residual: &Tensor, x: &Tensor, gate: &Tensor) -> Result<Tensor>
 /// # Errors
 /// Shapes that do not fit.
 pub fn channel_rms_norm(x: &Tensor, gamma: &Tensor) -> Result<Tensor> {
+    if is_fast(&[x, gamma]) && x.rank() == 4 && gamma.dims() == [x.dim(1)?] {
+        return rows::channel_rms_norm(x, gamma, false);
+    }
     let channels = x.dim(1)?;
     #[expect(clippy::cast_precision_loss, reason = "a number of channels is small")]
     let root = (channels as f64).sqrt();
     let norm = x.sqr()?.sum_keepdim(1)?.sqrt()?.maximum(1e-12)?;
-    let gamma = (gamma.reshape((1, channels, 1, 1))? * root)?;
+    let gamma = (gamma.reshape((1, channels, 1, 1))? * root)?; // (1, c, 1, 1)
     x.broadcast_div(&norm)?.broadcast_mul(&gamma)
+}
+
+/// [`channel_rms_norm`] followed by [`silu`](super::silu()), in one pass over the picture.
+///
+/// # Errors
+/// Shapes that do not fit.
+pub fn channel_rms_norm_silu(x: &Tensor, gamma: &Tensor) -> Result<Tensor> {
+    if is_fast(&[x, gamma]) && x.rank() == 4 && gamma.dims() == [x.dim(1)?] {
+        return rows::channel_rms_norm(x, gamma, true);
+    }
+    channel_rms_norm(x, gamma)?.silu()
 }

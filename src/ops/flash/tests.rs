@@ -1,0 +1,108 @@
+//! Every instruction set and both ways through the tiles, against a computation in float64.
+
+use candle_core::Device;
+
+use super::*;
+use crate::ops::simd::all_archs;
+
+struct Case {
+    b: usize,
+    n: usize,
+    m: usize,
+    h: usize,
+    h_kv: usize,
+    d: usize,
+}
+
+fn random(shape: [usize; 4]) -> Tensor {
+    Tensor::randn(0.0_f32, 1.0, &shape, &Device::Cpu).unwrap()
+}
+
+fn values(x: &Tensor) -> Vec<f64> {
+    let x: Vec<f32> = x.flatten_all().unwrap().to_vec1().unwrap();
+    x.into_iter().map(f64::from).collect()
+}
+
+fn sees(mask: Mask<'_>, i: usize, j: usize) -> bool {
+    match mask {
+        Mask::None => true,
+        Mask::Causal { offset } => j <= i + offset,
+        Mask::Segments(starts) => {
+            starts.partition_point(|s| *s <= i) == starts.partition_point(|s| *s <= j)
+        }
+    }
+}
+
+fn exact(case: &Case, [q, k, v]: &[Tensor; 3], scale: f32, mask: Mask<'_>) -> Vec<f64> {
+    let Case { b, n, m, h, h_kv, d } = *case;
+    let [q, k, v] = [values(q), values(k), values(v)];
+    let mut out = Vec::with_capacity(b * n * h * d);
+    for place in 0..b * n * h {
+        let (batch, i, head) = (place.div_euclid(n * h), place.div_euclid(h) % n, place % h);
+        let head_kv = head.div_euclid(h.div_euclid(h_kv));
+        let q = &q[place * d..][..d];
+        let at = |j: usize| ((batch * m + j) * h_kv + head_kv) * d;
+        let seen: Vec<usize> = (0..m).filter(|j| sees(mask, i, *j)).collect();
+        let score = |j: &usize| {
+            q.iter().zip(&k[at(*j)..]).map(|(a, b)| a * b).sum::<f64>() * f64::from(scale)
+        };
+        let scores: Vec<f64> = seen.iter().map(score).collect();
+        let max = scores.iter().copied().fold(f64::NEG_INFINITY, f64::max);
+        let weights: Vec<f64> = scores.iter().map(|s| (s - max).exp()).collect();
+        let sum: f64 = weights.iter().sum();
+        out.extend(
+            (0..d).map(|x| {
+                seen.iter().zip(&weights).map(|(j, w)| w * v[at(*j) + x]).sum::<f64>() / sum
+            }),
+        );
+    }
+    out
+}
+
+#[test]
+fn every_instruction_set_attends() {
+    let case = |b, n, m, h, h_kv, d| Case { b, n, m, h, h_kv, d };
+    let cases = [
+        case(1, 1, 1, 1, 1, 1),
+        case(2, 1, 300, 4, 2, 16),
+        case(1, 3, 130, 2, 1, 129),
+        case(1, 9, 9, 1, 1, 16),
+        case(2, 50, 131, 2, 2, 80),
+        case(1, 33, 260, 6, 2, 32),
+        case(1, 200, 200, 1, 1, 5),
+        case(1, 70, 70, 2, 1, 128),
+    ];
+    for arch in all_archs() {
+        for case in &cases {
+            let kv = [case.b, case.m, case.h_kv, case.d];
+            let inputs = [random([case.b, case.n, case.h, case.d]), random(kv), random(kv)];
+            let ends =
+                [0, case.n.div_euclid(3), case.n.div_euclid(3), case.n.div_euclid(2), case.n];
+            let mut masks = vec![
+                Mask::None,
+                Mask::Causal { offset: 0 },
+                Mask::Causal { offset: case.m.saturating_sub(case.n) },
+            ];
+            if case.n == case.m {
+                masks.push(Mask::Segments(&ends));
+            }
+            for mask in masks {
+                for scale in [0.3, -0.2] {
+                    let [q, k, v] = &inputs;
+                    let y = with_arch(q, k, v, Softmax { scale, mask, arch }).unwrap();
+                    let pairs = values(&y).into_iter().zip(exact(case, &inputs, scale, mask));
+                    let worst = pairs
+                        .map(|(a, b)| (a - b).abs())
+                        .fold(0.0, |max: f64, x| if x <= max { max } else { x });
+                    assert!(
+                        worst < 1e-5,
+                        "{arch:?} n {} m {} d {} {mask:?} {scale}: {worst:e}",
+                        case.n,
+                        case.m,
+                        case.d
+                    );
+                }
+            }
+        }
+    }
+}

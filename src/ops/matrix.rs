@@ -1,0 +1,301 @@
+//! A weight matrix packed for the registers of this machine, and its product with activations.
+
+use candle_core::{CpuStorage, DType, Device, Result, Storage, Tensor, bail};
+use half::{bf16, f16, slice::HalfFloatSliceExt};
+use pulp::{Simd, WithSimd};
+use rayon::prelude::*;
+
+use super::simd::{
+    Arch,
+    product::{self, TileShape},
+    tiles::{Grid, Tile, par_tiles},
+};
+
+/// Columns of the activations that are multiplied at a time: a panel of weights of this depth stays
+/// in the first-level cache.
+const DEPTH: usize = 192;
+/// Rows of the activations that are multiplied at a time: a block of them stays in the second.
+const ROWS: usize = 384;
+/// Pieces of work for each thread, so that none waits long for the last.
+const TASKS_PER_THREAD: usize = 4;
+
+/// `[out, width]` in panels of as many rows as a register tile has columns: `[panel][k][row]`.
+#[derive(Debug)]
+pub(super) struct PackedMatrix {
+    panels: Panels,
+    out: usize,
+    width: usize,
+    shape: TileShape,
+    arch: Arch,
+}
+
+#[derive(Debug)]
+enum Panels {
+    F32(Vec<f32>),
+    Bf16(Vec<bf16>),
+    F16(Vec<f16>),
+}
+
+impl PackedMatrix {
+    /// Packs `weight: [out, width]` in its own type.
+    ///
+    /// # Errors
+    /// A type that is not f32, bf16 or f16, or another rank.
+    pub(super) fn new(weight: &Tensor, arch: Arch) -> Result<Self> {
+        let (out, width) = weight.dims2()?;
+        let shape = TileShape::of(arch);
+        let weight = weight.contiguous()?;
+        let (storage, layout) = weight.storage_and_layout();
+        let Some((start, end)) = layout.contiguous_offsets() else {
+            bail!("a matrix to pack is not contiguous: {layout:?}");
+        };
+        let panels = match &*storage {
+            Storage::Cpu(CpuStorage::F32(x)) => Panels::F32(pack(&x[start..end], width, shape)),
+            Storage::Cpu(CpuStorage::BF16(x)) => Panels::Bf16(pack(&x[start..end], width, shape)),
+            Storage::Cpu(CpuStorage::F16(x)) => Panels::F16(pack(&x[start..end], width, shape)),
+            _ => bail!("a matrix to pack is not f32, bf16 or f16 in host memory"),
+        };
+        Ok(Self { panels, out, width, shape, arch })
+    }
+
+    /// Whether `weight` can be packed.
+    pub(super) fn supports(weight: &Tensor) -> bool {
+        weight.device().is_cpu() && matches!(weight.dtype(), DType::F32 | DType::BF16 | DType::F16)
+    }
+
+    pub(super) fn dims(&self) -> (usize, usize) {
+        (self.out, self.width)
+    }
+
+    /// The matrix as it was, in float32.
+    ///
+    /// # Errors
+    /// A failure to make the tensor.
+    pub(super) fn unpacked(&self) -> Result<Tensor> {
+        let mut weight = vec![0.0; self.out * self.width];
+        let mut wide = Vec::new();
+        for first in (0..self.out).step_by(self.shape.columns()) {
+            let panel = self.panel(first, 0, self.width, &mut wide);
+            let columns = self.shape.vectors(self.out - first) * self.shape.lanes;
+            for (i, row) in
+                weight[first * self.width..].chunks_exact_mut(self.width).enumerate().take(columns)
+            {
+                row.iter_mut().zip(panel.chunks_exact(columns)).for_each(|(x, k)| *x = k[i]);
+            }
+        }
+        Tensor::from_vec(weight, (self.out, self.width), &Device::Cpu)
+    }
+
+    /// `out[i][j] = Σₖ x[i][k] · weight[j][k] + bias[j]`. `x: [rows, width]`, `out: [rows, out]`.
+    pub(super) fn multiply(&self, x: &[f32], bias: Option<&[f32]>, out: &mut [f32]) {
+        let rows = out.len().checked_div(self.out).unwrap_or(0);
+        let tasks = TASKS_PER_THREAD * rayon::current_num_threads();
+        let blocks = rows.div_ceil(ROWS).max(1);
+        let tile_rows = rows.div_ceil(blocks).next_multiple_of(self.shape.rows);
+        let panels = self.out.div_ceil(self.shape.columns()).max(1);
+        let groups = tasks.div_ceil(blocks).min(panels);
+        let tile_cols = panels.div_ceil(groups) * self.shape.columns();
+        let grid = Grid { rows, cols: self.out, tile_rows, tile_cols };
+        par_tiles(out, grid, Scratch::default, |scratch, tile| {
+            self.arch.dispatch(Block { matrix: self, x, bias, tile, scratch });
+        });
+    }
+
+    /// Depths `from..from + depth` of the panel that starts at row `first`, widened if need be.
+    fn panel<'a>(
+        &'a self,
+        first: usize,
+        from: usize,
+        depth: usize,
+        wide: &'a mut Vec<f32>,
+    ) -> &'a [f32] {
+        let columns = self.shape.vectors(self.out - first) * self.shape.lanes;
+        let start = first * self.width + from * columns;
+        let range = start..start + depth * columns;
+        if !matches!(self.panels, Panels::F32(_)) {
+            wide.resize(depth * columns, 0.0);
+        }
+        match &self.panels {
+            Panels::F32(x) => return &x[range],
+            Panels::F16(x) => x[range].convert_to_f32_slice(wide),
+            Panels::Bf16(x) => {
+                for (wide, x) in wide.iter_mut().zip(&x[range]) {
+                    *wide = f32::from_bits(u32::from(x.to_bits()) << 16);
+                }
+            }
+        }
+        wide
+    }
+}
+
+fn pack<T: Copy + Default + Send + Sync>(weight: &[T], width: usize, shape: TileShape) -> Vec<T> {
+    let out = weight.len().checked_div(width).unwrap_or(0);
+    let full = shape.columns();
+    let mut packed = vec![T::default(); out.next_multiple_of(shape.lanes) * width];
+    packed.par_chunks_mut((full * width).max(1)).enumerate().for_each(|(i, panel)| {
+        let rows = &weight[i * full * width..weight.len().min((i + 1) * full * width)];
+        let columns = panel.len().checked_div(width).unwrap_or(0);
+        for (j, row) in rows.chunks_exact(width).enumerate() {
+            for (k, x) in row.iter().enumerate() {
+                panel[k * columns + j] = *x;
+            }
+        }
+    });
+    packed
+}
+
+#[derive(Default)]
+struct Scratch {
+    a: Vec<f32>,
+    wide: Vec<f32>,
+}
+
+/// One tile of the output.
+struct Block<'a, 't> {
+    matrix: &'a PackedMatrix,
+    x: &'a [f32],
+    bias: Option<&'a [f32]>,
+    tile: Tile<'t>,
+    scratch: &'a mut Scratch,
+}
+
+impl WithSimd for Block<'_, '_> {
+    type Output = ();
+
+    #[inline(always)]
+    fn with_simd<S: Simd>(mut self, simd: S) {
+        let (out, width) = self.matrix.dims();
+        for i in 0..self.tile.rows.len() {
+            let cols = self.tile.cols.clone();
+            match self.bias {
+                Some(bias) => self.tile.row(i).copy_from_slice(&bias[cols]),
+                None => self.tile.row(i).fill(0.0),
+            }
+        }
+        let shape = self.matrix.shape;
+        for from in (0..width).step_by(DEPTH) {
+            let depth = DEPTH.min(width - from);
+            self.pack_activations::<S>(from, depth);
+            for first in self.tile.cols.clone().step_by(shape.columns()) {
+                let b = self.matrix.panel(first, from, depth, &mut self.scratch.wide);
+                let (a, tile) = (&self.scratch.a, &mut self.tile);
+                match shape.vectors(out - first) {
+                    1 => panel_rows::<S, 1>(simd, a, b, depth, first, tile),
+                    2 => panel_rows::<S, 2>(simd, a, b, depth, first, tile),
+                    _ => panel_rows::<S, 3>(simd, a, b, depth, first, tile),
+                }
+            }
+        }
+    }
+}
+
+impl Block<'_, '_> {
+    /// Packs the block's activations, register tile after register tile: `[tile][k][row]`.
+    #[inline(always)]
+    fn pack_activations<S: Simd>(&mut self, from: usize, depth: usize) {
+        let width = self.matrix.width;
+        let rows = self.tile.rows.clone();
+        self.scratch.a.clear();
+        let mut first = rows.start;
+        while first < rows.end {
+            let count = tile_rows::<S>(rows.end - first);
+            let start = self.scratch.a.len();
+            self.scratch.a.resize(start + depth * count, 0.0);
+            for i in 0..count.min(rows.end - first) {
+                let x = &self.x[(first + i) * width + from..][..depth];
+                let packed = self.scratch.a[start + i..].iter_mut().step_by(count);
+                packed.zip(x).for_each(|(packed, x)| *packed = *x);
+            }
+            first += count;
+        }
+    }
+}
+
+/// Rows of the next register tile when `left` rows are left.
+#[inline(always)]
+fn tile_rows<S: Simd>(left: usize) -> usize {
+    product::rows_of::<S>().min(left.next_power_of_two())
+}
+
+/// Adds the product of the packed activations with one panel to the tile.
+#[inline(always)]
+fn panel_rows<S: Simd, const V: usize>(
+    simd: S,
+    a: &[f32],
+    b: &[f32],
+    depth: usize,
+    first: usize,
+    tile: &mut Tile<'_>,
+) {
+    let rows = tile.rows.len();
+    let mut done = 0;
+    while done < rows {
+        let count = tile_rows::<S>(rows - done);
+        let a = &a[done * depth..][..count * depth];
+        let first = first - tile.cols.start;
+        match count {
+            1 => add_product::<S, 1, V>(simd, a, b, tile, [done, first]),
+            2 => add_product::<S, 2, V>(simd, a, b, tile, [done, first]),
+            4 => add_product::<S, 4, V>(simd, a, b, tile, [done, first]),
+            _ => add_product::<S, 8, V>(simd, a, b, tile, [done, first]),
+        }
+        done += count;
+    }
+}
+
+#[inline(always)]
+fn add_product<S: Simd, const R: usize, const V: usize>(
+    simd: S,
+    a: &[f32],
+    b: &[f32],
+    tile: &mut Tile<'_>,
+    [row, col]: [usize; 2],
+) {
+    let sums = product::tile::<S, R, V>(simd, a, b);
+    let rows = tile.rows.len();
+    for (i, sums) in sums.into_iter().enumerate().take(rows - row) {
+        let out = &mut tile.row(row + i)[col..];
+        let count = out.len().min(V * S::F32_LANES);
+        product::update_row(simd, sums, &mut out[..count], product::Add);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_instruction_set_multiplies() {
+        for arch in super::super::simd::all_archs() {
+            for (rows, width, out) in
+                [(1, 1, 1), (3, 5, 7), (8, 192, 48), (13, 200, 97), (9, 385, 20)]
+            {
+                let number =
+                    |i: usize| f32::from(u8::try_from(i * 37 % 251).unwrap()) / 100.0 - 1.0;
+                let x: Vec<f32> = (0..rows * width).map(number).collect();
+                let weight: Vec<f32> = (0..out * width).map(|i| number(i * 3 + 1)).collect();
+                let bias: Vec<f32> = (0..out).map(|i| number(i + 5)).collect();
+                let tensor = Tensor::from_vec(weight.clone(), (out, width), &Device::Cpu).unwrap();
+                let packed = PackedMatrix::new(&tensor, arch).unwrap();
+                assert_eq!(
+                    packed.unpacked().unwrap().flatten_all().unwrap().to_vec1::<f32>().unwrap(),
+                    weight
+                );
+                let mut y = vec![f32::NAN; rows * out];
+                packed.multiply(&x, Some(&bias), &mut y);
+                for (i, y) in y.iter().enumerate() {
+                    let (row, col) = (i.div_euclid(out), i % out);
+                    let pairs =
+                        x[row * width..][..width].iter().zip(&weight[col * width..][..width]);
+                    let exact: f64 = pairs.map(|(a, b)| f64::from(*a) * f64::from(*b)).sum();
+                    let exact = exact + f64::from(bias[col]);
+                    let error = (f64::from(*y) - exact).abs();
+                    assert!(
+                        error < 1e-4,
+                        "{arch:?} {rows}×{width}×{out} at {i}: {y}, expected {exact}"
+                    );
+                }
+            }
+        }
+    }
+}
