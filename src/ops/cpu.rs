@@ -22,7 +22,7 @@ impl<'a> Floats<'a> {
     }
 
     /// From the first element to the end of the storage; strides are those of the tensor.
-    pub(super) fn from_start(&self) -> Result<&[f32]> {
+    pub(super) fn strided(&self) -> Result<&[f32]> {
         match &*self.storage {
             Storage::Cpu(CpuStorage::F32(all)) => Ok(&all[self.layout.start_offset()..]),
             _ => bail!("not a float32 tensor in host memory"),
@@ -34,6 +34,6 @@ impl<'a> Floats<'a> {
         if !self.layout.is_contiguous() {
             bail!("not contiguous: {:?}", self.layout);
         }
-        Ok(&self.from_start()?[..self.layout.shape().elem_count()])
+        Ok(&self.strided()?[..self.layout.shape().elem_count()])
     }
 }

@@ -203,22 +203,19 @@ impl Block {
         let channels = plan.kernel.dims[1];
         let slack = plan.kernel.shape.columns();
         copy.resize(channels * self.plane_len(stride) + slack, 0.0);
-        let mut rows = copy.chunks_exact_mut(self.copy_width);
-        for channel in 0..channels {
+        let rows = copy.chunks_exact_mut(self.copy_width);
+        for (i, copy) in rows.take(channels * stride * stride * self.copy_rows).enumerate() {
+            let (i, row) = (i.div_euclid(self.copy_rows), i % self.copy_rows);
+            let (channel, phase) = (i.div_euclid(stride * stride), i % (stride * stride));
+            let (phase_y, phase_x) = (phase.div_euclid(stride), phase % stride);
             let x = &plan.x[(batch * channels + channel) * h * w..][..h * w];
-            for phase in 0..stride * stride {
-                let (phase_y, phase_x) = (phase.div_euclid(stride), phase % stride);
-                for row in 0..self.copy_rows {
-                    let Some(copy) = rows.next() else { return };
-                    let y = ((self.y + row) * stride + phase_y).checked_sub(padding.top);
-                    match y.filter(|y| *y < h) {
-                        Some(y) => {
-                            let first = self.x * stride + phase_x;
-                            copy_row(copy, &x[y * w..][..w], first, padding.left, stride);
-                        }
-                        None => copy.fill(0.0),
-                    }
+            let y = ((self.y + row) * stride + phase_y).checked_sub(padding.top);
+            match y.filter(|y| *y < h) {
+                Some(y) => {
+                    let first = self.x * stride + phase_x;
+                    copy_row(copy, &x[y * w..][..w], first, padding.left, stride);
                 }
+                None => copy.fill(0.0),
             }
         }
     }

@@ -88,7 +88,7 @@ impl<'a> Heads<'a> {
         let stride = tensor.stride();
         let strides = [stride[0], stride[1], stride[2]];
         let dim = tensor.dim(3)?;
-        let x = if tensor.elem_count() == 0 { &[] } else { floats.from_start()? };
+        let x = if tensor.elem_count() == 0 { &[] } else { floats.strided()? };
         Ok(Self { x, strides, dim })
     }
 

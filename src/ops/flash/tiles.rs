@@ -219,6 +219,7 @@ struct Running<S: Simd, const V: usize> {
 impl<S: Simd, const V: usize> Running<S, V> {
     /// Replaces scores by weights; returns what earlier sums are to be multiplied with.
     #[inline(always)]
+    #[expect(clippy::needless_range_loop, reason = "only indices are unrolled into registers")]
     fn update(&mut self, simd: S, scores: &mut [f32], log2_scale: f32) -> [S::f32s; V] {
         let scores = as_arrays_mut::<V, _>(S::as_mut_simd_f32s(scores).0).0;
         let old = self.max;

@@ -6,42 +6,52 @@
 //! `−128 · Σ x`.
 
 use half::f16;
+use rayon::prelude::*;
 
-use super::tiles::{Grid, par_tiles};
+use super::tiles::{Grid, Tile, par_tiles};
 
 /// Numbers that share one scale.
-pub(crate) const BLOCK: usize = 32;
+const BLOCK: usize = 32;
 /// Bytes of a Q8_0 block: an f16 scale and 32 numbers.
-pub(crate) const BLOCK_BYTES: usize = 2 + BLOCK;
+const BLOCK_BYTES: usize = 2 + BLOCK;
+/// The instruction adds the products of four neighbours.
+const FOURS: usize = BLOCK.div_euclid(4);
 /// Outputs of a panel: two registers of 32-bit sums.
 const PANEL: usize = 32;
+const LANES: usize = PANEL.div_euclid(2);
 /// Blocks that are multiplied at a time: their weights stay in the first-level cache.
 const DEPTH: usize = 16;
 /// Rows of the activations that are multiplied at a time.
 const ROWS: usize = 384;
 /// Rows of a register tile.
 const TILE_ROWS: usize = 6;
+/// Pieces of work for each thread, so that none waits long for the last.
 const TASKS_PER_THREAD: usize = 4;
 
-/// A Q8_0 matrix `[out, width]`, interleaved for the registers.
+/// A Q8_0 matrix `[out, width]`, interleaved for the registers: `[panel][block]`.
 #[derive(Debug)]
 pub(crate) struct PackedInt8 {
-    /// `[panel][width / 4][output][4]`, each number plus 128.
-    weights: Vec<[u8; 4]>,
-    /// `[panel][block][output]`.
-    scales: Vec<f16>,
+    blocks: Vec<PanelBlock>,
     out: usize,
-    blocks: usize,
+    /// Blocks of one row.
+    depth: usize,
 }
 
-/// Activations in blocks of 8 bits.
-struct Activations {
-    /// `[row][width / 4][4]`.
-    values: Vec<[i8; 4]>,
-    /// `[row][block]`.
-    scales: Vec<f32>,
-    /// `[row][block]`: −128 times the block's sum.
-    starts: Vec<i32>,
+/// One block of each output of a panel.
+#[derive(Debug, Clone, Copy)]
+struct PanelBlock {
+    /// `[four][output][4]`, each number plus 128.
+    weights: [[[[u8; 4]; LANES]; 2]; FOURS],
+    scales: [[f16; LANES]; 2],
+}
+
+/// One block of each row of a tile of activations.
+#[derive(Debug, Clone, Copy)]
+struct RowBlock<const R: usize> {
+    values: [[[i8; 4]; FOURS]; R],
+    scales: [f32; R],
+    /// −128 times the block's sum.
+    starts: [i32; R],
 }
 
 impl PackedInt8 {
@@ -50,51 +60,59 @@ impl PackedInt8 {
         if !is_supported() || out == 0 || width == 0 || !width.is_multiple_of(BLOCK) {
             return None;
         }
-        let blocks = width.div_euclid(BLOCK);
-        if bytes.len() != out * blocks * BLOCK_BYTES {
+        let depth = width.div_euclid(BLOCK);
+        if bytes.len() != out * depth * BLOCK_BYTES {
             return None;
         }
-        let padded = out.next_multiple_of(PANEL);
-        let mut weights = vec![[128_u8; 4]; padded * width.div_euclid(4)];
-        let mut scales = vec![f16::ZERO; padded * blocks];
+        let zero = PanelBlock {
+            weights: [[[[128; 4]; LANES]; 2]; FOURS],
+            scales: [[f16::ZERO; LANES]; 2],
+        };
+        let mut blocks = vec![zero; out.div_ceil(PANEL) * depth];
         for (i, block) in bytes.chunks_exact(BLOCK_BYTES).enumerate() {
-            let (row, block_of_row) = (i.div_euclid(blocks), i % blocks);
-            let (panel, lane) = (row.div_euclid(PANEL), row % PANEL);
+            let (row, place) = (i.div_euclid(depth), i % depth);
+            let (half, lane) = ((row % PANEL).div_euclid(LANES), row % LANES);
+            let packed = &mut blocks[row.div_euclid(PANEL) * depth + place];
             let (scale, numbers) = block.split_at(2);
-            let place = panel * blocks + block_of_row;
-            scales[place * PANEL + lane] = f16::from_le_bytes([scale[0], scale[1]]);
-            let packed = weights[place * BLOCK.div_euclid(4) * PANEL + lane..].iter_mut();
-            for (packed, four) in packed.step_by(PANEL).zip(numbers.chunks_exact(4)) {
+            packed.scales[half][lane] = f16::from_le_bytes([scale[0], scale[1]]);
+            for (packed, four) in packed.weights.iter_mut().zip(numbers.as_chunks::<4>().0) {
                 // Adding 128 to a signed byte flips its highest bit.
-                *packed = [four[0] ^ 128, four[1] ^ 128, four[2] ^ 128, four[3] ^ 128];
+                packed[half][lane] = four.map(|x| x ^ 128);
             }
         }
-        Some(Self { weights, scales, out, blocks })
+        Some(Self { blocks, out, depth })
     }
 
     pub(crate) fn dims(&self) -> (usize, usize) {
-        (self.out, self.blocks * BLOCK)
+        (self.out, self.depth * BLOCK)
     }
 
     /// The numbers of row `row`.
     pub(crate) fn row(&self, row: usize) -> impl Iterator<Item = f32> {
-        let (panel, lane) = (row.div_euclid(PANEL), row % PANEL);
-        let fours = BLOCK.div_euclid(4);
-        (panel * self.blocks..(panel + 1) * self.blocks).flat_map(move |place| {
-            let scale = self.scales[place * PANEL + lane].to_f32();
-            let packed = self.weights[place * fours * PANEL + lane..].iter().step_by(PANEL);
-            let numbers = packed.take(fours).flatten();
-            numbers.map(move |x| scale * (f32::from(*x) - 128.0))
+        let (half, lane) = ((row % PANEL).div_euclid(LANES), row % LANES);
+        let blocks = &self.blocks[row.div_euclid(PANEL) * self.depth..][..self.depth];
+        blocks.iter().flat_map(move |block| {
+            let scale = block.scales[half][lane].to_f32();
+            let numbers = block.weights.iter().flat_map(move |four| four[half][lane]);
+            numbers.map(move |x| scale * (f32::from(x) - 128.0))
         })
     }
 
     /// `out[i][j] = Σₖ x[i][k] · weight[j][k] + bias[j]`. `x: [rows, width]`, `out: [rows, out]`.
     pub(crate) fn multiply(&self, x: &[f32], bias: Option<&[f32]>, out: &mut [f32]) {
-        let rows = out.len().checked_div(self.out).unwrap_or(0);
+        if out.len() == self.out {
+            self.multiply_tiles::<1>(x, bias, out);
+        } else {
+            self.multiply_tiles::<TILE_ROWS>(x, bias, out);
+        }
+    }
+
+    fn multiply_tiles<const R: usize>(&self, x: &[f32], bias: Option<&[f32]>, out: &mut [f32]) {
+        let rows = out.len().div_euclid(self.out);
         let tasks = TASKS_PER_THREAD * rayon::current_num_threads();
-        let x = Activations::new(x, self.blocks);
+        let x = quantize::<R>(x, self.depth);
         let row_blocks = rows.div_ceil(ROWS).max(1);
-        let tile_rows = rows.div_ceil(row_blocks).next_multiple_of(TILE_ROWS);
+        let tile_rows = rows.div_ceil(row_blocks).next_multiple_of(R);
         let panels = self.out.div_ceil(PANEL);
         let groups = tasks.div_ceil(row_blocks).min(panels);
         let tile_cols = panels.div_ceil(groups) * PANEL;
@@ -111,96 +129,57 @@ impl PackedInt8 {
                         None => tile.row(i).fill(0.0),
                     }
                 }
-                for from in (0..self.blocks).step_by(DEPTH) {
-                    let depth = DEPTH.min(self.blocks - from);
-                    for first in tile.cols.clone().step_by(PANEL) {
-                        let panel = self.panel(first, from, depth);
-                        let mut row = 0;
-                        while row < tile.rows.len() {
-                            let left = tile.rows.len() - row;
-                            let x = x.rows(tile.rows.start + row, [from, depth, self.blocks]);
-                            let column = first - tile.cols.start;
-                            let mut out = Out { tile: &mut tile, row, column };
-                            row += match left {
-                                1 => multiply_tile::<1>(&panel, &x, &mut out),
-                                2 | 3 => multiply_tile::<2>(&panel, &x, &mut out),
-                                4 | 5 => multiply_tile::<4>(&panel, &x, &mut out),
-                                _ => multiply_tile::<TILE_ROWS>(&panel, &x, &mut out),
-                            };
-                        }
-                    }
-                }
+                self.add_product(&x, &mut tile);
             },
         );
     }
 
-    /// `depth` blocks of the panel that starts at output `first`.
-    fn panel(&self, first: usize, from: usize, depth: usize) -> Panel<'_> {
-        let place = first.div_euclid(PANEL) * self.blocks + from;
-        let fours = BLOCK.div_euclid(4);
-        Panel {
-            weights: &self.weights[place * fours * PANEL..][..depth * fours * PANEL],
-            scales: &self.scales[place * PANEL..][..depth * PANEL],
+    fn add_product<const R: usize>(&self, x: &[RowBlock<R>], tile: &mut Tile<'_>) {
+        for from in (0..self.depth).step_by(DEPTH) {
+            let count = DEPTH.min(self.depth - from);
+            for first in tile.cols.clone().step_by(PANEL) {
+                let panel = first.div_euclid(PANEL) * self.depth + from;
+                let panel = &self.blocks[panel..][..count];
+                for row in (0..tile.rows.len()).step_by(R) {
+                    let rows = (tile.rows.start + row).div_euclid(R) * self.depth + from;
+                    let sums = multiply_tile(panel, &x[rows..][..count]);
+                    add_sums(&sums, tile, [row, first - tile.cols.start]);
+                }
+            }
         }
     }
 }
 
-struct Panel<'a> {
-    weights: &'a [[u8; 4]],
-    scales: &'a [f16],
-}
-
-/// Rows of the activations from some row on, and from some block on.
-struct Rows<'a> {
-    values: &'a [[i8; 4]],
-    scales: &'a [f32],
-    starts: &'a [i32],
-    /// Blocks from one row to the next.
-    stride: usize,
-}
-
-struct Out<'a, 't> {
-    tile: &'a mut super::tiles::Tile<'t>,
-    row: usize,
-    column: usize,
-}
-
-impl Activations {
-    fn new(x: &[f32], blocks: usize) -> Self {
-        use rayon::prelude::*;
-        let rows = x.len().checked_div(blocks * BLOCK).unwrap_or(0);
-        let mut values = vec![[0_i8; 4]; x.len().div_euclid(4)];
-        let mut scales = vec![0.0; rows * blocks];
-        let mut starts = vec![0; rows * blocks];
-        let by_row =
-            values.par_chunks_mut(blocks * BLOCK.div_euclid(4)).zip(x.par_chunks(blocks * BLOCK));
-        let numbers = scales.par_chunks_mut(blocks).zip(starts.par_chunks_mut(blocks));
-        by_row.zip(numbers).with_min_len(8).for_each(|((values, x), (scales, starts))| {
-            quantize_row(x, values.as_flattened_mut(), scales, starts);
-        });
-        Self { values, scales, starts }
+fn add_sums(sums: &[[[f32; LANES]; 2]], tile: &mut Tile<'_>, [row, column]: [usize; 2]) {
+    for (i, sums) in sums.iter().enumerate().take(tile.rows.len() - row) {
+        let out = tile.row(row + i)[column..].iter_mut();
+        out.zip(sums.as_flattened()).for_each(|(out, sum)| *out += *sum);
     }
+}
 
-    fn rows(&self, row: usize, [from, _, blocks]: [usize; 3]) -> Rows<'_> {
-        let place = row * blocks + from;
-        Rows {
-            values: &self.values[place * BLOCK.div_euclid(4)..],
-            scales: &self.scales[place..],
-            starts: &self.starts[place..],
-            stride: blocks,
+/// Activations in tiles of `R` rows: `[tile][block]`.
+fn quantize<const R: usize>(x: &[f32], depth: usize) -> Vec<RowBlock<R>> {
+    let width = depth * BLOCK;
+    let zero = RowBlock { values: [[[0; 4]; FOURS]; R], scales: [0.0; R], starts: [0; R] };
+    let tiles = x.len().div_ceil(R * width);
+    let mut packed = vec![zero; tiles * depth];
+    packed.par_chunks_mut(depth).zip(x.par_chunks(R * width)).for_each(|(packed, x)| {
+        for (i, row) in x.chunks_exact(width).enumerate() {
+            quantize_row(row, packed, i);
         }
-    }
+    });
+    packed
 }
 
 #[cfg(target_arch = "x86_64")]
-pub(crate) fn is_supported() -> bool {
+fn is_supported() -> bool {
     is_x86_feature_detected!("avx512f")
         && is_x86_feature_detected!("avx512bw")
         && is_x86_feature_detected!("avx512vnni")
 }
 
 #[cfg(not(target_arch = "x86_64"))]
-pub(crate) fn is_supported() -> bool {
+fn is_supported() -> bool {
     false
 }
 
@@ -208,12 +187,12 @@ pub(crate) fn is_supported() -> bool {
 use x86::{multiply_tile, quantize_row};
 
 #[cfg(not(target_arch = "x86_64"))]
-fn quantize_row(_: &[f32], _: &mut [i8], _: &mut [f32], _: &mut [i32]) {
+fn quantize_row<const R: usize>(_: &[f32], _: &mut [RowBlock<R>], _: usize) {
     unreachable!("a packed matrix exists only where the instructions do");
 }
 
 #[cfg(not(target_arch = "x86_64"))]
-fn multiply_tile<const R: usize>(_: &Panel<'_>, _: &Rows<'_>, _: &mut Out<'_, '_>) -> usize {
+fn multiply_tile<const R: usize>(_: &[PanelBlock], _: &[RowBlock<R>]) -> [[[f32; LANES]; 2]; R] {
     unreachable!("a packed matrix exists only where the instructions do");
 }
 
@@ -222,103 +201,89 @@ mod x86 {
     use std::arch::x86_64::{
         __m512, __m512i, _mm256_loadu_si256, _mm512_cvtepi32_ps, _mm512_cvtph_ps,
         _mm512_dpbusd_epi32, _mm512_fmadd_ps, _mm512_loadu_si512, _mm512_mul_ps, _mm512_set1_epi32,
-        _mm512_set1_ps, _mm512_setzero_ps,
+        _mm512_set1_ps, _mm512_setzero_ps, _mm512_setzero_si512,
     };
 
     use half::f16;
 
-    use super::{BLOCK, Out, PANEL, Panel, Rows};
+    use super::{BLOCK, FOURS, LANES, PanelBlock, RowBlock};
 
-    const FOURS: usize = BLOCK / 4;
-    const LANES: usize = PANEL / 2;
-
-    /// Quantizes one row, block by block: the largest magnitude becomes 127. A block with NaN gets
-    /// the scale NaN, so that it stays visible in the product.
-    pub(super) fn quantize_row(
-        x: &[f32],
-        values: &mut [i8],
-        scales: &mut [f32],
-        starts: &mut [i32],
-    ) {
+    /// Quantizes row `i` of a tile, block by block: the largest magnitude becomes 127. A block with
+    /// NaN gets the scale NaN, so that it stays visible in the product.
+    pub(super) fn quantize_row<const R: usize>(x: &[f32], packed: &mut [RowBlock<R>], i: usize) {
         #[expect(unsafe_code, reason = "needs instructions that not every processor has")]
         // SAFETY: `PackedInt8::new` makes a matrix only where `is_supported`.
         unsafe {
-            quantize_row_avx512(x, values, scales, starts);
+            quantize_row_avx512(x, packed, i);
         }
     }
 
     #[target_feature(enable = "avx512f,avx512bw")]
     #[expect(clippy::cast_possible_truncation, reason = "rounded numbers between −127 and 127")]
-    fn quantize_row_avx512(x: &[f32], values: &mut [i8], scales: &mut [f32], starts: &mut [i32]) {
-        let blocks = x.as_chunks::<BLOCK>().0.iter().zip(values.as_chunks_mut::<BLOCK>().0);
-        for ((x, values), (scale, start)) in blocks.zip(scales.iter_mut().zip(starts)) {
+    fn quantize_row_avx512<const R: usize>(x: &[f32], packed: &mut [RowBlock<R>], i: usize) {
+        for (x, packed) in x.as_chunks::<BLOCK>().0.iter().zip(packed) {
             // Magnitudes as integers are ordered like the numbers, and NaN is the largest.
             let bits = x.iter().fold(0, |max: u32, x| max.max(x.abs().to_bits()));
             let max = f32::from_bits(bits);
-            *scale = max / 127.0;
             let inverse = if max > 0.0 { 127.0 / max } else { 0.0 };
+            let mut values = [0_i8; BLOCK];
             let mut sum = 0;
             for (value, x) in values.iter_mut().zip(x) {
                 let rounded = (x * inverse).round_ties_even() as i32;
                 sum += rounded;
                 *value = rounded as i8;
             }
-            *start = -128 * sum;
+            packed.scales[i] = max / 127.0;
+            packed.starts[i] = -128 * sum;
+            packed.values[i].as_flattened_mut().copy_from_slice(&values);
         }
     }
 
-    /// Adds the product of `R` rows with a panel to the output; returns `R`.
+    /// The product of a tile of rows with a panel of outputs.
     pub(super) fn multiply_tile<const R: usize>(
-        panel: &Panel<'_>,
-        x: &Rows<'_>,
-        out: &mut Out<'_, '_>,
-    ) -> usize {
+        panel: &[PanelBlock],
+        x: &[RowBlock<R>],
+    ) -> [[[f32; LANES]; 2]; R] {
         #[expect(unsafe_code, reason = "needs instructions that not every processor has")]
         // SAFETY: `PackedInt8::new` makes a matrix only where `is_supported`.
-        let sums = unsafe { tile_avx512::<R>(panel, x) };
-        for (i, sums) in sums.iter().enumerate() {
-            let row = &mut out.tile.row(out.row + i)[out.column..];
-            row.iter_mut().zip(sums).for_each(|(out, sum)| *out += *sum);
+        unsafe {
+            multiply_tile_avx512(panel, x)
         }
-        R
     }
 
     #[target_feature(enable = "avx512f,avx512bw,avx512vnni")]
-    fn tile_avx512<const R: usize>(panel: &Panel<'_>, x: &Rows<'_>) -> [[f32; PANEL]; R] {
+    #[expect(clippy::needless_range_loop, reason = "only indices are unrolled into registers")]
+    fn multiply_tile_avx512<const R: usize>(
+        panel: &[PanelBlock],
+        x: &[RowBlock<R>],
+    ) -> [[[f32; LANES]; 2]; R] {
         let mut sums = [[_mm512_setzero_ps(); 2]; R];
-        let blocks = panel.weights.as_chunks::<{ FOURS * PANEL }>().0;
-        let scales = panel.scales.as_chunks::<PANEL>().0;
-        for (block, (weights, scales)) in blocks.iter().zip(scales).enumerate() {
-            let mut counts = [[_mm512_set1_epi32(0); 2]; R];
-            let mut values = [&[[0_i8; 4]; FOURS]; R];
+        for (panel, x) in panel.iter().zip(x) {
+            let mut counts = [[_mm512_setzero_si512(); 2]; R];
             for row in 0..R {
-                let place = row * x.stride + block;
-                counts[row] = [_mm512_set1_epi32(x.starts[place]); 2];
-                values[row] =
-                    x.values[place * FOURS..].first_chunk().expect("a block of every row");
+                counts[row] = [_mm512_set1_epi32(x.starts[row]); 2];
             }
-            let weights = weights.as_chunks::<LANES>().0;
             for four in 0..FOURS {
-                let low = load(&weights[2 * four]);
-                let high = load(&weights[2 * four + 1]);
+                let weights = [load(&panel.weights[four][0]), load(&panel.weights[four][1])];
                 for row in 0..R {
-                    let x = _mm512_set1_epi32(bytemuck::cast(values[row][four]));
-                    counts[row][0] = _mm512_dpbusd_epi32(counts[row][0], low, x);
-                    counts[row][1] = _mm512_dpbusd_epi32(counts[row][1], high, x);
+                    let x = _mm512_set1_epi32(i32::from_le_bytes(
+                        x.values[row][four].map(i8::cast_unsigned),
+                    ));
+                    counts[row][0] = _mm512_dpbusd_epi32(counts[row][0], weights[0], x);
+                    counts[row][1] = _mm512_dpbusd_epi32(counts[row][1], weights[1], x);
                 }
             }
-            let scales = scales.as_chunks::<LANES>().0;
-            let scales = [widen(&scales[0]), widen(&scales[1])];
+            let scales = [widen(&panel.scales[0]), widen(&panel.scales[1])];
             for row in 0..R {
-                let scale_x = _mm512_set1_ps(x.scales[row * x.stride + block]);
-                for i in 0..2 {
-                    let scale = _mm512_mul_ps(scales[i], scale_x);
-                    sums[row][i] =
-                        _mm512_fmadd_ps(_mm512_cvtepi32_ps(counts[row][i]), scale, sums[row][i]);
+                let scale = _mm512_set1_ps(x.scales[row]);
+                for half in 0..2 {
+                    let count = _mm512_cvtepi32_ps(counts[row][half]);
+                    let scale = _mm512_mul_ps(scales[half], scale);
+                    sums[row][half] = _mm512_fmadd_ps(count, scale, sums[row][half]);
                 }
             }
         }
-        sums.map(|sums| bytemuck::cast(sums))
+        sums.map(bytemuck::cast)
     }
 
     #[inline]
@@ -338,5 +303,69 @@ mod x86 {
         // SAFETY: the array holds the 32 bytes that are read.
         let scales = unsafe { _mm256_loadu_si256(scales.as_ptr().cast()) };
         _mm512_cvtph_ps(scales)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn packed(out: usize, width: usize) -> Option<(PackedInt8, Vec<f32>)> {
+        let number = |i: usize| u8::try_from(i * 73 % 256).unwrap();
+        let mut bytes = Vec::new();
+        for block in 0..out * width.div_euclid(BLOCK) {
+            let scale = f16::from_f32(0.01 + f32::from(number(block)) / 2e4);
+            bytes.extend(scale.to_le_bytes());
+            bytes.extend((0..BLOCK).map(|i| number(block * 7 + i)));
+        }
+        let packed = PackedInt8::new(&bytes, out, width)?;
+        let numbers = bytes.chunks_exact(BLOCK_BYTES).flat_map(|block| {
+            let scale = f16::from_le_bytes([block[0], block[1]]).to_f32();
+            block[2..].iter().map(move |x| scale * f32::from(x.cast_signed()))
+        });
+        Some((packed, numbers.collect()))
+    }
+
+    #[test]
+    fn a_packed_matrix_keeps_its_numbers() {
+        let Some((packed, numbers)) = packed(41, 96) else { return };
+        let rows: Vec<f32> = (0..41).flat_map(|row| packed.row(row)).collect();
+        assert_eq!(rows, numbers);
+    }
+
+    #[test]
+    fn the_product_is_that_of_the_quantized_activations() {
+        for (rows, width, out) in
+            [(1, 32, 1), (1, 1600, 70), (5, 64, 33), (13, 576, 20), (400, 32, 40)]
+        {
+            let Some((packed, weight)) = packed(out, width) else { return };
+            let x: Vec<f32> = (0..rows * width)
+                .map(|i| f32::from(u8::try_from(i * 31 % 255).unwrap()) - 127.0)
+                .collect();
+            // The largest magnitude of every block is made 127, so that quantizing is exact.
+            let x: Vec<f32> = x.chunks(BLOCK).flat_map(|x| [&[127.0], &x[1..]].concat()).collect();
+            let bias: Vec<f32> = (0..out).map(|i| f32::from(u8::try_from(i).unwrap())).collect();
+            let mut y = vec![f32::NAN; rows * out];
+            packed.multiply(&x, Some(&bias), &mut y);
+            for (i, y) in y.iter().enumerate() {
+                let (row, column) = (i.div_euclid(out), i % out);
+                let pairs = x[row * width..].iter().zip(&weight[column * width..][..width]);
+                let sum: f64 = pairs.map(|(x, w)| f64::from(*x) * f64::from(*w)).sum();
+                let exact = sum + f64::from(bias[column]);
+                let error = (f64::from(*y) - exact).abs();
+                assert!(error < 1e-2, "{rows}×{width}×{out} at {i}: {y}, expected {exact}");
+            }
+        }
+    }
+
+    #[test]
+    fn nan_in_the_activations_stays() {
+        let Some((packed, _)) = packed(40, 64) else { return };
+        let mut x = vec![1.0; 3 * 64];
+        x[64 + 40] = f32::NAN;
+        let mut y = vec![0.0; 3 * 40];
+        packed.multiply(&x, None, &mut y);
+        assert!(y[40..80].iter().all(|y| y.is_nan()), "{y:?}");
+        assert!(y[..40].iter().chain(&y[80..]).all(|y| y.is_finite()), "{y:?}");
     }
 }
