@@ -49,7 +49,7 @@ pub(crate) fn update<S: Simd>(simd: S, out: &mut [f32], x: &[f32], f: impl Lanew
     }
 }
 
-/// `Σ f(x[i])`; `f(0)` must be 0.
+/// `Σ f(x[i])`; `f(0)` must be 0 unless `x` fills whole registers.
 #[inline(always)]
 pub(crate) fn sum<S: Simd>(simd: S, x: &[f32], f: impl Lanewise<1>) -> f32 {
     let (whole, rest) = S::as_simd_f32s(x);
@@ -63,8 +63,10 @@ pub(crate) fn sum<S: Simd>(simd: S, x: &[f32], f: impl Lanewise<1>) -> f32 {
     for x in left {
         sums[0] = simd.add_f32s(sums[0], f.apply(simd, [*x]));
     }
-    let rest = f.apply(simd, [simd.partial_load_f32s(rest)]);
-    sums[1] = simd.add_f32s(sums[1], rest);
+    if !rest.is_empty() {
+        let rest = f.apply(simd, [simd.partial_load_f32s(rest)]);
+        sums[1] = simd.add_f32s(sums[1], rest);
+    }
     let pairs = [simd.add_f32s(sums[0], sums[1]), simd.add_f32s(sums[2], sums[3])];
     simd.reduce_sum_f32s(simd.add_f32s(pairs[0], pairs[1]))
 }
