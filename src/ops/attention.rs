@@ -42,18 +42,14 @@ pub fn attention(q: &Tensor, k: &Tensor, v: &Tensor, scale: f32, mask: Mask<'_>)
     attention_plain(q, k, v, scale, mask)
 }
 
-/// [`attention`] by its definition, with the scores stored: the twin of the faster versions.
-///
-/// # Errors
-/// Shapes that do not fit, or a failure of the device.
-pub fn attention_plain(
+/// [`attention`] by its definition, with the scores stored: the twin of the faster version.
+fn attention_plain(
     q: &Tensor,
     k: &Tensor,
     v: &Tensor,
     scale: f32,
     mask: Mask<'_>,
 ) -> Result<Tensor> {
-    check(q, k, v, mask)?;
     let Mask::Segments(starts) = mask else {
         return in_pieces(q, k, v, scale, (mask, SCORES_MAX));
     };
@@ -78,9 +74,10 @@ fn check(q: &Tensor, k: &Tensor, v: &Tensor, mask: Mask<'_>) -> Result<()> {
                 bail!("attention: segments {starts:?} do not divide {n} queries and {m} keys");
             }
         }
-        Mask::None if m == 0 && n > 0 => bail!("attention: no keys for {n} queries"),
-        Mask::Causal { .. } if m == 0 && n > 0 => bail!("attention: no keys for {n} queries"),
-        _ => {}
+        Mask::None | Mask::Causal { .. } if m == 0 && n > 0 => {
+            bail!("attention: no keys for {n} queries")
+        }
+        Mask::None | Mask::Causal { .. } => {}
     }
     Ok(())
 }

@@ -93,10 +93,7 @@ impl PackedConv2d {
 }
 
 /// The convolution by way of candle's own, with the padding stored: the twin of the faster one.
-///
-/// # Errors
-/// Shapes that do not fit, or a failure of the device.
-pub fn conv2d_plain(
+pub(super) fn conv2d_plain(
     x: &Tensor,
     weight: &Tensor,
     bias: Option<&Tensor>,

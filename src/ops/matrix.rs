@@ -181,7 +181,6 @@ impl WithSimd for Block<'_, '_> {
                 let (a, tile) = (&self.scratch.a, &mut self.tile);
                 match shape.vectors(out - first) {
                     1 => panel_rows::<S, 1>(simd, a, b, depth, first, tile),
-                    2 => panel_rows::<S, 2>(simd, a, b, depth, first, tile),
                     _ => panel_rows::<S, 3>(simd, a, b, depth, first, tile),
                 }
             }
@@ -214,7 +213,7 @@ impl Block<'_, '_> {
 /// Rows of the next register tile when `left` rows are left.
 #[inline(always)]
 fn tile_rows<S: Simd>(left: usize) -> usize {
-    product::rows_of::<S>().min(left.next_power_of_two())
+    if left == 1 { 1 } else { product::rows_of::<S>() }
 }
 
 /// Adds the product of the packed activations with one panel to the tile.
@@ -233,11 +232,12 @@ fn panel_rows<S: Simd, const V: usize>(
         let count = tile_rows::<S>(rows - done);
         let a = &a[done * depth..][..count * depth];
         let first = first - tile.cols.start;
-        match count {
-            1 => add_product::<S, 1, V>(simd, a, b, tile, [done, first]),
-            2 => add_product::<S, 2, V>(simd, a, b, tile, [done, first]),
-            4 => add_product::<S, 4, V>(simd, a, b, tile, [done, first]),
-            _ => add_product::<S, 8, V>(simd, a, b, tile, [done, first]),
+        if count == 1 {
+            add_product::<S, 1, V>(simd, a, b, tile, [done, first]);
+        } else if const { product::rows_of::<S>() == 8 } {
+            add_product::<S, 8, V>(simd, a, b, tile, [done, first]);
+        } else {
+            add_product::<S, 4, V>(simd, a, b, tile, [done, first]);
         }
         done += count;
     }

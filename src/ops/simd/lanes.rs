@@ -49,7 +49,7 @@ pub(crate) fn update<S: Simd>(simd: S, out: &mut [f32], x: &[f32], f: impl Lanew
     }
 }
 
-/// `Σ f(x[i])`; `f(0)` must be 0 unless the length is a multiple of a register's.
+/// `Σ f(x[i])`; `f(0)` must be 0 unless `x` fills whole registers.
 #[inline(always)]
 pub(crate) fn sum<S: Simd>(simd: S, x: &[f32], f: impl Lanewise<1>) -> f32 {
     let (whole, rest) = S::as_simd_f32s(x);
