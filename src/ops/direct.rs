@@ -115,7 +115,7 @@ impl PackedKernel {
 }
 
 fn tile_rows(left: usize, full: usize) -> usize {
-    full.min(left.next_power_of_two())
+    if left == 1 { 1 } else { full }
 }
 
 /// One convolution of one batch of pictures.
@@ -269,11 +269,12 @@ impl WithSimd for Work<'_, '_> {
         for first in (0..out).step_by(full) {
             let rows = tile_rows(out - first, full);
             let weights = &self.plan.kernel.weights[first * depth..][..rows * depth];
-            match rows {
-                1 => self.output_rows::<S, 1>(simd, weights, &taps, first),
-                2 => self.output_rows::<S, 2>(simd, weights, &taps, first),
-                4 => self.output_rows::<S, 4>(simd, weights, &taps, first),
-                _ => self.output_rows::<S, 8>(simd, weights, &taps, first),
+            if rows == 1 {
+                self.output_rows::<S, 1>(simd, weights, &taps, first);
+            } else if const { product::rows_of::<S>() == 8 } {
+                self.output_rows::<S, 8>(simd, weights, &taps, first);
+            } else {
+                self.output_rows::<S, 4>(simd, weights, &taps, first);
             }
         }
     }

@@ -181,6 +181,7 @@ impl WithSimd for Block<'_, '_> {
                 let (a, tile) = (&self.scratch.a, &mut self.tile);
                 match shape.vectors(out - first) {
                     1 => panel_rows::<S, 1>(simd, a, b, depth, first, tile),
+                    2 => panel_rows::<S, 2>(simd, a, b, depth, first, tile),
                     _ => panel_rows::<S, 3>(simd, a, b, depth, first, tile),
                 }
             }

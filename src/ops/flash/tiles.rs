@@ -30,13 +30,17 @@ impl WithSimd for Tiles<'_, '_> {
         let full = self.inputs.shape.columns();
         for first in (0..rows).step_by(full) {
             let count = full.min(rows - first);
-            match (self.inputs.shape.vectors(count), product::rows_of::<S>()) {
-                (1, 4) => self.query_tile::<S, 4, 1>(simd, first, count),
-                (2, 4) => self.query_tile::<S, 4, 2>(simd, first, count),
-                (_, 4) => self.query_tile::<S, 4, 3>(simd, first, count),
-                (1, _) => self.query_tile::<S, 8, 1>(simd, first, count),
-                (2, _) => self.query_tile::<S, 8, 2>(simd, first, count),
-                (_, _) => self.query_tile::<S, 8, VECTORS>(simd, first, count),
+            let one = self.inputs.shape.vectors(count) == 1;
+            if const { product::rows_of::<S>() == 8 } {
+                match one {
+                    true => self.query_tile::<S, 8, 1>(simd, first, count),
+                    false => self.query_tile::<S, 8, VECTORS>(simd, first, count),
+                }
+            } else {
+                match one {
+                    true => self.query_tile::<S, 4, 1>(simd, first, count),
+                    false => self.query_tile::<S, 4, VECTORS>(simd, first, count),
+                }
             }
         }
     }
