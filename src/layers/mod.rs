@@ -90,6 +90,14 @@ impl ChannelRmsNorm {
     pub fn forward(&self, x: &Tensor) -> TensorResult<Tensor> {
         ops::channel_rms_norm(x, &self.0)
     }
+
+    /// [`Self::forward`] and SiLU after it, in one pass.
+    ///
+    /// # Errors
+    /// Another number of channels, or a failure of the device.
+    pub fn forward_silu(&self, x: &Tensor) -> TensorResult<Tensor> {
+        ops::channel_rms_norm_silu(x, &self.0)
+    }
 }
 
 /// A convolution over pictures.

@@ -11,7 +11,7 @@ use candle_core::{
 };
 
 use super::{
-    cpu::{Floats, is_fast},
+    cpu::Floats,
     matrix::PackedMatrix,
     simd::{Arch, hugepage, int8::PackedInt8},
 };
@@ -79,12 +79,12 @@ impl PackedLinear {
     /// Another width, or a failure of the device.
     pub fn forward(&self, x: &Tensor) -> Result<Tensor> {
         let y = match &self.weight {
-            Kernel::Packed(weight) if is_fast(&[x]) => {
+            Kernel::Packed(weight) if is_host(x) => {
                 return by_rows(x, self.bias.as_ref(), weight.dims(), |x, bias, y| {
                     weight.multiply(x, bias, y);
                 });
             }
-            Kernel::Int8(weight) if is_fast(&[x]) => {
+            Kernel::Int8(weight) if is_host(x) => {
                 return by_rows(x, self.bias.as_ref(), weight.dims(), |x, bias, y| {
                     weight.multiply(x, bias, y);
                 });
@@ -116,6 +116,12 @@ fn dequantized(weight: &PackedInt8) -> Result<Tensor> {
     Tensor::from_vec(numbers, dims, &Device::Cpu)
 }
 
+/// Whether `x` may be computed with in float32: other types of half the size are widened.
+fn is_host(x: &Tensor) -> bool {
+    let narrow = matches!(x.dtype(), DType::F32 | DType::BF16 | DType::F16);
+    narrow && x.device().is_cpu() && !x.track_op()
+}
+
 /// Checks shapes and runs `multiply(x, bias, y)` on slices.
 fn by_rows(
     x: &Tensor,
@@ -128,16 +134,16 @@ fn by_rows(
         bail!("linear: {:?} does not end in the width {width}", x.dims());
     };
     *last = out;
-    let bias = bias.map(Tensor::contiguous).transpose()?;
+    let bias = bias.map(|bias| bias.to_dtype(DType::F32)?.contiguous()).transpose()?;
     let bias = bias.as_ref().map(Floats::new);
     let bias = bias.as_ref().map(Floats::contiguous).transpose()?;
     if bias.is_some_and(|bias| bias.len() != out) {
         bail!("linear: the bias does not have the output's width {out}");
     }
     let mut y = hugepage::zeros(dims.iter().product());
-    let x = x.contiguous()?;
-    multiply(Floats::new(&x).contiguous()?, bias, &mut y);
-    Tensor::from_vec(y, dims, x.device())
+    let wide = x.to_dtype(DType::F32)?.contiguous()?;
+    multiply(Floats::new(&wide).contiguous()?, bias, &mut y);
+    Tensor::from_vec(y, dims, x.device())?.to_dtype(x.dtype())
 }
 
 fn dense(x: &Tensor, weight: &Tensor) -> Result<Tensor> {

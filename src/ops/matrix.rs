@@ -16,6 +16,8 @@ use super::simd::{
 const DEPTH: usize = 192;
 /// Rows of the activations that are multiplied at a time: a block of them stays in the second.
 const ROWS: usize = 384;
+/// Columns of the output that are summed at a time.
+const COLUMNS_MAX: usize = 1536;
 /// Pieces of work for each thread, so that none waits long for the last.
 const TASKS_PER_THREAD: usize = 4;
 
@@ -76,7 +78,7 @@ impl PackedMatrix {
         let mut wide = Vec::new();
         for first in (0..self.out).step_by(self.shape.columns()) {
             let panel = self.panel(first, 0, self.width, &mut wide);
-            let columns = self.shape.vectors(self.out - first) * self.shape.lanes;
+            let columns = self.panel_columns(first);
             for (i, row) in
                 weight[first * self.width..].chunks_exact_mut(self.width).enumerate().take(columns)
             {
@@ -93,7 +95,7 @@ impl PackedMatrix {
         let blocks = rows.div_ceil(ROWS).max(1);
         let tile_rows = rows.div_ceil(blocks).next_multiple_of(self.shape.rows);
         let panels = self.out.div_ceil(self.shape.columns()).max(1);
-        let groups = tasks.div_ceil(blocks).min(panels);
+        let groups = tasks.div_ceil(blocks).max(self.out.div_ceil(COLUMNS_MAX)).min(panels);
         let tile_cols = panels.div_ceil(groups) * self.shape.columns();
         let grid = Grid { rows, cols: self.out, tile_rows, tile_cols };
         par_tiles(out, grid, Scratch::default, |scratch, tile| {
@@ -101,7 +103,13 @@ impl PackedMatrix {
         });
     }
 
+    /// Columns that the panel that starts at row `first` is packed with.
+    fn panel_columns(&self, first: usize) -> usize {
+        self.shape.vectors(self.out - first) * self.shape.lanes
+    }
+
     /// Depths `from..from + depth` of the panel that starts at row `first`, widened if need be.
+    #[inline(always)]
     fn panel<'a>(
         &'a self,
         first: usize,
@@ -109,7 +117,7 @@ impl PackedMatrix {
         depth: usize,
         wide: &'a mut Vec<f32>,
     ) -> &'a [f32] {
-        let columns = self.shape.vectors(self.out - first) * self.shape.lanes;
+        let columns = self.panel_columns(first);
         let start = first * self.width + from * columns;
         let range = start..start + depth * columns;
         if !matches!(self.panels, Panels::F32(_)) {
@@ -146,8 +154,13 @@ fn pack<T: Copy + Default + Send + Sync>(weight: &[T], width: usize, shape: Tile
 
 #[derive(Default)]
 struct Scratch {
+    /// Activations: `[tile of rows][k][row]`.
     a: Vec<f32>,
+    /// A panel in float32.
     wide: Vec<f32>,
+    /// The tile's sums: `[panel][row][column]`. They are not summed in the output, whose rows can
+    /// be so far apart that they evict each other from the caches.
+    sums: Vec<f32>,
 }
 
 /// One tile of the output.
@@ -165,31 +178,46 @@ impl WithSimd for Block<'_, '_> {
     #[inline(always)]
     fn with_simd<S: Simd>(mut self, simd: S) {
         let (out, width) = self.matrix.dims();
-        for i in 0..self.tile.rows.len() {
-            let cols = self.tile.cols.clone();
-            match self.bias {
-                Some(bias) => self.tile.row(i).copy_from_slice(&bias[cols]),
-                None => self.tile.row(i).fill(0.0),
-            }
-        }
         let shape = self.matrix.shape;
+        let (rows, columns) = (self.tile.rows.len(), shape.columns());
+        self.scratch.sums.clear();
+        self.scratch.sums.resize(rows * self.tile.cols.len().next_multiple_of(columns), 0.0);
         for from in (0..width).step_by(DEPTH) {
             let depth = DEPTH.min(width - from);
             self.pack_activations::<S>(from, depth);
-            for first in self.tile.cols.clone().step_by(shape.columns()) {
-                let b = self.matrix.panel(first, from, depth, &mut self.scratch.wide);
-                let (a, tile) = (&self.scratch.a, &mut self.tile);
+            let Scratch { a, wide, sums } = &mut *self.scratch;
+            let panels = self.tile.cols.clone().step_by(columns);
+            for (first, sums) in panels.zip(sums.chunks_exact_mut(rows * columns)) {
+                let b = self.matrix.panel(first, from, depth, wide);
                 match shape.vectors(out - first) {
-                    1 => panel_rows::<S, 1>(simd, a, b, depth, first, tile),
-                    2 => panel_rows::<S, 2>(simd, a, b, depth, first, tile),
-                    _ => panel_rows::<S, 3>(simd, a, b, depth, first, tile),
+                    1 => panel_rows::<S, 1>(simd, a, b, depth, sums),
+                    2 => panel_rows::<S, 2>(simd, a, b, depth, sums),
+                    _ => panel_rows::<S, 3>(simd, a, b, depth, sums),
                 }
             }
         }
+        self.store();
     }
 }
 
 impl Block<'_, '_> {
+    /// Copies the sums to the output and adds the bias.
+    fn store(&mut self) {
+        let (rows, columns) = (self.tile.rows.len(), self.matrix.shape.columns());
+        for (panel, sums) in self.scratch.sums.chunks_exact(rows * columns).enumerate() {
+            let first = panel * columns;
+            let place = self.tile.cols.start + first;
+            let stride = self.matrix.panel_columns(place);
+            for (i, sums) in sums.chunks_exact(stride).enumerate().take(rows) {
+                let out = self.tile.row(i)[first..].iter_mut().zip(sums);
+                match self.bias {
+                    Some(bias) => out.zip(&bias[place..]).for_each(|((y, x), b)| *y = x + b),
+                    None => out.for_each(|(y, x)| *y = *x),
+                }
+            }
+        }
+    }
+
     /// Packs the block's activations, register tile after register tile: `[tile][k][row]`.
     #[inline(always)]
     fn pack_activations<S: Simd>(&mut self, from: usize, depth: usize) {
@@ -217,30 +245,29 @@ fn tile_rows<S: Simd>(left: usize) -> usize {
     if left == 1 { 1 } else { product::rows_of::<S>() }
 }
 
-/// Adds the product of the packed activations with one panel to the tile.
+/// Adds the product of the packed activations with one panel to `sums: [row][column]`.
 #[inline(always)]
 fn panel_rows<S: Simd, const V: usize>(
     simd: S,
     a: &[f32],
     b: &[f32],
     depth: usize,
-    first: usize,
-    tile: &mut Tile<'_>,
+    sums: &mut [f32],
 ) {
-    let rows = tile.rows.len();
-    let mut done = 0;
-    while done < rows {
-        let count = tile_rows::<S>(rows - done);
-        let a = &a[done * depth..][..count * depth];
-        let first = first - tile.cols.start;
+    let columns = V * S::F32_LANES;
+    let (mut a, mut sums) = (a, sums);
+    while !a.is_empty() {
+        let count = product::rows_of::<S>().min(a.len().div_euclid(depth));
+        let (tile, rest) = a.split_at(count * depth);
         if count == 1 {
-            add_product::<S, 1, V>(simd, a, b, tile, [done, first]);
+            add_product::<S, 1, V>(simd, tile, b, sums);
         } else if const { product::rows_of::<S>() == 8 } {
-            add_product::<S, 8, V>(simd, a, b, tile, [done, first]);
+            add_product::<S, 8, V>(simd, tile, b, sums);
         } else {
-            add_product::<S, 4, V>(simd, a, b, tile, [done, first]);
+            add_product::<S, 4, V>(simd, tile, b, sums);
         }
-        done += count;
+        a = rest;
+        sums = sums.get_mut(count * columns..).unwrap_or_default();
     }
 }
 
@@ -249,15 +276,11 @@ fn add_product<S: Simd, const R: usize, const V: usize>(
     simd: S,
     a: &[f32],
     b: &[f32],
-    tile: &mut Tile<'_>,
-    [row, col]: [usize; 2],
+    out: &mut [f32],
 ) {
     let sums = product::tile::<S, R, V>(simd, a, b);
-    let rows = tile.rows.len();
-    for (i, sums) in sums.into_iter().enumerate().take(rows - row) {
-        let out = &mut tile.row(row + i)[col..];
-        let count = out.len().min(V * S::F32_LANES);
-        product::update_row(simd, sums, &mut out[..count], product::Add);
+    for (sums, out) in sums.into_iter().zip(out.chunks_exact_mut(V * S::F32_LANES)) {
+        product::update_row(simd, sums, out, product::Add);
     }
 }
 

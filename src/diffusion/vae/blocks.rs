@@ -87,8 +87,8 @@ impl ResidualBlock {
 
     /// `[b, input, h, w]` → `[b, output, h, w]`.
     fn forward(&self, x: Tensor) -> TensorResult<Tensor> {
-        let y = self.conv1.forward(&ops::silu(&self.norm1.forward(&x)?)?)?;
-        let y = self.conv2.forward(&ops::silu(&self.norm2.forward(&y)?)?)?;
+        let y = self.conv1.forward(&self.norm1.forward_silu(&x)?)?;
+        let y = self.conv2.forward(&self.norm2.forward_silu(&y)?)?;
         match &self.shortcut {
             Some(shortcut) => shortcut.forward(&x)? + y,
             None => x + y,
@@ -253,7 +253,7 @@ impl Head {
     }
 
     pub(super) fn forward(&self, x: &Tensor) -> TensorResult<Tensor> {
-        self.conv.forward(&ops::silu(&self.norm.forward(x)?)?)
+        self.conv.forward(&self.norm.forward_silu(x)?)
     }
 }
 

@@ -8,7 +8,7 @@
 use half::f16;
 use rayon::prelude::*;
 
-use super::tiles::{Grid, Tile, par_tiles};
+use super::tiles::{Grid, par_tiles};
 
 /// Numbers that share one scale.
 const BLOCK: usize = 32;
@@ -22,7 +22,7 @@ const LANES: usize = PANEL.div_euclid(2);
 /// Blocks that are multiplied at a time: their weights stay in the first-level cache.
 const DEPTH: usize = 16;
 /// Rows of the activations that are multiplied at a time.
-const ROWS: usize = 384;
+const ROWS: usize = 240;
 /// Rows of a register tile.
 const TILE_ROWS: usize = 6;
 /// Pieces of work for each thread, so that none waits long for the last.
@@ -37,8 +37,9 @@ pub(crate) struct PackedInt8 {
     depth: usize,
 }
 
-/// One block of each output of a panel.
+/// One block of each output of a panel. Aligned, so that no load straddles two cache lines.
 #[derive(Debug, Clone, Copy)]
+#[repr(C, align(64))]
 struct PanelBlock {
     /// `[four][output][4]`, each number plus 128.
     weights: [[[[u8; 4]; LANES]; 2]; FOURS],
@@ -117,43 +118,41 @@ impl PackedInt8 {
         let groups = tasks.div_ceil(row_blocks).min(panels);
         let tile_cols = panels.div_ceil(groups) * PANEL;
         let grid = Grid { rows, cols: self.out, tile_rows, tile_cols };
-        par_tiles(
-            out,
-            grid,
-            || (),
-            |(), mut tile| {
-                for i in 0..tile.rows.len() {
-                    let cols = tile.cols.clone();
+        par_tiles(out, grid, Vec::new, |sums, mut tile| {
+            for first in (0..tile.cols.len()).step_by(PANEL) {
+                let panel = tile.cols.start + first;
+                self.panel_sums(&x, [panel, tile.rows.start, tile.rows.len()], sums);
+                for (i, sums) in sums.iter().enumerate().take(tile.rows.len()) {
+                    let out = tile.row(i)[first..].iter_mut().zip(sums);
                     match bias {
-                        Some(bias) => tile.row(i).copy_from_slice(&bias[cols]),
-                        None => tile.row(i).fill(0.0),
+                        Some(bias) => out.zip(&bias[panel..]).for_each(|((y, x), b)| *y = x + b),
+                        None => out.for_each(|(y, x)| *y = *x),
                     }
                 }
-                self.add_product(&x, &mut tile);
-            },
-        );
+            }
+        });
     }
 
-    fn add_product<const R: usize>(&self, x: &[RowBlock<R>], tile: &mut Tile<'_>) {
+    /// The products of `rows` rows from `row` on with the panel that starts at output `first`.
+    ///
+    /// They are summed here and not in the output, whose rows can be so far apart that they evict
+    /// each other from the caches.
+    fn panel_sums<const R: usize>(
+        &self,
+        x: &[RowBlock<R>],
+        [first, row, rows]: [usize; 3],
+        sums: &mut Vec<[f32; PANEL]>,
+    ) {
+        sums.clear();
+        sums.resize(rows.next_multiple_of(R), [0.0; PANEL]);
+        let panel = &self.blocks[first.div_euclid(PANEL) * self.depth..][..self.depth];
+        let x = &x[row.div_euclid(R) * self.depth..];
         for from in (0..self.depth).step_by(DEPTH) {
-            let count = DEPTH.min(self.depth - from);
-            for first in tile.cols.clone().step_by(PANEL) {
-                let panel = first.div_euclid(PANEL) * self.depth + from;
-                let panel = &self.blocks[panel..][..count];
-                for row in (0..tile.rows.len()).step_by(R) {
-                    let rows = (tile.rows.start + row).div_euclid(R) * self.depth + from;
-                    let sums = multiply_tile(panel, &x[rows..][..count]);
-                    add_sums(&sums, tile, [row, first - tile.cols.start]);
-                }
+            let to = self.depth.min(from + DEPTH);
+            for (sums, x) in sums.as_chunks_mut().0.iter_mut().zip(x.chunks_exact(self.depth)) {
+                add_product::<R>(&panel[from..to], &x[from..to], sums);
             }
         }
-    }
-}
-
-fn add_sums(sums: &[[[f32; LANES]; 2]], tile: &mut Tile<'_>, [row, column]: [usize; 2]) {
-    for (i, sums) in sums.iter().enumerate().take(tile.rows.len() - row) {
-        let out = tile.row(row + i)[column..].iter_mut();
-        out.zip(sums.as_flattened()).for_each(|(out, sum)| *out += *sum);
     }
 }
 
@@ -184,7 +183,7 @@ fn is_supported() -> bool {
 }
 
 #[cfg(target_arch = "x86_64")]
-use x86::{multiply_tile, quantize_row};
+use x86::{add_product, quantize_row};
 
 #[cfg(not(target_arch = "x86_64"))]
 fn quantize_row<const R: usize>(_: &[f32], _: &mut [RowBlock<R>], _: usize) {
@@ -192,7 +191,7 @@ fn quantize_row<const R: usize>(_: &[f32], _: &mut [RowBlock<R>], _: usize) {
 }
 
 #[cfg(not(target_arch = "x86_64"))]
-fn multiply_tile<const R: usize>(_: &[PanelBlock], _: &[RowBlock<R>]) -> [[[f32; LANES]; 2]; R] {
+fn add_product<const R: usize>(_: &[PanelBlock], _: &[RowBlock<R>], _: &mut [[f32; PANEL]; R]) {
     unreachable!("a packed matrix exists only where the instructions do");
 }
 
@@ -206,7 +205,7 @@ mod x86 {
 
     use half::f16;
 
-    use super::{BLOCK, FOURS, LANES, PanelBlock, RowBlock};
+    use super::{BLOCK, FOURS, LANES, PANEL, PanelBlock, RowBlock};
 
     /// Quantizes row `i` of a tile, block by block: the largest magnitude becomes 127. A block with
     /// NaN gets the scale NaN, so that it stays visible in the product.
@@ -239,24 +238,26 @@ mod x86 {
         }
     }
 
-    /// The product of a tile of rows with a panel of outputs.
-    pub(super) fn multiply_tile<const R: usize>(
+    /// Adds the product of a tile of rows with a panel of outputs.
+    pub(super) fn add_product<const R: usize>(
         panel: &[PanelBlock],
         x: &[RowBlock<R>],
-    ) -> [[[f32; LANES]; 2]; R] {
+        sums: &mut [[f32; PANEL]; R],
+    ) {
         #[expect(unsafe_code, reason = "needs instructions that not every processor has")]
         // SAFETY: `PackedInt8::new` makes a matrix only where `is_supported`.
         unsafe {
-            multiply_tile_avx512(panel, x)
+            add_product_avx512(panel, x, sums);
         }
     }
 
     #[target_feature(enable = "avx512f,avx512bw,avx512vnni")]
     #[expect(clippy::needless_range_loop, reason = "only indices are unrolled into registers")]
-    fn multiply_tile_avx512<const R: usize>(
+    fn add_product_avx512<const R: usize>(
         panel: &[PanelBlock],
         x: &[RowBlock<R>],
-    ) -> [[[f32; LANES]; 2]; R] {
+        out: &mut [[f32; PANEL]; R],
+    ) {
         let mut sums = [[_mm512_setzero_ps(); 2]; R];
         for (panel, x) in panel.iter().zip(x) {
             let mut counts = [[_mm512_setzero_si512(); 2]; R];
@@ -283,7 +284,18 @@ mod x86 {
                 }
             }
         }
-        sums.map(bytemuck::cast)
+        for row in 0..R {
+            let (low, high) = out[row].split_at_mut(LANES);
+            add(low, sums[row][0]);
+            add(high, sums[row][1]);
+        }
+    }
+
+    #[inline]
+    #[target_feature(enable = "avx512f")]
+    fn add(out: &mut [f32], sums: __m512) {
+        let sums: [f32; LANES] = bytemuck::cast(sums);
+        out.iter_mut().zip(sums).for_each(|(out, sum)| *out += sum);
     }
 
     #[inline]

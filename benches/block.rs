@@ -1,0 +1,36 @@
+//! One forward pass of the transformer (two layers, hidden 3072, 24 heads of 128, 512 × 512 with one
+//! reference) and the autoencoder there and back, at the published dimensions.
+//!
+//! Needs the folder that `benches/make_published.py checkpoints/published` writes; without it there
+//! is nothing to measure.
+#![expect(clippy::unwrap_used, reason = "a benchmark may panic")]
+#![expect(clippy::integer_division, reason = "half of the tokens are the reference's")]
+
+use std::{path::Path, time::Duration};
+
+use candle_core::DType;
+use criterion::{Criterion, criterion_group, criterion_main};
+use pentimento::weights::Storage;
+
+mod published;
+
+fn models(c: &mut Criterion) {
+    let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("checkpoints/published");
+    if !folder.is_dir() {
+        return;
+    }
+    let mut group = c.benchmark_group("published");
+    group.sample_size(10).measurement_time(Duration::from_secs(20));
+    let kept =
+        [("q8_0", Storage::Q8_0), ("bf16", Storage::Plain(DType::BF16)), ("f32", Storage::Compute)];
+    for (name, storage) in kept {
+        let forward = published::transformer(&folder, storage);
+        group.bench_function(format!("transformer {name}"), |b| b.iter(&forward));
+    }
+    let there_and_back = published::autoencoder(&folder);
+    group.bench_function("autoencoder f32", |b| b.iter(&there_and_back));
+    group.finish();
+}
+
+criterion_group!(benches, models);
+criterion_main!(benches);
