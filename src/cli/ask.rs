@@ -30,10 +30,10 @@ pub(crate) fn run(args: AskArgs) -> Result<()> {
     request.cancel = super::cancel_on_interrupt()?;
 
     let bar = Bar::new(args.report.quiet);
-    let (source, options) = (model::source(&args.model), model::options(&args.model)?);
-    let assistant = Assistant::open(&source, &options, &bar)?;
+    let options = model::options(&args.model, &request.cancel)?;
     let speaker = Speaker { bar: &bar, speak: !args.report.json };
-    let result = assistant.ask(&request, &speaker);
+    let result = Assistant::open(&model::source(&args.model), &options, &bar)
+        .and_then(|assistant| assistant.ask(&request, &speaker));
     bar.clear();
     let outcome = result?;
     if args.report.json {

@@ -26,10 +26,11 @@ pub(crate) fn run(args: EditArgs) -> Result<()> {
     for note in request.pictures.iter().flat_map(|picture| &picture.notes) {
         bar.note(note);
     }
-    let engine = model::open(&args.model, &bar)?;
-    let result = engine.edit(&request, &bar);
+    let options = model::options(&args.model, &request.cancel)?;
+    let result = Engine::open(&model::source(&args.model), &options, &bar)
+        .and_then(|engine| Ok((engine.edit(&request, &bar)?, engine)));
     bar.clear();
-    let outcome = result?;
+    let (outcome, engine) = result?;
     let record = (!args.no_metadata).then(|| record(&engine, &request, &outcome));
 
     if to_stdout {

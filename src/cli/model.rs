@@ -3,7 +3,7 @@
 use std::{io::Read, path::Path};
 
 use pentimento::{
-    Device, Engine, EngineOptions, ModelSource, Result,
+    CancelToken, Device, EngineOptions, ModelSource, Result,
     memory::Budget,
     pixels::{Limits, Picture},
     weights::Storage,
@@ -17,7 +17,7 @@ pub(crate) fn source(args: &ModelArgs) -> ModelSource {
 }
 
 /// Where and how it runs. Sets the number of threads for the whole process.
-pub(crate) fn options(args: &ModelArgs) -> Result<EngineOptions> {
+pub(crate) fn options(args: &ModelArgs, cancel: &CancelToken) -> Result<EngineOptions> {
     if let Some(threads) = args.threads {
         pentimento::set_threads(usize::from(threads))?;
     }
@@ -31,6 +31,7 @@ pub(crate) fn options(args: &ModelArgs) -> Result<EngineOptions> {
             DtypeArg::Q8_0 => Some(Storage::Q8_0),
         },
         budget: Budget { bytes_max: args.max_ram },
+        cancel: cancel.clone(),
     })
 }
 
@@ -58,9 +59,4 @@ pub(crate) fn pictures(paths: &[impl AsRef<Path>]) -> Result<Vec<Picture>> {
         pictures.push(Picture::decode(&bytes, "stdin", &limits)?);
     }
     Ok(pictures)
-}
-
-/// Opens the engine of a model.
-pub(crate) fn open(args: &ModelArgs, observer: &dyn pentimento::Observer) -> Result<Engine> {
-    Engine::open(&source(args), &options(args)?, observer)
 }

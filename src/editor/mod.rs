@@ -21,14 +21,14 @@ use crate::{
     diffusion::DiffusionModel,
     error::Result,
     memory::{Budget, Device},
-    progress::{Event, Observer, Stage},
+    progress::{CancelToken, Event, Observer, Stage},
     request::{AskOutcome, AskRequest, EditOutcome, EditRequest, StageReport},
     vlm::VisionLanguageModel,
     weights::{ModelFiles, Precision, Storage},
 };
 
 /// Where and how a model runs.
-#[derive(Debug, Clone, Copy, Default)]
+#[derive(Debug, Clone, Default)]
 pub struct EngineOptions {
     /// The device of the computation.
     pub device: Device,
@@ -36,6 +36,8 @@ pub struct EngineOptions {
     pub storage: Option<Storage>,
     /// A ceiling for host memory.
     pub budget: Budget,
+    /// Stops the loading of weights.
+    pub cancel: CancelToken,
 }
 
 impl EngineOptions {
@@ -47,7 +49,7 @@ impl EngineOptions {
             Some(Storage::Plain(dtype)) if dtype == compute => Storage::Compute,
             Some(storage) => storage,
         };
-        Ok(Precision { device, compute, storage })
+        Ok(Precision { device, compute, storage, cancel: self.cancel.clone() })
     }
 }
 
@@ -81,7 +83,7 @@ impl Engine {
     ///
     /// # Errors
     /// Files that are missing, damaged or of another kind; a device that cannot be opened; not
-    /// enough memory.
+    /// enough memory; cancellation.
     pub fn open(
         source: &ModelSource,
         options: &EngineOptions,

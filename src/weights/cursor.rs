@@ -8,6 +8,7 @@ use super::checkpoint::Checkpoint;
 use crate::{
     error::{ModelError, Result},
     ops::LinearWeight,
+    progress::CancelToken,
 };
 
 /// How the matrices of linear layers are kept in memory.
@@ -22,7 +23,7 @@ pub enum Storage {
     Q8_0,
 }
 
-/// Where tensors go and in which types.
+/// Where tensors go and in which types, and what stops reading them.
 #[derive(Debug, Clone)]
 pub struct Precision {
     /// The device of the computation.
@@ -31,13 +32,20 @@ pub struct Precision {
     pub compute: DType,
     /// The matrices of linear layers.
     pub storage: Storage,
+    /// Looked at before each tensor is read.
+    pub cancel: CancelToken,
 }
 
 impl Precision {
     /// Float32 on the CPU: the reference.
     #[must_use]
     pub fn reference() -> Self {
-        Self { device: Device::Cpu, compute: DType::F32, storage: Storage::Compute }
+        Self {
+            device: Device::Cpu,
+            compute: DType::F32,
+            storage: Storage::Compute,
+            cancel: CancelToken::new(),
+        }
     }
 }
 
@@ -135,6 +143,7 @@ impl Weights {
     }
 
     fn stored(&self, name: &str, shape: &[usize]) -> Result<Tensor> {
+        self.precision.cancel.check()?;
         let name = self.full_name(name);
         if let Some(found) = self.checkpoint.shape(&name)
             && found != shape

@@ -195,6 +195,15 @@ fn a_request_can_be_cancelled_in_every_stage() {
 }
 
 #[test]
+fn loading_can_be_cancelled() {
+    let reference = Reference::open("tiny-qwen-plus");
+    let options = options();
+    options.cancel.cancel();
+    let result = Engine::open(&ModelSource::Folder(reference.folder), &options, &());
+    assert!(matches!(result, Err(Error::Cancelled)));
+}
+
+#[test]
 fn progress_counts_every_step() {
     let reference = Reference::open("tiny-qwen-edit");
     let engine = open(&reference);
