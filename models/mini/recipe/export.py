@@ -44,7 +44,7 @@ def pipeline(run):
     vae = type(frozen.vae)(**train_vae.CONFIG, latents_mean=mean, latents_std=std)
     vae.load_state_dict(frozen.vae.state_dict())
     fast = fast_tokenizer(frozen.tok)
-    return QwenImageEditPipeline(scheduler=FlowMatchEulerDiscreteScheduler(**dit.SCHEDULE), vae=vae, text_encoder=frozen.student.model,
+    return QwenImageEditPipeline(scheduler=FlowMatchEulerDiscreteScheduler(**dit.SCHEDULE), vae=vae, text_encoder=frozen.model,
                                  tokenizer=fast, processor=processor(fast), transformer=model)
 
 

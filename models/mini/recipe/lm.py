@@ -134,8 +134,8 @@ def feed(layer, x):
     return x + layer.mlp.down_proj(F.silu(layer.mlp.gate_proj(h)) * layer.mlp.up_proj(h))
 
 
-def hidden_states(model, prefix_ids, ids, pictures, layers=None):
-    """Last hidden states `[b, n, hidden]` of the text after a shared prompt.
+def hidden_states(model, prefix_ids, ids, pictures, tap=None):
+    """Last hidden states `[b, n, hidden]` of the text after a shared prompt; with `tap`, also those after that many layers.
 
     `prefix_ids: [p]`, `ids: [b, n]` padded on the right and starting with vision start and one pad token per
     picture token, `pictures: [b, 16, hidden]`.
@@ -147,7 +147,9 @@ def hidden_states(model, prefix_ids, ids, pictures, layers=None):
     x = torch.cat([x[:, :1], pictures, x[:, 1 + GRID * GRID:]], 1)
     prompt = stack.embed_tokens(prefix_ids)[None]
     prompt_mask, mask = causal(p), torch.cat([torch.zeros(n, p), causal(n)], 1)
-    for layer in stack.layers:
+    tapped = None
+    for index, layer in enumerate(stack.layers):
+        tapped = x if index == tap else tapped
         hp, hx = norm(prompt, layer.input_layernorm.weight), norm(x, layer.input_layernorm.weight)
         qp, kp, vp = qkv(layer.self_attn, hp, cos[:p], sin[:p])
         q, k, v = qkv(layer.self_attn, hx, cos[p:], sin[p:])
@@ -155,7 +157,8 @@ def hidden_states(model, prefix_ids, ids, pictures, layers=None):
         values = torch.cat([vp.expand(len(x), -1, -1, -1, -1), v], 3)
         prompt = feed(layer, prompt + layer.self_attn.o_proj(attend(qp, kp, vp, prompt_mask)))
         x = feed(layer, x + layer.self_attn.o_proj(attend(q, keys, values, mask)))
-    return norm(x, stack.norm.weight)
+    out = norm(x, stack.norm.weight)
+    return out if tap is None else (out, F.rms_norm(tapped, (HIDDEN,)))
 
 
 @torch.no_grad()

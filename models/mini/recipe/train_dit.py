@@ -23,7 +23,7 @@ class Frozen:
     """What the transformer is trained on top of."""
 
     tok: object
-    student: train_lm.Student
+    model: torch.nn.Module
     vae: torch.nn.Module
     mean: torch.Tensor  # [1, 16, 1, 1]
     std: torch.Tensor
@@ -33,17 +33,17 @@ class Frozen:
     def load(cls, out):
         out = Path(out)
         tok = words.load_tokenizer(out / "tokenizer.json")
-        student = train_lm.Student(tok)
-        student.load_state_dict(torch.load(out / "lm_final.pt"))
+        model = lm.build(tok)
+        model.load_state_dict(torch.load(out / "lm_final.pt"))
         train_vae.single_frame()
         vae = train_vae.build()
         vae.load_state_dict(torch.load(out / "vae_final.pt"))
         facts = json.loads((out / "vae.json").read_text())
         mean, std = (torch.tensor(facts[k]).view(1, 16, 1, 1) for k in ("latents_mean", "latents_std"))
-        for module in (student, vae):
+        for module in (model, vae):
             module.requires_grad_(False)
             round_weights(module)
-        return cls(tok, student, vae, mean, std, train_lm.prefix_table(tok)["edit"])
+        return cls(tok, model, vae, mean, std, train_lm.prefix_table(tok)["edit"])
 
     @torch.no_grad()
     def latents(self, scenes):
@@ -63,10 +63,10 @@ class Frozen:
         """Hidden states `[b, n, hidden]` of the editing prompt without its 64 dropped tokens, and lengths `[b]`."""
         image_id = self.tok.token_to_id("<|image_pad|>")
         rows = [train_lm.spread(e.ids, image_id) for e in self.tok.encode_batch([words.body(p) for p in prompts])]
-        samples = [train_lm.Sample("edit", ids, len(ids), scene, []) for ids, scene in zip(rows, scenes)]
+        samples = [train_lm.Sample("edit", ids, len(ids), scene, [], []) for ids, scene in zip(rows, scenes)]
         with torch.autocast("cpu", torch.bfloat16):
-            pictures = lm.picture_tokens(self.student.model, train_lm.stack_pixels(samples))
-            hidden = lm.hidden_states(self.student.model, self.prefix, train_lm.stack_ids(samples), pictures)
+            pictures = lm.picture_tokens(self.model, train_lm.stack_pixels(samples))
+            hidden = lm.hidden_states(self.model, self.prefix, train_lm.stack_ids(samples), pictures)
         return hidden.float(), torch.tensor([len(r) for r in rows])
 
 

@@ -5,6 +5,7 @@ one has no reply; small linear heads, thrown away after training, read from the 
 clause which places change and into what, so that the frozen hidden states tell the transformer just that.
 """
 import json
+import re
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,6 +23,9 @@ PICTURE = words.PICTURE_TOKENS
 HEAD_SIZES = dict(dest=world.PLACE_COUNT + 1, kind=len(world.KINDS) + 1, color=len(world.COLORS) + 1,
                   background=len(world.BACKGROUNDS) + 1, light=len(world.LIGHTS) + 1)
 CELL_SIZES = dict(kind=len(world.KINDS) + 1, color=len(world.COLORS) + 1, background=len(world.BACKGROUNDS), light=len(world.LIGHTS))
+SEEN_SIZES = dict(kind=CELL_SIZES["kind"], color=CELL_SIZES["color"], place=world.PLACE_COUNT)
+CELL_TOKENS = [(r["y"] // world.CELL) * lm.GRID + c["x"] // world.CELL for r in world.ROWS for c in world.COLUMNS]
+EARLY_LAYERS = 2  # after so many layers the picture's tokens should know where they lie
 POOL = 8  # batches that are drawn together and sorted by length
 
 
@@ -34,6 +38,7 @@ class Sample:
     reply: int
     scene: world.Scene
     clauses: list  # (token index, targets)
+    nouns: list  # (token index, place): where a word names the only object it can mean
 
 
 class Heads(nn.Module):
@@ -44,6 +49,8 @@ class Heads(nn.Module):
         self.changed = nn.Linear(lm.HIDDEN, world.PLACE_COUNT)
         self.clause = nn.ModuleDict({k: nn.Linear(lm.HIDDEN, n) for k, n in HEAD_SIZES.items()})
         self.cell = nn.ModuleDict({k: nn.Linear(lm.HIDDEN, n) for k, n in CELL_SIZES.items()})
+        self.seen = nn.ModuleDict({k: nn.Linear(lm.HIDDEN, n) for k, n in SEEN_SIZES.items()})
+        self.early = nn.Linear(lm.HIDDEN, world.PLACE_COUNT)
 
 
 class Student(nn.Module):
@@ -86,21 +93,58 @@ def editing_case(rng, seed):
     return world.sample_case(seed, count=1 if single else 2 + rng.below(3)), merged
 
 
-def editing_sample(tok, rng, seed):
-    case, merged = editing_case(rng, seed)
-    text, ends, targets = editing_clauses(case, merged)
+def noun_end(case, text, place, start, end):
+    """Where the kind of the object in `place` ends as a whole word of `text[start:end]`."""
+    kind = world.KINDS[case.scene.objects[place][0]]["name"]
+    return re.compile(rf"\b{kind}\b").search(text, start, end).end()
+
+
+def merged_nouns(case, ends, text):
+    """The same for merged sub-requests, each of which names one object by color and kind."""
+    rows = [(w, i) for w in case.wishes for i in range(len(w.edits))]
+    out, start = [], 0
+    for (wish, i), end in zip(rows, ends):
+        if wish.places:
+            out.append((noun_end(case, text, wish.places[i], start, end), wish.places[i]))
+        start = end
+    return out
+
+
+def noun_ends(case):
+    """Where, in characters, a clause of the request names its object by kind, and the object's place."""
+    out, start = [], 0
+    for wish, end in zip(case.wishes, case.clause_ends):
+        if wish.places and wish.style != "picture":
+            out.append((noun_end(case, case.request, wish.places[0], start, end), wish.places[0]))
+        start = end
+    return out
+
+
+def asked_ids(tok, text, marks):
+    """Token ids of pictures and text, and the token index of every character offset in `marks`."""
     code = tok.encode(words.body(text))
     start = len(words.IMAGE)
     last = {end: i for i, (_, end) in enumerate(code.offsets)}
-    clauses = [(last[start + end] + PICTURE - 1, t) for end, t in zip(ends, targets)]
-    ids = spread(code.ids, tok.token_to_id("<|image_pad|>"))
-    return Sample("edit", ids, len(ids), case.scene, clauses)
+    return spread(code.ids, tok.token_to_id("<|image_pad|>")), [last[start + mark] + PICTURE - 1 for mark in marks]
+
+
+def editing_sample(tok, rng, seed):
+    case, merged = editing_case(rng, seed)
+    text, ends, targets = editing_clauses(case, merged)
+    nouns = merged_nouns(case, ends, text) if merged else noun_ends(case)
+    ids, at = asked_ids(tok, text, ends + [end for end, _ in nouns])
+    places = [place for _, place in nouns]
+    return Sample("edit", ids, len(ids), case.scene, list(zip(at, targets)), list(zip(at[len(ends):], places)))
 
 
 def reply_sample(tok, task, case):
-    asked, reply = (case.request, world.tags(case)) if task == "decompose" else (world.tags(case), words.sequence_reply(case))
-    ids = spread(tok.encode(words.body(asked)).ids, tok.token_to_id("<|image_pad|>"))
-    return Sample(task, ids + tok.encode(reply + "<|im_end|>").ids, len(ids), case.scene, [])
+    if task == "sequence":
+        asked, reply, nouns = world.tags(case), words.sequence_reply(case), []
+    else:
+        asked, reply, nouns = case.request, world.tags(case), noun_ends(case)
+    ids, at = asked_ids(tok, asked, [end for end, _ in nouns])
+    nouns = [(i, place) for i, (_, place) in zip(at, nouns)]
+    return Sample(task, ids + tok.encode(reply + "<|im_end|>").ids, len(ids), case.scene, [], nouns)
 
 
 def draw(tok, task, rng, seed):
@@ -154,7 +198,8 @@ def clause_loss(heads, hidden, samples):
     for n, (_, _, places, _) in enumerate(rows):
         changed[n, places] = 1
     logits = heads.changed(state)
-    loss = F.binary_cross_entropy_with_logits(logits, changed) * 6
+    share = changed / changed.sum(1, keepdim=True).clamp(min=1)
+    loss = F.binary_cross_entropy_with_logits(logits, changed) * 6 - (share * logits.log_softmax(1)).sum(1).mean()
     right = ((logits > 0) == (changed > 0)).all(1)
     for key, head in heads.clause.items():
         wanted = torch.tensor([r[3][key] for r in rows])
@@ -164,32 +209,55 @@ def clause_loss(heads, hidden, samples):
     return loss, right
 
 
-def cell_loss(heads, pictures, samples):
-    """The vision tower's tokens, read cell by cell: kind, color, background, light."""
-    token_of = [(r["y"] // world.CELL) * lm.GRID + c["x"] // world.CELL for r in world.ROWS for c in world.COLUMNS]
-    state = pictures[:, token_of]  # b, place, hidden
-    things = [[s.scene.objects.get(p, (len(world.KINDS), len(world.COLORS))) for p in range(world.PLACE_COUNT)] for s in samples]
-    things = torch.tensor(things)  # b, place, 2
+def noun_loss(heads, hidden, samples):
+    """Cross-entropy of the place that a noun means, read at the noun itself."""
+    rows = [(b, i, place) for b, s in enumerate(samples) for i, place in s.nouns]
+    if not rows:
+        return 0.0
+    b, i, place = torch.tensor(rows).T
+    return F.cross_entropy(heads.changed(hidden[b, i]), place)
+
+
+def thing_table(samples):
+    """Kind and color in every place `[b, place, 2]`; the last class of each means empty."""
+    empty = (len(world.KINDS), len(world.COLORS))
+    return torch.tensor([[s.scene.objects.get(p, empty) for p in range(world.PLACE_COUNT)] for s in samples])
+
+
+def read_cells(heads, state, wanted):
+    """Summed cross-entropy of heads that read `state: [b, place, hidden]`; `wanted: {name: [b, place]}`."""
+    return sum(F.cross_entropy(heads[k](state).flatten(0, 1), w.flatten()) for k, w in wanted.items())
+
+
+def picture_loss(heads, pictures, early, hidden, samples):
+    """What the picture's tokens must tell: as they leave the tower, and as they leave the language model.
+
+    The tower turns angles only, so it cannot know where a token lies; the language model can, from the distance
+    to the marks before the picture. Asking for the place there is what lets words find their object.
+    """
+    things = thing_table(samples)
     whole = torch.tensor([[s.scene.background, s.scene.light] for s in samples])[:, None].expand(-1, world.PLACE_COUNT, -1)
-    loss = 0
-    for index, (key, head) in enumerate(heads.cell.items()):
-        wanted = (things if index < 2 else whole)[..., index % 2]
-        loss = loss + F.cross_entropy(head(state).flatten(0, 1), wanted.flatten())
-    return loss
+    place = torch.arange(world.PLACE_COUNT).expand(len(samples), -1)
+    tower = dict(kind=things[..., 0], color=things[..., 1], background=whole[..., 0], light=whole[..., 1])
+    model = dict(kind=things[..., 0], color=things[..., 1], place=place)
+    after = hidden[:, [1 + t for t in CELL_TOKENS]]
+    soon = F.cross_entropy(heads.early(early[:, [1 + t for t in CELL_TOKENS]]).flatten(0, 1), place.flatten())
+    return read_cells(heads.cell, pictures[:, CELL_TOKENS], tower) + read_cells(heads.seen, after, model) + soon
 
 
 def losses(student, prefix_ids, samples):
     """Loss of one batch of one task, and which samples (or clauses) are entirely right."""
     ids, pictures = stack_ids(samples), lm.picture_tokens(student.model, stack_pixels(samples))
-    hidden = lm.hidden_states(student.model, prefix_ids, ids, pictures)
+    hidden, early = lm.hidden_states(student.model, prefix_ids, ids, pictures, EARLY_LAYERS)
     task = samples[0].task
     main, right = clause_loss(student.heads, hidden, samples) if task == "edit" else reply_loss(student.model, hidden, ids, samples)
-    return main + 0.3 * cell_loss(student.heads, pictures, samples), main, right
+    beside = 0.3 * picture_loss(student.heads, pictures, early, hidden, samples) + 0.5 * noun_loss(student.heads, hidden, samples)
+    return main + beside, main, right
 
 
 # ---------------------------------------------------------------- training
 
-SIZES = dict(decompose=40, edit=48, sequence=12)
+SIZES = dict(decompose=32, edit=64, sequence=8)
 
 
 def prefix_table(tok):
@@ -250,6 +318,6 @@ def train(out, budget_s, cases=200):
     if rank() == 0:
         run.save()
         result = measure(student, tok, cases) | dict(seconds=round(run.seconds), samples=run.samples)
-        torch.save(student.state_dict(), Path(out) / "lm_final.pt")
+        torch.save(student.model.state_dict(), Path(out) / "lm_final.pt")
         (Path(out) / "lm.json").write_text(json.dumps(result, indent=1))
         say("lm", result)

@@ -506,7 +506,7 @@ def render(scene):
 
 # ---------------------------------------------------------------- strict readout
 
-ERROR_MAX = 8.0  # mean absolute error, in levels, up to which a region still counts as readable
+ERROR_MAX = 12.0  # mean absolute error, in levels, up to which a region still counts as readable
 
 
 def _candidates(background, light, place):

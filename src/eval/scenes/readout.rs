@@ -7,7 +7,7 @@ use super::{
 };
 
 /// Mean absolute error, in levels, up to which a region still counts as readable.
-const ERROR_MAX: f64 = 8.0;
+const ERROR_MAX: f64 = 12.0;
 
 /// What a picture shows.
 #[derive(Debug, Clone, PartialEq)]
