@@ -1,5 +1,6 @@
 //! Build script: lists the files of the miniature pack, so that the feature `mini` can compile
 //! them into the crate.
+#![expect(clippy::disallowed_methods, reason = "a build script reads cargo's environment")]
 
 use std::{
     env,

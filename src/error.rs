@@ -85,6 +85,16 @@ pub enum RequestError {
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum PictureError {
+    /// The file cannot be read.
+    #[error("{name}: cannot read the picture: {reason}\nhint: {hint}")]
+    Read {
+        /// The file.
+        name: String,
+        /// What the system said.
+        reason: String,
+        /// What to do.
+        hint: String,
+    },
     /// The bytes are not a picture that can be decoded.
     #[error("{name}: cannot decode the picture: {reason}\nhint: {hint}")]
     Decode {

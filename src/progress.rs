@@ -72,6 +72,19 @@ pub enum Stage {
 }
 
 impl Stage {
+    /// The name in JSON and metadata.
+    #[must_use]
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Load => "load",
+            Self::EncodePrompt => "encode_prompt",
+            Self::EncodePicture => "encode_picture",
+            Self::Denoise => "denoise",
+            Self::Decode => "decode",
+            Self::Generate => "generate",
+        }
+    }
+
     /// A word for a person.
     #[must_use]
     pub fn label(self) -> &'static str {

@@ -5,19 +5,31 @@ use std::time::Duration;
 use serde::Serialize;
 
 use crate::{
+    diffusion::noise::CudaGrid,
     pixels::{Picture, Size},
     progress::{CancelToken, Stage},
 };
 
 /// Whose random numbers a seed draws.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize)]
-#[serde(rename_all = "snake_case")]
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub enum Rng {
     /// What `torch.Generator("cpu").manual_seed(seed)` draws; the same picture on every machine.
     #[default]
     Cpu,
-    /// What `torch.Generator("cuda").manual_seed(seed)` draws.
-    Cuda,
+    /// What `torch.Generator("cuda").manual_seed(seed)` draws. Where the noise has more values than
+    /// the device has threads, the device matters: [`CudaGrid::of_device`].
+    Cuda(CudaGrid),
+}
+
+impl Rng {
+    /// The name in flags, JSON and metadata.
+    #[must_use]
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Cpu => "cpu",
+            Self::Cuda(_) => "cuda",
+        }
+    }
 }
 
 /// How a request is carried out.
@@ -28,6 +40,16 @@ pub enum Strategy {
     /// The prompt goes to the editor as it is, in one pass.
     #[default]
     Direct,
+}
+
+impl Strategy {
+    /// The name in flags, JSON and metadata.
+    #[must_use]
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Direct => "direct",
+        }
+    }
 }
 
 /// One edit: the pictures, the sentence, and what differs from the model's defaults.

@@ -3,6 +3,7 @@
 use std::{ffi::OsString, path::PathBuf};
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
+use pentimento::{Rng, diffusion::noise::CudaGrid};
 
 /// Edit pictures on this machine: one sentence says what should change.
 #[derive(Debug, Parser)]
@@ -69,15 +70,6 @@ pub(crate) enum DtypeArg {
     Q8_0,
 }
 
-/// Whose random numbers a seed draws.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
-pub(crate) enum RngArg {
-    /// As torch draws them on the CPU
-    Cpu,
-    /// As torch draws them on a CUDA device
-    Cuda,
-}
-
 /// How a request is carried out.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
 pub(crate) enum StrategyArg {
@@ -125,7 +117,7 @@ pub(crate) struct EditArgs {
     /// What should not appear; guidance runs only with this (it may be empty) and --cfg-scale above 1
     #[arg(short, long, value_name = "TEXT")]
     pub(crate) negative_prompt: Option<String>,
-    /// Where the result goes: .png, .jpg, .webp, .bmp or .tiff; `-` writes PNG to stdout
+    /// Where the result goes: .png, .jpg or .webp; `-` writes PNG to stdout
     #[arg(short, long, value_name = "FILE")]
     pub(crate) output: PathBuf,
     /// Replace the output if it exists
@@ -140,9 +132,10 @@ pub(crate) struct EditArgs {
     /// Seed of the noise; -1 or absent draws one, which is reported
     #[arg(short, long, value_name = "N", allow_hyphen_values = true, value_parser = seed)]
     pub(crate) seed: Option<SeedArg>,
-    /// Whose random numbers the seed draws
-    #[arg(long, value_enum, default_value_t = RngArg::Cpu)]
-    pub(crate) rng: RngArg,
+    /// Whose random numbers the seed draws: cpu or cuda, as torch draws them there; for noise of
+    /// more values than the device has threads, cuda:SMSxTHREADS (128x1536 for an RTX 4090)
+    #[arg(long, value_name = "RNG", default_value = "cpu", value_parser = rng)]
+    pub(crate) rng: Rng,
     /// True classifier-free guidance; above 1 with a negative prompt doubles the work [default: the model's]
     #[arg(long, value_name = "X")]
     pub(crate) cfg_scale: Option<f64>,
@@ -238,6 +231,22 @@ fn seed(text: &str) -> Result<SeedArg, String> {
     Ok(SeedArg::Number(number))
 }
 
+fn rng(text: &str) -> Result<Rng, String> {
+    let device = |text: &str| {
+        let (multiprocessors, threads) = text.split_once('x')?;
+        Some(CudaGrid::of_device(multiprocessors.parse().ok()?, threads.parse().ok()?))
+    };
+    match text {
+        "cpu" => Ok(Rng::Cpu),
+        "cuda" => Ok(Rng::Cuda(CudaGrid::UNLIMITED)),
+        _ => text
+            .strip_prefix("cuda:")
+            .and_then(device)
+            .map(Rng::Cuda)
+            .ok_or_else(|| "expected cpu, cuda or cuda:SMSxTHREADS".to_owned()),
+    }
+}
+
 fn area(text: &str) -> Result<u64, String> {
     let number =
         |part: &str| part.trim().parse::<u64>().map_err(|error| format!("{part:?}: {error}"));
@@ -288,5 +297,8 @@ mod tests {
         assert!(seed("-2").is_err() && seed("1.5").is_err());
         assert_eq!(gib("0.5"), Ok(1 << 29));
         assert!(gib("-1").is_err() && gib("nan").is_err());
+        assert_eq!(rng("cuda"), Ok(Rng::Cuda(CudaGrid::UNLIMITED)));
+        assert_eq!(rng("cuda:128x1536"), Ok(Rng::Cuda(CudaGrid::of_device(128, 1536))));
+        assert!(rng("cuda:128").is_err() && rng("gpu").is_err());
     }
 }

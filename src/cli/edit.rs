@@ -3,13 +3,13 @@
 use std::path::Path;
 
 use pentimento::{
-    EditOutcome, EditRequest, Engine, Error, Result, Rng, Strategy,
-    pixels::{self, EditMetadata, Format, Overwrite},
+    EditOutcome, EditRequest, Engine, Error, Result, StageReport, Strategy,
+    pixels::{self, EditRecord, Format, ModelRecord, Overwrite, RECORD_VERSION},
 };
 use serde_json::json;
 
 use super::{
-    args::{EditArgs, RngArg, StrategyArg},
+    args::{EditArgs, StrategyArg},
     model,
     progress::Bar,
 };
@@ -30,16 +30,15 @@ pub(crate) fn run(args: EditArgs) -> Result<()> {
     let result = engine.edit(&request, &bar);
     bar.clear();
     let outcome = result?;
-    let metadata = (!args.no_metadata).then(|| metadata(&engine, &request, &outcome));
+    let record = (!args.no_metadata).then(|| record(&engine, &request, &outcome));
 
     if to_stdout {
-        return super::print(&pixels::encode_to_vec(
-            &outcome.picture,
-            Format::Png,
-            metadata.as_ref(),
-        )?);
+        let encoded = pixels::encode_to_vec(&outcome.picture, Format::Png, record.as_ref())?;
+        return super::print(&encoded.bytes);
     }
-    pixels::write(&outcome.picture, &args.output, overwrite, metadata.as_ref())?;
+    for note in pixels::save(&outcome.picture, &args.output, overwrite, record.as_ref())? {
+        bar.note(&note);
+    }
     if args.report.json {
         return super::print_json(&summary(&args.output, &engine, &request, &outcome));
     }
@@ -67,10 +66,7 @@ fn request(args: &EditArgs) -> Result<EditRequest> {
     request.negative_prompt.clone_from(&args.negative_prompt);
     request.steps = args.steps;
     request.seed = args.seed.and_then(|seed| seed.number());
-    request.rng = match args.rng {
-        RngArg::Cpu => Rng::Cpu,
-        RngArg::Cuda => Rng::Cuda,
-    };
+    request.rng = args.rng;
     request.cfg_scale = args.cfg_scale;
     (request.width, request.height) = (args.width, args.height);
     (request.area, request.vl_area) = (args.area, args.vl_area);
@@ -92,17 +88,33 @@ fn prompt_from_file(file: &Path) -> Result<String> {
     Ok(text.trim_end_matches(['\r', '\n']).to_owned())
 }
 
-fn metadata(engine: &Engine, request: &EditRequest, outcome: &EditOutcome) -> EditMetadata {
+fn record(engine: &Engine, request: &EditRequest, outcome: &EditOutcome) -> EditRecord {
     let model = engine.model();
-    EditMetadata {
+    EditRecord {
+        version: RECORD_VERSION,
+        program: EditRecord::this_program(),
         prompt: request.prompt.clone(),
         negative_prompt: request.negative_prompt.clone(),
         seed: outcome.seed,
+        rng: request.rng.name().to_owned(),
         steps: outcome.steps,
+        sampler: "Euler".to_owned(),
         cfg_scale: outcome.cfg_scale,
-        model_name: model.name.clone(),
-        model_digest: model.digest.clone(),
+        strategy: request.strategy.name().to_owned(),
+        model: ModelRecord {
+            name: model.name.clone(),
+            class: model.class.to_owned(),
+            digest: Some(model.digest.clone()),
+        },
+        working_size: outcome.working_size,
+        input_sizes: request.pictures.iter().map(pixels::Picture::size).collect(),
+        timings_ms: outcome.stages.iter().map(timing).collect(),
     }
+}
+
+fn timing(report: &StageReport) -> (String, u64) {
+    let elapsed_ms = u64::try_from(report.elapsed.as_millis()).unwrap_or(u64::MAX);
+    (report.stage.name().to_owned(), elapsed_ms)
 }
 
 fn summary(
@@ -123,7 +135,7 @@ fn summary(
         "prompt": request.prompt,
         "negative_prompt": request.negative_prompt,
         "seed": outcome.seed,
-        "rng": request.rng,
+        "rng": request.rng.name(),
         "steps": outcome.steps,
         "cfg_scale": outcome.cfg_scale,
         "strategy": request.strategy,

@@ -4,7 +4,7 @@ use std::{collections::BTreeMap, path::Path};
 
 use pentimento::{
     ModelInfo, ModelSource, Result,
-    pixels::{self, Limits, Picture},
+    pixels::{self, Limits},
     weights::{Checkpoint, identify},
 };
 use serde_json::{Value, json};
@@ -114,26 +114,26 @@ fn folder(info: &ModelInfo) -> String {
 }
 
 fn picture(path: &Path, as_json: bool) -> Result<()> {
-    let limits = Limits::default();
-    let picture = Picture::open(path, &limits)?;
-    let metadata = pixels::read_metadata(path, &limits)?;
-    let size = picture.size();
+    let bytes = fs_err::read(path)?;
+    let info = pixels::read_metadata(&bytes, &path.display().to_string(), &Limits::default())?;
     if as_json {
-        return super::print_json(&json!({
-            "width": size.width, "height": size.height, "alpha": picture.alpha.is_some(),
-            "icc_bytes": picture.icc.as_ref().map(Vec::len), "notes": picture.notes,
-            "text": metadata.text, "pentimento": metadata.pentimento,
-        }));
+        return super::print_json(&info);
     }
-    let mut text = format!("{size}{}\n", if picture.alpha.is_some() { ", alpha" } else { "" });
-    if let Some(icc) = &picture.icc {
-        text += &format!("ICC profile of {} bytes\n", icc.len());
+    let mut text = format!("{} {}\n", info.format, info.size);
+    if info.orientation != 1 {
+        text += &format!("EXIF orientation {}\n", info.orientation);
     }
-    for note in &picture.notes {
+    if let Some(bytes) = info.icc_bytes {
+        text += &format!("ICC profile of {bytes} bytes\n");
+    }
+    if info.several_frames {
+        text += "several frames or pages; the first is used\n";
+    }
+    for note in &info.notes {
         text += &format!("note: {note}\n");
     }
-    for (key, value) in &metadata.text {
-        text += &format!("{key}: {value}\n");
+    for entry in &info.texts {
+        text += &format!("{}: {}\n", entry.keyword, entry.text);
     }
     super::print(text.as_bytes())
 }

@@ -1,10 +1,11 @@
 //! One edit, from the request's pictures to the result.
 
 use candle_core::Tensor;
+use image::RgbImage;
 
 use super::{Engine, estimate, pipeline::Pipeline, plan_sizes::Sizes, stages::Stages};
 use crate::{
-    diffusion::{Conditioning, DenoiseOptions, Guidance},
+    diffusion::{Conditioning, Denoise, Grid, noise::NoiseSource, vae::Tiling},
     error::{Error, RequestError, Result},
     pixels::{self, Filter, Picture, Size},
     progress::{Event, Observer, Stage},
@@ -14,8 +15,6 @@ use crate::{
 /// The longest prompt, in tokens: what the reference pipelines were written for
 /// (`tokenizer_max_length`).
 const PROMPT_TOKENS_MAX: usize = 1024;
-/// The most denoising steps: the timesteps that the models were trained on.
-const STEPS_MAX: usize = 1000;
 /// Guidance beyond this overflows in every published model.
 const CFG_SCALE_MAX: f64 = 100.0;
 
@@ -41,33 +40,42 @@ pub(super) fn run(
     for note in &checked.notes {
         observer.event(&Event::Note(note));
     }
+    let diffusion = &engine.diffusion;
+    let (cancel, tiling) = (&request.cancel, Tiling::default());
     let mut stages = Stages::new(observer);
 
     // 1. The vision-language model reads the request.
     let (positive, negative) =
         stages.run(Stage::EncodePrompt, || conditioning(engine, &checked))?;
     // 2. The autoencoder turns the pictures into latents.
-    let references = stages.run(Stage::EncodePicture, || reference_latents(engine, &checked))?;
+    let (references, grids) =
+        stages.run(Stage::EncodePicture, || reference_tokens(engine, &checked, &tiling))?;
     // 3. Noise, the one that the seed stands for.
-    let noise = initial_noise(engine, &checked)?;
+    let noise = diffusion.initial_noise(checked.noise_source(), checked.seed, grids[0])?;
     // 4. The denoising loop.
-    let guidance = negative.map(|conditioning| Guidance { conditioning, scale: checked.cfg_scale });
-    let latents = stages.run(Stage::Denoise, || {
-        let options = DenoiseOptions { steps: checked.steps, cancel: &request.cancel, observer };
-        engine.diffusion.denoise(noise, &references, (&positive, guidance.as_ref()), &options)
+    let latents = stages.run_steps(Stage::Denoise, || {
+        let denoise = Denoise {
+            noise: &noise,
+            references: Some(&references),
+            grids: &grids,
+            positive: &positive,
+            negative: negative.as_ref(),
+            cfg_scale: checked.cfg_scale,
+            schedule: &diffusion.schedule().schedule(checked.steps, grids[0].tokens())?,
+        };
+        denoise.run(diffusion.transformer(), observer, cancel, &mut |_, _| {})
     })?;
     // 5. The autoencoder turns the result into a picture.
     let decoded = stages.run(Stage::Decode, || {
-        let decoded = engine.diffusion.vae.decode(&latents, &request.cancel)?;
-        pixels::rgb_from_tensor(&decoded, "the decoded picture")
+        let decoded = diffusion.picture(&latents, grids[0], &tiling, cancel)?;
+        pixels::rgb_from_tensor(&decoded, Stage::Decode.label())
     })?;
 
-    let picture = finish(decoded, &checked)?;
     Ok(EditOutcome {
-        picture,
+        picture: finish(&decoded, &checked)?,
         seed: checked.seed,
         steps: checked.steps,
-        cfg_scale: if guidance.is_some() { checked.cfg_scale } else { 1.0 },
+        cfg_scale: if negative.is_some() { checked.cfg_scale } else { 1.0 },
         working_size: checked.sizes.working,
         stages: stages.finish(),
         notes: checked.notes,
@@ -92,19 +100,37 @@ impl<'a> Checked<'a> {
             request.negative_prompt.as_deref().unwrap_or_default(),
         )?;
         let steps = request.steps.unwrap_or(pipeline.steps);
-        if !(1..=STEPS_MAX).contains(&steps) {
-            return Err(Error::field("steps", steps, format!("1 to {STEPS_MAX}")));
-        }
         let cfg_scale = request.cfg_scale.unwrap_or(pipeline.cfg_scale);
         if !(0.0..=CFG_SCALE_MAX).contains(&cfg_scale) {
             return Err(Error::field("cfg-scale", cfg_scale, format!("0 to {CFG_SCALE_MAX}")));
         }
-        let sizes = Sizes::plan(pipeline, request, engine.diffusion.token_px())?;
+        let sizes = Sizes::plan(pipeline, request, token_px(engine)?)?;
+        let grid = grid(engine, sizes.working)?;
+        engine.diffusion.schedule().schedule(steps, grid.tokens())?; // refuses what it cannot do
         check_activations(engine, &sizes)?;
         let (negative, notes) = guidance(request, cfg_scale);
         let seed = request.seed.unwrap_or_else(random_seed);
         Ok(Self { request, sizes, steps, cfg_scale, negative, seed, notes })
     }
+
+    fn noise_source(&self) -> NoiseSource {
+        match self.request.rng {
+            Rng::Cpu => NoiseSource::Cpu,
+            Rng::Cuda(grid) => NoiseSource::Cuda(grid),
+        }
+    }
+}
+
+/// Side of a token in pixels.
+fn token_px(engine: &Engine) -> Result<u32> {
+    let side = engine.diffusion.pixels_per_token();
+    u32::try_from(side).map_err(|error| {
+        Error::field("token side", format!("{side}: {error}"), "a number of pixels")
+    })
+}
+
+fn grid(engine: &Engine, size: Size) -> Result<Grid> {
+    engine.diffusion.grid(size.height as usize, size.width as usize)
 }
 
 fn check_pictures(pipeline: &Pipeline, request: &EditRequest) -> Result<()> {
@@ -124,7 +150,7 @@ fn check_pictures(pipeline: &Pipeline, request: &EditRequest) -> Result<()> {
 }
 
 fn check_length(engine: &Engine, field: &'static str, text: &str) -> Result<()> {
-    let tokens = engine.vlm.count_tokens(text)?;
+    let tokens = engine.vlm.tokenizer().encode(text)?.len();
     if tokens > PROMPT_TOKENS_MAX {
         let found = format!("{tokens} tokens ({} characters)", text.chars().count());
         return Err(Error::field(field, found, format!("at most {PROMPT_TOKENS_MAX} tokens")));
@@ -136,13 +162,14 @@ fn check_activations(engine: &Engine, sizes: &Sizes) -> Result<()> {
     let diffusion = &engine.diffusion;
     let mut tokens = PROMPT_TOKENS_MAX;
     for &size in std::iter::once(&sizes.working).chain(&sizes.latent) {
-        let grid = size.in_units_of(diffusion.token_px())?;
-        tokens += grid.width as usize * grid.height as usize;
+        tokens += grid(engine, size)?.tokens();
     }
-    let (transformer, autoencoder) = diffusion.widths();
-    let widths = estimate::Widths { transformer, autoencoder };
-    let tile = diffusion.vae.largest_tile(sizes.working);
-    let bytes = estimate::activation_bytes(tokens, tile, widths);
+    let widths = estimate::Widths {
+        transformer: diffusion.transformer().config().dim(),
+        autoencoder: diffusion.autoencoder().config().base_dim,
+    };
+    let largest = sizes.latent.iter().map(|size| size.pixels()).max().unwrap_or(0);
+    let bytes = estimate::activation_bytes(tokens, largest, widths);
     let what = format!("the activations at {}", sizes.working);
     engine.budget.check(&what, bytes, "choose a smaller --area, or -W and -H")
 }
@@ -174,16 +201,17 @@ fn conditioning(
     engine: &Engine,
     checked: &Checked<'_>,
 ) -> Result<(Conditioning, Option<Conditioning>)> {
-    let pictures: Vec<image::RgbImage> = checked
+    let pictures: Vec<RgbImage> = checked
         .request
         .pictures
         .iter()
         .zip(&checked.sizes.vision)
-        .map(|(picture, &size)| pixels::resize(&picture.rgb, size, Filter::Lanczos3))
+        .map(|(picture, &size)| resized(picture, size))
         .collect::<Result<_>>()?;
     let encode = |prompt: &str| -> Result<Conditioning> {
         let text = engine.pipeline.text(prompt, pictures.len());
-        let inputs = engine.vlm.prepare(&text, &pictures)?;
+        // What the reference pipelines compute with; see `with_sequential_positions`.
+        let inputs = engine.vlm.prepare(&text, &pictures)?.with_sequential_positions();
         let hidden = engine.vlm.hidden_states(&inputs, &checked.request.cancel)?; // (1, n, dim)
         let dropped = Pipeline::TOKENS_DROPPED;
         let kept = hidden.dim(1)?.saturating_sub(dropped);
@@ -196,35 +224,36 @@ fn conditioning(
     Ok((encode(&checked.request.prompt)?, checked.negative.map(encode).transpose()?))
 }
 
-fn reference_latents(engine: &Engine, checked: &Checked<'_>) -> Result<Vec<Tensor>> {
-    let pictures = checked.request.pictures.iter().zip(&checked.sizes.latent);
-    pictures
-        .map(|(picture, &size)| {
-            let resized = pixels::resize(&picture.rgb, size, Filter::Lanczos3)?;
-            let tensor = pixels::tensor_from_rgb(&resized, engine.diffusion.device())?;
-            engine.diffusion.vae.encode(&tensor, &checked.request.cancel)
-        })
-        .collect()
+/// The pictures' tokens one after the other, and the grids of the denoised picture and of each.
+fn reference_tokens(
+    engine: &Engine,
+    checked: &Checked<'_>,
+    tiling: &Tiling,
+) -> Result<(Tensor, Vec<Grid>)> {
+    let mut grids = vec![grid(engine, checked.sizes.working)?];
+    let mut tokens = Vec::with_capacity(checked.request.pictures.len());
+    for (picture, &size) in checked.request.pictures.iter().zip(&checked.sizes.latent) {
+        let device = &engine.diffusion.transformer().precision().device;
+        let picture = pixels::tensor_from_rgb(&resized(picture, size)?, device)?;
+        let (of_picture, grid) =
+            engine.diffusion.reference_tokens(&picture, tiling, &checked.request.cancel)?;
+        tokens.push(of_picture);
+        grids.push(grid);
+    }
+    Ok((Tensor::cat(&tokens, 1)?, grids))
 }
 
-fn initial_noise(engine: &Engine, checked: &Checked<'_>) -> Result<Tensor> {
-    use crate::diffusion::noise;
-    let shape = engine.diffusion.vae.latent_shape(checked.sizes.working)?; // (1, c, h, w)
-    let count = shape.iter().product();
-    let values = match checked.request.rng {
-        Rng::Cpu => noise::torch_cpu(checked.seed, count),
-        Rng::Cuda => noise::torch_cuda(checked.seed, count),
-    };
-    Ok(Tensor::from_vec(values, shape.as_slice(), engine.diffusion.device())?)
+fn resized(picture: &Picture, size: Size) -> Result<RgbImage> {
+    pixels::resize(&picture.rgb, size.width, size.height, Filter::Lanczos3)
 }
 
 /// Brings the result to the output's size and gives it the input's alpha and ICC profile.
-fn finish(decoded: image::RgbImage, checked: &Checked<'_>) -> Result<Picture> {
+fn finish(decoded: &RgbImage, checked: &Checked<'_>) -> Result<Picture> {
     let input = &checked.request.pictures[0];
-    let rgb = pixels::resize(&decoded, checked.sizes.output, Filter::Lanczos3)?;
-    let mut picture = Picture::from_rgb(rgb);
+    let Size { width, height } = checked.sizes.output;
+    let mut picture = Picture::from_rgb(pixels::resize(decoded, width, height, Filter::Lanczos3)?);
     picture.alpha = match &input.alpha {
-        Some(alpha) => Some(pixels::resize_gray(alpha, checked.sizes.output, Filter::Lanczos3)?),
+        Some(alpha) => Some(pixels::resize_gray(alpha, width, height, Filter::Lanczos3)?),
         None => None,
     };
     picture.icc.clone_from(&input.icc);
@@ -232,7 +261,7 @@ fn finish(decoded: image::RgbImage, checked: &Checked<'_>) -> Result<Picture> {
 }
 
 /// A seed from the system's randomness.
-fn random_seed() -> u64 {
+pub(super) fn random_seed() -> u64 {
     use std::hash::{BuildHasher, RandomState};
     RandomState::new().hash_one(std::process::id()) & u64::from(u32::MAX)
 }

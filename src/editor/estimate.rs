@@ -6,7 +6,6 @@ use super::inspect::ModelInfo;
 use crate::{
     error::Result,
     memory::Budget,
-    pixels::Size,
     weights::{ModelFiles, Precision, Storage},
 };
 
@@ -70,9 +69,8 @@ pub(super) struct Widths {
 }
 
 /// Bytes that activations take at their highest: the widest block of the transformer or the widest
-/// stage of the autoencoder, whichever is more. `tile` is the largest picture the autoencoder takes
-/// at once.
-pub(super) fn activation_bytes(tokens: usize, tile: Size, widths: Widths) -> u64 {
+/// stage of the autoencoder, whichever is more. `pixels` are those of the largest picture.
+pub(super) fn activation_bytes(tokens: usize, pixels: u64, widths: Widths) -> u64 {
     // Residual stream, its norm, q, k, v and the attention's result, and the MLP's hidden layer
     // before and after its activation (4 widths each).
     const TRANSFORMER_COPIES: u64 = 6 + 8;
@@ -80,7 +78,7 @@ pub(super) fn activation_bytes(tokens: usize, tile: Size, widths: Widths) -> u64
     const AUTOENCODER_COPIES: u64 = 4;
     let f32_bytes = size_of::<f32>() as u64;
     let transformer = tokens as u64 * widths.transformer as u64 * TRANSFORMER_COPIES;
-    let autoencoder = tile.pixels() * widths.autoencoder as u64 * AUTOENCODER_COPIES;
+    let autoencoder = pixels * widths.autoencoder as u64 * AUTOENCODER_COPIES;
     f32_bytes * transformer.max(autoencoder)
 }
 

@@ -1,6 +1,6 @@
 //! Times the stages of a request and tells the observer about them.
 
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use crate::{
     error::Result,
@@ -22,8 +22,17 @@ impl<'a> Stages<'a> {
 
     /// Runs `work` as a stage that has no steps of its own.
     pub(super) fn run<T>(&mut self, stage: Stage, work: impl FnOnce() -> Result<T>) -> Result<T> {
+        self.observer.event(&Event::Step { stage, step: 0, of: 1, elapsed: Duration::ZERO });
+        self.run_steps(stage, work)
+    }
+
+    /// Runs `work` as a stage that tells of its own steps.
+    pub(super) fn run_steps<T>(
+        &mut self,
+        stage: Stage,
+        work: impl FnOnce() -> Result<T>,
+    ) -> Result<T> {
         let start = Instant::now();
-        self.observer.event(&Event::Step { stage, step: 0, of: 1, elapsed: start.elapsed() });
         let result = work()?;
         let elapsed = start.elapsed();
         self.observer.event(&Event::StageDone { stage, elapsed });

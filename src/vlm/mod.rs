@@ -1,1 +1,31 @@
 //! Qwen2.5-VL: reads pictures and text, and writes text.
+//!
+//! [`VisionLanguageModel::prepare`] turns a prompt and its pictures into [`Inputs`]; from them come
+//! [`hidden_states`](VisionLanguageModel::hidden_states) for an editor,
+//! [`logits`](VisionLanguageModel::logits), or an answer by
+//! [`generate`](VisionLanguageModel::generate).
+
+mod cache;
+pub mod config;
+mod config_keys;
+pub mod generate;
+mod language;
+pub mod model;
+mod names;
+pub mod positions;
+pub mod preprocess;
+mod rotary;
+pub mod sampling;
+pub mod template;
+pub mod tokenizer;
+mod vision;
+
+pub use config::{Config, TextConfig, VisionConfig};
+pub use generate::{Finish, GenerateOptions, Generation};
+pub use model::{IMAGE_PLACEHOLDER, Inputs, VisionLanguageModel};
+pub use names::canonical_name;
+pub use positions::{Position, Positions};
+pub use preprocess::{PatchGrid, Patches, Preprocessor};
+pub use sampling::Sampling;
+pub use template::{ChatTemplate, Message, Part};
+pub use tokenizer::{TextStream, Tokenizer};

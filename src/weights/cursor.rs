@@ -71,7 +71,13 @@ impl Weights {
     /// The same place, with linear matrices kept in the type of the computation.
     #[must_use]
     pub fn unquantized(&self) -> Self {
-        let precision = Precision { storage: Storage::Compute, ..self.precision.clone() };
+        self.with_storage(Storage::Compute)
+    }
+
+    /// The same place, with linear matrices kept as `storage` says.
+    #[must_use]
+    pub fn with_storage(&self, storage: Storage) -> Self {
+        let precision = Precision { storage, ..self.precision.clone() };
         Self { precision, ..self.clone() }
     }
 
@@ -144,7 +150,8 @@ impl Weights {
         self.checkpoint.load(&name, &self.precision.device)
     }
 
-    fn full_name(&self, name: &str) -> String {
+    /// The whole name of `name` below this place.
+    pub(crate) fn full_name(&self, name: &str) -> String {
         if self.prefix.is_empty() { name.to_owned() } else { format!("{}.{name}", self.prefix) }
     }
 }

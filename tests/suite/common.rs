@@ -34,6 +34,7 @@ pub(crate) fn assert_close(name: &str, actual: &Tensor, expected: &Tensor, toler
         Tolerance::Absolute(limit) => limit,
     };
     // `!(a <= b)` rather than `a > b`, so that NaN is a fault.
+    #[expect(clippy::neg_cmp_op_on_partial_ord, reason = "NaN must be a fault")]
     let faults: Vec<String> = actual
         .iter()
         .zip(&expected)

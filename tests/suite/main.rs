@@ -1,5 +1,11 @@
 //! All integration tests, in one binary so that they link once.
 #![expect(clippy::unwrap_used, clippy::panic, reason = "a test may panic")]
+#![expect(
+    clippy::cast_possible_truncation,
+    clippy::cast_sign_loss,
+    clippy::integer_division,
+    reason = "the numbers of a test are known to fit"
+)]
 
 mod cli;
 mod common;

@@ -1,0 +1,304 @@
+//! One joint block: image and text tokens attend to each other, modulated by the timestep.
+
+use candle_core::{DType, Result as TensorResult, Tensor};
+
+use super::{
+    config::Config,
+    modulation::{BlockContext, BlockModulation, BlockProjections, Modulation},
+    rope::Rotation,
+};
+use crate::{
+    error::Result,
+    layers::{Linear, RmsNorm},
+    ops::{self, Mask},
+    weights::Weights,
+};
+
+const EPS: f64 = 1e-6;
+const MLP_RATIO: usize = 4;
+
+/// Facts about the tokens that all blocks share.
+#[derive(Debug)]
+pub(super) struct Layout {
+    pub(super) image: Rotation,
+    pub(super) text: Rotation,
+    /// Tokens of the picture that is denoised; the references follow.
+    pub(super) target_tokens: usize,
+}
+
+/// Both streams: `image: [b, n_image, dim]`, `text: [b, n_text, dim]`.
+#[derive(Debug, Clone)]
+pub(super) struct Streams {
+    pub(super) image: Tensor,
+    pub(super) text: Tensor,
+}
+
+/// The attention weights of one stream.
+#[derive(Debug, Clone)]
+struct StreamAttention {
+    query: Linear,
+    key: Linear,
+    value: Linear,
+    out: Linear,
+    norm_query: RmsNorm,
+    norm_key: RmsNorm,
+}
+
+/// The names of a stream's attention weights in the checkpoint.
+struct AttentionNames {
+    query: &'static str,
+    key: &'static str,
+    value: &'static str,
+    out: &'static str,
+    norm_query: &'static str,
+    norm_key: &'static str,
+}
+
+const IMAGE_NAMES: AttentionNames = AttentionNames {
+    query: "to_q",
+    key: "to_k",
+    value: "to_v",
+    out: "to_out.0",
+    norm_query: "norm_q",
+    norm_key: "norm_k",
+};
+const TEXT_NAMES: AttentionNames = AttentionNames {
+    query: "add_q_proj",
+    key: "add_k_proj",
+    value: "add_v_proj",
+    out: "to_add_out",
+    norm_query: "norm_added_q",
+    norm_key: "norm_added_k",
+};
+
+#[derive(Debug, Clone)]
+struct Mlp {
+    up: Linear,
+    down: Linear,
+}
+
+/// One joint block.
+///
+/// Reference: <https://github.com/huggingface/diffusers/blob/v0.42.1/src/diffusers/models/transformers/transformer_qwenimage.py#L473-L762>.
+#[derive(Debug, Clone)]
+pub(super) struct Block {
+    modulation: BlockProjections,
+    image_attention: StreamAttention,
+    text_attention: StreamAttention,
+    image_mlp: Mlp,
+    text_mlp: Mlp,
+    heads: usize,
+    head_dim: usize,
+}
+
+impl Block {
+    pub(super) fn load(weights: &Weights, config: &Config) -> Result<Self> {
+        let attention = weights.pp("attn");
+        Ok(Self {
+            modulation: BlockProjections::load(weights, config)?,
+            image_attention: StreamAttention::load(&attention, config, &IMAGE_NAMES)?,
+            text_attention: StreamAttention::load(&attention, config, &TEXT_NAMES)?,
+            image_mlp: Mlp::load(&weights.pp("img_mlp"), config.dim())?,
+            text_mlp: Mlp::load(&weights.pp("txt_mlp"), config.dim())?,
+            heads: config.heads,
+            head_dim: config.head_dim,
+        })
+    }
+
+    /// The block's part of the steps' contexts; see [`BlockProjections::forward`].
+    pub(super) fn contexts(
+        &self,
+        embedding: &Tensor,
+        steps: usize,
+    ) -> TensorResult<Vec<BlockContext>> {
+        self.modulation.forward(embedding, steps)
+    }
+
+    /// Both streams after the block.
+    pub(super) fn forward(
+        &self,
+        streams: &Streams,
+        layout: &Layout,
+        step: &BlockContext,
+    ) -> TensorResult<Streams> {
+        let normed = self.normed(streams, layout, step)?;
+        let (keys, values) = self.keys_and_values(&normed, layout)?;
+        let text_query = self.query(&self.text_attention, &normed.text, &layout.text)?;
+        let image_query = self.query(&self.image_attention, &normed.image, &layout.image)?;
+        drop(normed);
+        let query = Tensor::cat(&[text_query, image_query], 1)?; // (b, n_text + n_image, h, d)
+        let attended = self.attend(&query, &keys, &values)?;
+        let text_tokens = streams.text.dim(1)?;
+        let image_tokens = streams.image.dim(1)?;
+        let text = attended.narrow(1, 0, text_tokens)?;
+        let image = attended.narrow(1, text_tokens, image_tokens)?;
+
+        let text = self.text_attention.out.forward(&text)?;
+        let text = ops::gated_add(&streams.text, &text, &step.text.attention.gate)?;
+        let inner = self.text_mlp.forward(&modulated(&text, &step.text.mlp)?)?;
+        let text = in_range(ops::gated_add(&text, &inner, &step.text.mlp.gate)?)?;
+        let image = self.image_attention.out.forward(&image)?;
+        let image = self.finish_image(&streams.image, &image, layout, step)?;
+        Ok(Streams { image, text })
+    }
+
+    /// The picture that is denoised after the block, for the last block: neither the references
+    /// nor the text are needed any more, so they are only attended to.
+    pub(super) fn forward_target(
+        &self,
+        streams: &Streams,
+        layout: &Layout,
+        step: &BlockContext,
+    ) -> TensorResult<Tensor> {
+        let normed = self.normed(streams, layout, step)?;
+        let (keys, values) = self.keys_and_values(&normed, layout)?;
+        let target = |x: &Tensor| x.narrow(1, 0, layout.target_tokens);
+        let rotation = Rotation {
+            cos: layout.image.cos.narrow(0, 0, layout.target_tokens)?,
+            sin: layout.image.sin.narrow(0, 0, layout.target_tokens)?,
+        };
+        let query = self.query(&self.image_attention, &target(&normed.image)?, &rotation)?;
+        drop(normed);
+        let image = self.image_attention.out.forward(&self.attend(&query, &keys, &values)?)?;
+        self.finish_image(&target(&streams.image)?, &image, layout, step)
+    }
+
+    /// Both streams, normalised and modulated for attention.
+    fn normed(
+        &self,
+        streams: &Streams,
+        layout: &Layout,
+        step: &BlockContext,
+    ) -> TensorResult<Streams> {
+        let text = modulated(&streams.text, &step.text.attention)?;
+        let image = by_kind([&streams.image], layout, step, |[x], m| modulated(x, &m.attention))?;
+        Ok(Streams { image, text })
+    }
+
+    /// Keys and values of all tokens, text first: each `[b, n_text + n_image, h, d]`.
+    fn keys_and_values(&self, normed: &Streams, layout: &Layout) -> TensorResult<(Tensor, Tensor)> {
+        let key = |attention: &StreamAttention, x: &Tensor, rotation: &Rotation| {
+            let key = self.heads_of(&attention.key.forward(x)?)?;
+            rotated(&attention.norm_key.forward(&key)?, rotation)
+        };
+        let value = |attention: &StreamAttention, x| self.heads_of(&attention.value.forward(x)?);
+        let keys = [
+            key(&self.text_attention, &normed.text, &layout.text)?,
+            key(&self.image_attention, &normed.image, &layout.image)?,
+        ];
+        let values = [
+            value(&self.text_attention, &normed.text)?,
+            value(&self.image_attention, &normed.image)?,
+        ];
+        Ok((Tensor::cat(&keys, 1)?, Tensor::cat(&values, 1)?))
+    }
+
+    fn query(
+        &self,
+        attention: &StreamAttention,
+        x: &Tensor,
+        rotation: &Rotation,
+    ) -> TensorResult<Tensor> {
+        let query = self.heads_of(&attention.query.forward(x)?)?;
+        rotated(&attention.norm_query.forward(&query)?, rotation)
+    }
+
+    /// `[b, n, h, d]` three times → `[b, n, dim]`.
+    fn attend(&self, query: &Tensor, keys: &Tensor, values: &Tensor) -> TensorResult<Tensor> {
+        #[expect(clippy::cast_precision_loss, reason = "the width of a head is small")]
+        let scale = (self.head_dim as f32).sqrt().recip();
+        ops::attention(query, keys, values, scale, Mask::None)?.flatten_from(2) // (b, n, h·d)
+    }
+
+    fn heads_of(&self, x: &Tensor) -> TensorResult<Tensor> {
+        let (b, n, _) = x.dims3()?;
+        x.reshape((b, n, self.heads, self.head_dim)) // (b, n, h, d)
+    }
+
+    /// Adds the attention's output to the image stream and applies the MLP.
+    fn finish_image(
+        &self,
+        residual: &Tensor,
+        attended: &Tensor,
+        layout: &Layout,
+        step: &BlockContext,
+    ) -> TensorResult<Tensor> {
+        let image = by_kind([residual, attended], layout, step, |[residual, x], modulation| {
+            ops::gated_add(residual, x, &modulation.attention.gate)
+        })?;
+        let inner = by_kind([&image], layout, step, |[x], m| modulated(x, &m.mlp))?;
+        let inner = self.image_mlp.forward(&inner)?;
+        by_kind([&image, &inner], layout, step, |[residual, x], modulation| {
+            in_range(ops::gated_add(residual, x, &modulation.mlp.gate)?)
+        })
+    }
+}
+
+/// Keeps the residual streams finite in float16, as the reference does.
+fn in_range(x: Tensor) -> TensorResult<Tensor> {
+    const MAX: f64 = 65_504.0;
+    if x.dtype() == DType::F16 { x.clamp(-MAX, MAX) } else { Ok(x) }
+}
+
+/// Applies `f` to the image tokens that are modulated alike: all of them, or the picture that is
+/// denoised and the references one after the other. `tensors: [b, n_image, dim]` each.
+fn by_kind<const N: usize>(
+    tensors: [&Tensor; N],
+    layout: &Layout,
+    step: &BlockContext,
+    f: impl Fn([&Tensor; N], &BlockModulation) -> TensorResult<Tensor>,
+) -> TensorResult<Tensor> {
+    let target_tokens = layout.target_tokens;
+    let reference_tokens = tensors[0].dim(1)? - target_tokens;
+    let Some(reference) = step.reference.as_ref().filter(|_| reference_tokens > 0) else {
+        return f(tensors, &step.target);
+    };
+    let part = |start: usize, len: usize, modulation: &BlockModulation| {
+        let parts: Vec<Tensor> = tensors
+            .iter()
+            .map(|x| x.narrow(1, start, len)?.contiguous())
+            .collect::<TensorResult<_>>()?;
+        f(std::array::from_fn(|i| &parts[i]), modulation)
+    };
+    let target = part(0, target_tokens, &step.target)?;
+    let reference = part(target_tokens, reference_tokens, reference)?;
+    Tensor::cat(&[target, reference], 1) // (b, n_image, dim)
+}
+
+fn modulated(x: &Tensor, modulation: &Modulation) -> TensorResult<Tensor> {
+    ops::modulated_layer_norm(x, &modulation.scale, &modulation.shift, EPS)
+}
+
+/// Rotates in float32 whatever the type of `x: [b, n, h, d]` is, as the reference does.
+fn rotated(x: &Tensor, rotation: &Rotation) -> TensorResult<Tensor> {
+    let turned = ops::rotate_pairs(&x.to_dtype(DType::F32)?, &rotation.cos, &rotation.sin)?;
+    turned.to_dtype(x.dtype())
+}
+
+impl StreamAttention {
+    fn load(weights: &Weights, config: &Config, names: &AttentionNames) -> Result<Self> {
+        let linear = |name: &str| Linear::load(&weights.pp(name), config.dim(), config.dim());
+        let norm = |name: &str| RmsNorm::load(&weights.pp(name), config.head_dim, EPS);
+        Ok(Self {
+            query: linear(names.query)?,
+            key: linear(names.key)?,
+            value: linear(names.value)?,
+            out: linear(names.out)?,
+            norm_query: norm(names.norm_query)?,
+            norm_key: norm(names.norm_key)?,
+        })
+    }
+}
+
+impl Mlp {
+    fn load(weights: &Weights, dim: usize) -> Result<Self> {
+        Ok(Self {
+            up: Linear::load(&weights.pp("net.0.proj"), dim, MLP_RATIO * dim)?,
+            down: Linear::load(&weights.pp("net.2"), MLP_RATIO * dim, dim)?,
+        })
+    }
+
+    fn forward(&self, x: &Tensor) -> TensorResult<Tensor> {
+        self.down.forward(&ops::gelu_tanh(&self.up.forward(x)?)?)
+    }
+}

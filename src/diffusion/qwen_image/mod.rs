@@ -1,0 +1,13 @@
+//! The Qwen-Image transformer: predicts the velocity of the noisy picture's tokens.
+
+mod block;
+mod config;
+mod model;
+mod modulation;
+pub mod pack;
+mod rope;
+
+pub use config::Config;
+pub use model::{Conditioning, ModelInput, Outputs, Transformer};
+pub use modulation::StepContext;
+pub use pack::Grid;

@@ -1,0 +1,209 @@
+//! The whole transformer, from tokens of latents to their velocity.
+
+use candle_core::{DType, Tensor};
+
+use super::{
+    block::{Block, Layout, Streams},
+    config::{self, Config},
+    modulation::{StepContext, TimeEmbedding},
+    pack::Grid,
+    rope::rotations,
+};
+use crate::{
+    error::{Error, Result},
+    layers::{Linear, RmsNorm},
+    ops,
+    progress::CancelToken,
+    weights::{ModelFiles, Precision, Weights},
+};
+
+const EPS: f64 = 1e-6;
+
+/// What the request says, as the encoder's last hidden states.
+#[derive(Debug, Clone)]
+pub struct Conditioning {
+    /// `[1, n_text, conditioning_dim]`.
+    pub hidden_states: Tensor,
+}
+
+/// The tokens of one forward pass.
+#[derive(Debug, Clone, Copy)]
+pub struct ModelInput<'a> {
+    /// `[1, n, latent_dim]`: the noisy picture's tokens, then those of the references.
+    pub tokens: &'a Tensor,
+    /// Size of each picture in tokens, in their order; the first is denoised.
+    pub grids: &'a [Grid],
+    /// The request.
+    pub conditioning: &'a Conditioning,
+}
+
+/// Which tokens the velocity is computed for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Outputs {
+    /// Those of the picture that is denoised: all that a pipeline needs, and less work.
+    Target,
+    /// The references' as well.
+    All,
+}
+
+/// The Qwen-Image transformer.
+///
+/// Reference: `QwenImageTransformer2DModel` at
+/// <https://github.com/huggingface/diffusers/blob/v0.42.1/src/diffusers/models/transformers/transformer_qwenimage.py#L765-L1016>.
+#[derive(Debug)]
+pub struct Transformer {
+    config: Config,
+    precision: Precision,
+    time_embedding: TimeEmbedding,
+    text_norm: RmsNorm,
+    text_in: Linear,
+    image_in: Linear,
+    blocks: Vec<Block>,
+    norm_out: Linear,
+    proj_out: Linear,
+}
+
+impl Transformer {
+    /// Reads `transformer/` of a model folder.
+    ///
+    /// # Errors
+    /// Files that are missing or damaged, a config that is not supported, another model's weights,
+    /// or tensors that are missing, left over or of another shape.
+    pub fn load(files: &ModelFiles, precision: &Precision) -> Result<Self> {
+        let mut config = Config::load(files)?;
+        let checkpoint = files.checkpoint("transformer", "diffusion_pytorch_model")?;
+        let checkpoint = checkpoint.rename(config::canonical_name)?;
+        config::refuse_look_alikes(&checkpoint)?;
+        config.zero_cond_t |= checkpoint.contains(config::ZERO_COND_MARK);
+        let weights = Weights::new(checkpoint, precision.clone());
+        let (dim, time) = (config.dim(), weights.pp("time_text_embed.timestep_embedder"));
+        let blocks = weights.pp("transformer_blocks");
+        let model = Self {
+            time_embedding: TimeEmbedding::load(&time, dim)?,
+            text_norm: RmsNorm::load(&weights.pp("txt_norm"), config.conditioning_dim, EPS)?,
+            text_in: Linear::load(&weights.pp("txt_in"), config.conditioning_dim, dim)?,
+            image_in: Linear::load(&weights.pp("img_in"), config.latent_dim, dim)?,
+            blocks: (0..config.layers)
+                .map(|i| Block::load(&blocks.pp(i), &config))
+                .collect::<Result<_>>()?,
+            norm_out: Linear::load(&weights.pp("norm_out.linear"), dim, 2 * dim)?,
+            proj_out: Linear::load(&weights.pp("proj_out"), dim, config.latent_dim)?,
+            precision: precision.clone(),
+            config,
+        };
+        // The mark carries no numbers: that it is there is all it says.
+        weights.finish(&[config::ZERO_COND_MARK])?;
+        Ok(model)
+    }
+
+    /// The model's dimensions.
+    #[must_use]
+    pub fn config(&self) -> &Config {
+        &self.config
+    }
+
+    /// Where the model computes, and in which type.
+    #[must_use]
+    pub fn precision(&self) -> &Precision {
+        &self.precision
+    }
+
+    /// What depends on the steps only, for `timesteps` on the scale from 0 to 1, one context each.
+    /// The projections, a third of the model's weights, are read once for all of them; a context
+    /// takes `(18 or 12) · layers · dim` numbers.
+    ///
+    /// # Errors
+    /// [`Error::Cancelled`], checked once per block, or a failure of the device.
+    pub fn contexts(&self, timesteps: &[f32], cancel: &CancelToken) -> Result<Vec<StepContext>> {
+        let Precision { device, compute, .. } = &self.precision;
+        let mut times = timesteps.to_vec();
+        if self.config.zero_cond_t {
+            times.push(0.0); // what references are modulated with
+        }
+        let embedding = self.time_embedding.forward(&times, *compute, device)?;
+        let embedding = ops::silu(&embedding)?; // (steps (+ 1), dim)
+        let out = self.norm_out.forward(&embedding)?; // (steps (+ 1), 2·dim)
+        let mut contexts = Vec::with_capacity(timesteps.len());
+        for step in 0..timesteps.len() {
+            let scale_shift = out.narrow(0, step, 1)?.unsqueeze(1)?.chunk(2, 2)?; // 2 × (1, 1, dim)
+            contexts.push(StepContext {
+                blocks: Vec::with_capacity(self.blocks.len()),
+                scale_out: scale_shift[0].contiguous()?,
+                shift_out: scale_shift[1].contiguous()?,
+            });
+        }
+        for block in &self.blocks {
+            cancel.check()?;
+            let parts = block.contexts(&embedding, timesteps.len())?;
+            for (context, part) in contexts.iter_mut().zip(parts) {
+                context.blocks.push(part);
+            }
+        }
+        Ok(contexts)
+    }
+
+    /// The velocity of the picture's tokens, `[1, n, latent_dim]` in float32.
+    ///
+    /// # Errors
+    /// Tokens that do not fit the grids or the model, [`Error::Cancelled`], checked once per
+    /// block, or a failure of the device.
+    pub fn forward(
+        &self,
+        input: &ModelInput<'_>,
+        step: &StepContext,
+        outputs: Outputs,
+        cancel: &CancelToken,
+    ) -> Result<Tensor> {
+        let layout = self.layout(input)?;
+        let Precision { device, compute, .. } = &self.precision;
+        let text = input.conditioning.hidden_states.to_device(device)?.to_dtype(*compute)?;
+        let image = input.tokens.to_device(device)?.to_dtype(*compute)?;
+        let mut streams = Streams {
+            image: self.image_in.forward(&image)?,
+            text: self.text_in.forward(&self.text_norm.forward(&text)?)?,
+        };
+        let (mut blocks, mut steps) = (self.blocks.as_slice(), step.blocks.as_slice());
+        let mut last = None;
+        if outputs == Outputs::Target {
+            last = blocks.split_last().zip(steps.split_last());
+            if let Some(((_, first_blocks), (_, first_steps))) = last {
+                (blocks, steps) = (first_blocks, first_steps);
+            }
+        }
+        for (block, step) in blocks.iter().zip(steps) {
+            cancel.check()?;
+            streams = block.forward(&streams, &layout, step)?;
+        }
+        let image = match last {
+            Some(((block, _), (step, _))) => {
+                cancel.check()?;
+                block.forward_target(&streams, &layout, step)?
+            }
+            None => streams.image,
+        };
+        let image = ops::modulated_layer_norm(&image, &step.scale_out, &step.shift_out, EPS)?;
+        Ok(self.proj_out.forward(&image)?.to_dtype(DType::F32)?)
+    }
+
+    /// Checks the input's shapes and places its tokens.
+    fn layout(&self, input: &ModelInput<'_>) -> Result<Layout> {
+        let tokens: usize = input.grids.iter().map(|grid| grid.tokens()).sum();
+        let expected = [1, tokens, self.config.latent_dim];
+        if input.tokens.dims() != expected || tokens == 0 {
+            let found = format!("{:?}", input.tokens.dims());
+            return Err(Error::field("latents", found, format!("{expected:?} with tokens")));
+        }
+        let text = input.conditioning.hidden_states.dims();
+        let (1, text_tokens, dim) = input.conditioning.hidden_states.dims3()? else {
+            return Err(Error::field("conditioning", format!("{text:?}"), "a batch of one"));
+        };
+        if text_tokens == 0 || dim != self.config.conditioning_dim {
+            let expected = format!("[1, at least 1, {}]", self.config.conditioning_dim);
+            return Err(Error::field("conditioning", format!("{text:?}"), expected));
+        }
+        let device = &self.precision.device;
+        let (image, text) = rotations(&self.config, input.grids, text_tokens, device)?;
+        let target_tokens = input.grids.first().map_or(0, |grid| grid.tokens());
+        Ok(Layout { image, text, target_tokens })
+    }
+}

@@ -1,0 +1,201 @@
+//! The language model: a decoder with grouped-query attention and three-axis rotary positions.
+//!
+//! Follows `Qwen2_5_VLTextModel` in
+//! <https://github.com/huggingface/transformers/blob/v5.23.0/src/transformers/models/qwen2_5_vl/modeling_qwen2_5_vl.py>.
+
+use candle_core::{DType, Device, Tensor};
+
+use super::{
+    cache::Cache,
+    config::TextConfig,
+    positions::Position,
+    rotary::{Angles, inverse_frequencies},
+};
+use crate::{
+    error::Result,
+    layers::{Linear, RmsNorm},
+    ops::{self, LinearWeight, Mask},
+    progress::CancelToken,
+    weights::{Storage, Weights},
+};
+
+/// The decoder with its weights, without the head that makes logits.
+#[derive(Debug)]
+pub(super) struct LanguageModel {
+    config: TextConfig,
+    embedding: Tensor,
+    layers: Vec<Layer>,
+    norm: RmsNorm,
+    frequencies: Vec<f32>,
+    dtype: DType,
+    device: Device,
+}
+
+impl LanguageModel {
+    /// Reads the decoder below `weights`.
+    pub(super) fn load(config: &TextConfig, weights: &Weights) -> Result<Self> {
+        let layers = weights.pp("layers");
+        let layers: Result<Vec<Layer>> =
+            (0..config.layers).map(|index| Layer::load(config, &layers.pp(index))).collect();
+        Ok(Self {
+            embedding: embedding(config, &weights.pp("embed_tokens"))?,
+            layers: layers?,
+            norm: RmsNorm::load(&weights.pp("norm"), config.hidden_size, config.rms_norm_eps)?,
+            frequencies: inverse_frequencies(config.rope_theta, config.head_dim),
+            dtype: weights.precision().compute,
+            device: weights.precision().device.clone(),
+            config: config.clone(),
+        })
+    }
+
+    /// Embeddings `[1, n, hidden]` of tokens, which must be below the vocabulary's size.
+    pub(super) fn embed(&self, tokens: &[u32]) -> Result<Tensor> {
+        let tokens = Tensor::new(tokens, &self.device)?;
+        let rows = self.embedding.index_select(&tokens, 0)?; // (n, hidden)
+        Ok(rows.to_dtype(self.dtype)?.unsqueeze(0)?)
+    }
+
+    /// Hidden states after the final norm `[1, n, hidden]` for the embeddings of new tokens
+    /// `[1, n, hidden]`; with a cache, the tokens in it come before them.
+    pub(super) fn forward(
+        &self,
+        embeddings: &Tensor,
+        positions: &[Position],
+        mut cache: Option<&mut Cache>,
+        cancel: &CancelToken,
+    ) -> Result<Tensor> {
+        let angles = self.angles(positions)?;
+        let offset = cache.as_ref().map_or(0, |cache| cache.len());
+        let mut x = embeddings.clone();
+        for (index, layer) in self.layers.iter().enumerate() {
+            cancel.check()?;
+            let past = Past { index, offset, cache: cache.as_deref_mut() };
+            x = layer.forward(&x, &angles, past)?;
+        }
+        Ok(self.norm.forward(&x)?)
+    }
+
+    /// An empty cache with room for `tokens` tokens.
+    pub(super) fn cache(&self, tokens: usize) -> Cache {
+        Cache::new(self.layers.len(), tokens)
+    }
+
+    /// Angles in sections: section `i` turns with axis `i % 3`.
+    fn angles(&self, positions: &[Position]) -> Result<Angles> {
+        let sections = self.config.mrope_section.iter().enumerate();
+        let axes: Vec<usize> =
+            sections.flat_map(|(i, &len)| std::iter::repeat_n(i % 3, len)).collect();
+        let mut table = Vec::with_capacity(positions.len() * axes.len());
+        for position in positions {
+            let angle = |(axis, frequency): (&usize, &f32)| {
+                #[expect(clippy::cast_precision_loss, reason = "positions are below 2^24")]
+                let at = position[*axis] as f32;
+                at * frequency
+            };
+            table.extend(axes.iter().zip(&self.frequencies).map(angle));
+        }
+        Angles::new(&table, axes.len(), self.dtype, &self.device)
+    }
+}
+
+/// The embedding matrix: rows are picked from it, so it stays plain where matrices are quantized.
+fn embedding(config: &TextConfig, weights: &Weights) -> Result<Tensor> {
+    let plain = match weights.precision().storage {
+        Storage::Q8_0 => Storage::Plain(DType::BF16),
+        other => other,
+    };
+    let weights = weights.with_storage(plain);
+    match weights.linear_weight("weight", [config.vocab_size, config.hidden_size])? {
+        LinearWeight::Dense(matrix) => Ok(matrix),
+        LinearWeight::Quantized(matrix) => Ok(matrix.dequantize(&weights.precision().device)?),
+    }
+}
+
+/// What a layer knows of earlier tokens.
+struct Past<'a> {
+    index: usize,
+    offset: usize,
+    cache: Option<&'a mut Cache>,
+}
+
+#[derive(Debug)]
+struct Layer {
+    input_layernorm: RmsNorm,
+    attention: Attention,
+    post_attention_layernorm: RmsNorm,
+    gate_proj: Linear,
+    up_proj: Linear,
+    down_proj: Linear,
+}
+
+impl Layer {
+    fn load(config: &TextConfig, weights: &Weights) -> Result<Self> {
+        let (width, inner, eps) =
+            (config.hidden_size, config.intermediate_size, config.rms_norm_eps);
+        let mlp = weights.pp("mlp");
+        Ok(Self {
+            input_layernorm: RmsNorm::load(&weights.pp("input_layernorm"), width, eps)?,
+            attention: Attention::load(config, &weights.pp("self_attn"))?,
+            post_attention_layernorm: RmsNorm::load(
+                &weights.pp("post_attention_layernorm"),
+                width,
+                eps,
+            )?,
+            gate_proj: Linear::load_without_bias(&mlp.pp("gate_proj"), width, inner)?,
+            up_proj: Linear::load_without_bias(&mlp.pp("up_proj"), width, inner)?,
+            down_proj: Linear::load_without_bias(&mlp.pp("down_proj"), inner, width)?,
+        })
+    }
+
+    /// `x: [1, n, hidden]` → the same shape.
+    fn forward(&self, x: &Tensor, angles: &Angles, past: Past<'_>) -> Result<Tensor> {
+        let x = (x + self.attention.forward(&self.input_layernorm.forward(x)?, angles, past)?)?;
+        let normed = self.post_attention_layernorm.forward(&x)?;
+        let inner =
+            ops::swiglu(&self.gate_proj.forward(&normed)?, &self.up_proj.forward(&normed)?)?;
+        Ok((x + self.down_proj.forward(&inner)?)?)
+    }
+}
+
+#[derive(Debug)]
+struct Attention {
+    q_proj: Linear,
+    k_proj: Linear,
+    v_proj: Linear,
+    o_proj: Linear,
+    heads: usize,
+    kv_heads: usize,
+    head_dim: usize,
+}
+
+impl Attention {
+    fn load(config: &TextConfig, weights: &Weights) -> Result<Self> {
+        let (width, kv_width) = (config.hidden_size, config.kv_heads * config.head_dim);
+        Ok(Self {
+            q_proj: Linear::load(&weights.pp("q_proj"), width, width)?,
+            k_proj: Linear::load(&weights.pp("k_proj"), width, kv_width)?,
+            v_proj: Linear::load(&weights.pp("v_proj"), width, kv_width)?,
+            o_proj: Linear::load_without_bias(&weights.pp("o_proj"), width, width)?,
+            heads: config.heads,
+            kv_heads: config.kv_heads,
+            head_dim: config.head_dim,
+        })
+    }
+
+    /// `x: [1, n, hidden]` → the same shape.
+    fn forward(&self, x: &Tensor, angles: &Angles, past: Past<'_>) -> Result<Tensor> {
+        let (b, n, width) = x.dims3()?;
+        let split = |x: Tensor, heads| x.reshape((b, n, heads, self.head_dim)); // (b, n, h, d)
+        let q = angles.rotate(&split(self.q_proj.forward(x)?, self.heads)?)?;
+        let k = angles.rotate(&split(self.k_proj.forward(x)?, self.kv_heads)?)?;
+        let v = split(self.v_proj.forward(x)?, self.kv_heads)?;
+        let (k, v) = match past.cache {
+            Some(cache) => cache.append(past.index, &k, &v)?,
+            None => (k, v),
+        };
+        #[expect(clippy::cast_precision_loss, reason = "a head is narrow")]
+        let scale = (self.head_dim as f32).sqrt().recip();
+        let y = ops::attention(&q, &k, &v, scale, Mask::Causal { offset: past.offset })?;
+        Ok(self.o_proj.forward(&y.reshape((b, n, width))?)?) // (b, n, hidden)
+    }
+}

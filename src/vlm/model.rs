@@ -1,0 +1,410 @@
+//! The whole model: text and pictures in; hidden states, logits or an answer out.
+
+use std::{ops::Range, sync::OnceLock};
+
+use candle_core::{DType, Tensor};
+use image::RgbImage;
+
+use super::{
+    cache::Cache,
+    config::Config,
+    generate::{Finish, GenerateOptions, Generation},
+    language::LanguageModel,
+    names::canonical_name,
+    positions::{Positions, small},
+    preprocess::{PatchGrid, Patches, Preprocessor},
+    template::{ChatTemplate, Message},
+    tokenizer::Tokenizer,
+    vision::VisionTower,
+};
+use crate::{
+    error::{Error, ModelError, RequestError, Result},
+    layers::Linear,
+    progress::CancelToken,
+    weights::{ModelFiles, Precision, Weights},
+};
+
+/// The token that stands for a picture in a prompt.
+pub const IMAGE_PLACEHOLDER: &str = "<|image_pad|>";
+/// Tensors that may be in a checkpoint and are not read while loading: the head is read when logits
+/// are first asked for, and frequencies are computed.
+const IGNORED: &[&str] = &["lm_head.weight", "visual.rotary_pos_emb.inv_freq"];
+/// Tokens of an answer that the cache makes room for before it has to grow.
+const CACHE_TOKENS: usize = 512;
+const HEAD: &str = "lm_head.weight";
+const EMBEDDING: &str = "model.embed_tokens.weight";
+
+/// A prompt and its pictures, ready for the model.
+#[derive(Debug, Clone)]
+pub struct Inputs {
+    tokens: Vec<u32>,
+    positions: Positions,
+    patches: Option<Patches>,
+    /// The tokens that each picture takes.
+    spans: Vec<Range<usize>>,
+}
+
+impl Inputs {
+    /// The prompt's tokens, with as many placeholders for each picture as it has tokens.
+    #[must_use]
+    pub fn tokens(&self) -> &[u32] {
+        &self.tokens
+    }
+
+    /// Where each token stands.
+    #[must_use]
+    pub fn positions(&self) -> &Positions {
+        &self.positions
+    }
+
+    /// The pictures' patches; `None` without a picture.
+    #[must_use]
+    pub fn patches(&self) -> Option<&Patches> {
+        self.patches.as_ref()
+    }
+
+    /// The same inputs with the tokens of an answer after them, for judging an answer that is known.
+    #[must_use]
+    pub fn with_answer(mut self, answer: &[u32]) -> Self {
+        self.tokens.extend(answer);
+        for _ in answer {
+            self.positions.tokens.push([self.positions.next; 3]);
+            self.positions.next += 1;
+        }
+        self
+    }
+
+    /// The same inputs with every token, pictures included, at its index on all three axes.
+    ///
+    /// The editing pipelines of diffusers leave out the token types from which transformers 5 works
+    /// out picture positions, so this is what their text encoder computes with.
+    #[must_use]
+    pub fn with_sequential_positions(mut self) -> Self {
+        self.positions = Positions::sequential(small(self.tokens.len()));
+        self
+    }
+}
+
+/// Qwen2.5-VL: text and pictures to hidden states, logits and answers.
+///
+/// The matrix of the logits is read when they are first asked for, so an encoder never holds it.
+#[derive(Debug)]
+pub struct VisionLanguageModel {
+    config: Config,
+    defaults: GenerateOptions,
+    tokenizer: Tokenizer,
+    template: ChatTemplate,
+    preprocessor: Preprocessor,
+    vision: VisionTower,
+    language: LanguageModel,
+    weights: Weights,
+    head: OnceLock<Linear>,
+}
+
+impl VisionLanguageModel {
+    /// Reads the model in `folder` (`text_encoder` in a pipeline's folder, `.` where everything is
+    /// at the top) with the tokenizer in `tokenizer/`, `processor/` or `folder` and the picture
+    /// settings in `processor/` or `folder`.
+    ///
+    /// # Errors
+    /// Files that are missing, damaged, of another model, or that contradict each other.
+    pub fn load(files: &ModelFiles, folder: &str, precision: &Precision) -> Result<Self> {
+        let config_path = format!("{folder}/config.json");
+        let config = Config::load(files, &config_path)?;
+        let tokenizer = Tokenizer::load(files, &["tokenizer", "processor", folder])?;
+        check_tokens(files, &config_path, &config, &tokenizer)?;
+        let checkpoint = files.checkpoint(folder, "model")?.rename(canonical_name)?;
+        let weights = Weights::new(checkpoint, precision.clone());
+        let vision =
+            VisionTower::load(&config.vision, &weights.pp("visual"), config.text.hidden_size)?;
+        let language = LanguageModel::load(&config.text, &weights.pp("model"))?;
+        weights.finish(IGNORED)?;
+        let model = Self {
+            defaults: GenerateOptions::load(files, folder, &config)?,
+            template: ChatTemplate::load(files, &["processor", "tokenizer", folder])?,
+            preprocessor: Preprocessor::load(files, &["processor", folder], &config.vision)?,
+            config,
+            tokenizer,
+            vision,
+            language,
+            weights,
+            head: OnceLock::new(),
+        };
+        model.check_head()?;
+        Ok(model)
+    }
+
+    /// The model's dimensions.
+    #[must_use]
+    pub fn config(&self) -> &Config {
+        &self.config
+    }
+
+    /// The model's vocabulary.
+    #[must_use]
+    pub fn tokenizer(&self) -> &Tokenizer {
+        &self.tokenizer
+    }
+
+    /// How pictures become patches.
+    #[must_use]
+    pub fn preprocessor(&self) -> &Preprocessor {
+        &self.preprocessor
+    }
+
+    /// How the model's makers let it answer.
+    #[must_use]
+    pub fn generate_options(&self) -> GenerateOptions {
+        self.defaults.clone()
+    }
+
+    /// The prompt of a conversation, ending where the model is to answer.
+    ///
+    /// # Errors
+    /// Messages that the model's template refuses.
+    pub fn chat(&self, messages: &[Message]) -> Result<String> {
+        self.template.render(messages)
+    }
+
+    /// Tokenizes `text` and cuts `pictures` into patches. Each [`IMAGE_PLACEHOLDER`] in `text`
+    /// stands for the next picture.
+    ///
+    /// # Errors
+    /// A text without tokens, more or fewer placeholders than pictures, a picture that cannot be
+    /// resized, or more tokens than the model has positions.
+    pub fn prepare(&self, text: &str, pictures: &[RgbImage]) -> Result<Inputs> {
+        let written = self.tokenizer.encode(text)?;
+        if written.is_empty() {
+            return Err(Error::field("prompt", "no text", "at least one character"));
+        }
+        let image_token = self.config.image_token_id;
+        let placeholders = written.iter().filter(|token| **token == image_token).count();
+        if placeholders != pictures.len() {
+            let found = format!("{placeholders} × {IMAGE_PLACEHOLDER}");
+            let expected = format!("one for each of the {} pictures", pictures.len());
+            return Err(Error::field("prompt", found, expected));
+        }
+        let merge = self.config.vision.merge_size;
+        let grids: Result<Vec<PatchGrid>> = pictures
+            .iter()
+            .map(|picture| self.preprocessor.grid(picture.width(), picture.height()))
+            .collect();
+        let merged: Vec<PatchGrid> = grids?.iter().map(|grid| grid.merged(merge)).collect();
+        let picture_tokens: usize = merged.iter().map(|grid| grid.patches()).sum();
+        let count = written.len() - placeholders + picture_tokens;
+        self.check_length(count, picture_tokens)?;
+        let (tokens, spans) = expand(&written, image_token, &merged);
+        let spans_and_grids: Vec<_> = spans.iter().cloned().zip(merged).collect();
+        let positions = Positions::multimodal(tokens.len(), &spans_and_grids);
+        let patches = self.preprocessor.patches(pictures)?;
+        Ok(Inputs { tokens, positions, patches, spans })
+    }
+
+    /// Tokens of the pictures `[tokens, hidden]`, one picture after the other; `None` without a
+    /// picture.
+    ///
+    /// # Errors
+    /// Cancellation, or a failure of the device.
+    pub fn vision_embeddings(
+        &self,
+        inputs: &Inputs,
+        cancel: &CancelToken,
+    ) -> Result<Option<Tensor>> {
+        let Some(patches) = &inputs.patches else { return Ok(None) };
+        Ok(Some(self.vision.forward(patches, cancel)?.squeeze(0)?))
+    }
+
+    /// Hidden states after the final norm, `[1, n, hidden]`: the last of the reference's
+    /// `hidden_states`.
+    ///
+    /// # Errors
+    /// Cancellation, or a failure of the device.
+    pub fn hidden_states(&self, inputs: &Inputs, cancel: &CancelToken) -> Result<Tensor> {
+        self.prefill(inputs, None, cancel)
+    }
+
+    /// Logits of every token, `[1, n, vocabulary]`.
+    ///
+    /// # Errors
+    /// Cancellation, or a failure of the device.
+    pub fn logits(&self, inputs: &Inputs, cancel: &CancelToken) -> Result<Tensor> {
+        let hidden = self.hidden_states(inputs, cancel)?;
+        Ok(self.head()?.forward(&hidden)?)
+    }
+
+    /// Writes an answer; `on_text` hears each piece of text as soon as its characters are whole.
+    ///
+    /// # Errors
+    /// Options outside their range, cancellation (looked at before each layer of each token),
+    /// logits that are not finite, or a failure of the device.
+    pub fn generate(
+        &self,
+        inputs: &Inputs,
+        options: &GenerateOptions,
+        cancel: &CancelToken,
+        on_text: &mut dyn FnMut(&str),
+    ) -> Result<Generation> {
+        let mut sampler = options.sampler()?;
+        let mut seen = inputs.tokens.clone();
+        let room = self.config.text.max_position_embeddings.saturating_sub(seen.len());
+        let steps = options.max_new_tokens.min(room);
+        let mut cache = self.language.cache(seen.len() + steps.min(CACHE_TOKENS));
+        let mut hidden = self.prefill(inputs, Some(&mut cache), cancel)?;
+        let mut text = String::new();
+        let mut stream = self.tokenizer.stream();
+        let mut finish = Finish::Length;
+        for step in 0..steps {
+            let token = sampler.choose(self.next_logits(&hidden)?, &seen)?;
+            seen.push(token);
+            if options.stop_tokens.contains(&token) {
+                finish = Finish::Stop;
+                break;
+            }
+            let piece = stream.push(token)?;
+            hear(&piece, &mut text, on_text);
+            if step + 1 < steps {
+                let at = inputs.positions.next + small(step);
+                let embedding = self.language.embed(&[token])?;
+                hidden = self.language.forward(&embedding, &[[at; 3]], Some(&mut cache), cancel)?;
+            }
+        }
+        hear(&stream.finish()?, &mut text, on_text);
+        Ok(Generation { tokens: seen.split_off(inputs.tokens.len()), text, finish })
+    }
+
+    /// Hidden states of a prompt; fills `cache` when there is one.
+    fn prefill(
+        &self,
+        inputs: &Inputs,
+        cache: Option<&mut Cache>,
+        cancel: &CancelToken,
+    ) -> Result<Tensor> {
+        let vision = self.vision_embeddings(inputs, cancel)?;
+        let mut embeddings = self.language.embed(&inputs.tokens)?;
+        if let Some(vision) = vision {
+            embeddings = insert(&embeddings, &vision.unsqueeze(0)?, &inputs.spans)?;
+        }
+        self.language.forward(&embeddings, &inputs.positions.tokens, cache, cancel)
+    }
+
+    /// Logits after the last token, on the host.
+    fn next_logits(&self, hidden: &Tensor) -> Result<Vec<f32>> {
+        let last = hidden.narrow(1, hidden.dim(1)? - 1, 1)?.contiguous()?;
+        let logits = self.head()?.forward(&last)?; // (1, 1, vocabulary)
+        Ok(logits.to_dtype(DType::F32)?.flatten_all()?.to_vec1()?)
+    }
+
+    /// The matrix that makes logits, read when first asked for.
+    fn head(&self) -> Result<&Linear> {
+        if let Some(head) = self.head.get() {
+            return Ok(head);
+        }
+        let (width, vocab) = (self.config.text.hidden_size, self.config.text.vocab_size);
+        let name = self.head_name().trim_end_matches(".weight");
+        let head = Linear::load_without_bias(&self.weights.pp(name), width, vocab)?;
+        Ok(self.head.get_or_init(|| head))
+    }
+
+    /// Tied models that have a matrix of their own for the logits all the same use it, as the
+    /// reference does.
+    fn head_name(&self) -> &'static str {
+        let tied = self.config.tie_word_embeddings && !self.weights.contains(HEAD);
+        if tied { EMBEDDING } else { HEAD }
+    }
+
+    /// Checks that the matrix of the logits is there and fits, without reading it.
+    fn check_head(&self) -> Result<()> {
+        let name = self.head_name();
+        let checkpoint = self.weights.checkpoint();
+        let expected = vec![self.config.text.vocab_size, self.config.text.hidden_size];
+        let path = checkpoint.name().to_owned();
+        match checkpoint.tensors().find(|(found, _)| *found == name) {
+            None => {
+                let near = " (needed unless tie_word_embeddings is true)".to_owned();
+                Err(ModelError::TensorMissing { path, tensor: name.to_owned(), near }.into())
+            }
+            Some((_, entry)) if entry.shape != expected => {
+                let (tensor, found) = (name.to_owned(), entry.shape.clone());
+                Err(ModelError::TensorShape { path, tensor, found, expected }.into())
+            }
+            Some(_) => Ok(()),
+        }
+    }
+
+    fn check_length(&self, count: usize, picture_tokens: usize) -> Result<()> {
+        let max = self.config.text.max_position_embeddings;
+        if count <= max {
+            return Ok(());
+        }
+        let found = format!("{count} tokens, {picture_tokens} of them for pictures");
+        let expected = format!("at most {max} tokens; shorten the text or shrink the pictures");
+        Err(RequestError::Field { field: "prompt", found, expected }.into())
+    }
+}
+
+/// The tokenizer and the config must mean the same picture token, and every token must have an
+/// embedding.
+fn check_tokens(
+    files: &ModelFiles,
+    config_path: &str,
+    config: &Config,
+    tokenizer: &Tokenizer,
+) -> Result<()> {
+    let found = tokenizer.id(IMAGE_PLACEHOLDER);
+    if found != Some(config.image_token_id) {
+        let found = found.map_or_else(|| "no such token".to_owned(), |id| id.to_string());
+        let expected = format!("{found}, the tokenizer's id of {IMAGE_PLACEHOLDER}");
+        return Err(files.config(config_path, "image_token_id", config.image_token_id, expected));
+    }
+    if tokenizer.id_end() as usize > config.text.vocab_size {
+        let expected = format!("at least {}, the tokenizer's vocabulary", tokenizer.id_end());
+        return Err(files.config(config_path, "vocab_size", config.text.vocab_size, expected));
+    }
+    Ok(())
+}
+
+/// Repeats each placeholder as often as its picture has tokens; returns the tokens and the
+/// pictures' places among them.
+fn expand(
+    written: &[u32],
+    image_token: u32,
+    pictures: &[PatchGrid],
+) -> (Vec<u32>, Vec<Range<usize>>) {
+    let mut tokens = Vec::with_capacity(written.len());
+    let mut spans = Vec::with_capacity(pictures.len());
+    let mut grids = pictures.iter();
+    for &token in written {
+        let repeat =
+            if token == image_token { grids.next().map(|grid| grid.patches()) } else { None };
+        if let Some(count) = repeat {
+            let start = tokens.len();
+            tokens.resize(start + count, image_token);
+            spans.push(start..tokens.len());
+        } else {
+            tokens.push(token);
+        }
+    }
+    (tokens, spans)
+}
+
+/// Puts the pictures' embeddings `[1, m, hidden]` in their places among `[1, n, hidden]`.
+fn insert(text: &Tensor, vision: &Tensor, spans: &[Range<usize>]) -> Result<Tensor> {
+    let mut parts = Vec::with_capacity(2 * spans.len() + 1);
+    let (mut text_at, mut vision_at) = (0, 0);
+    for span in spans {
+        parts.push(text.narrow(1, text_at, span.start - text_at)?);
+        parts.push(vision.narrow(1, vision_at, span.len())?);
+        text_at = span.end;
+        vision_at += span.len();
+    }
+    parts.push(text.narrow(1, text_at, text.dim(1)? - text_at)?);
+    parts.retain(|part| part.elem_count() > 0);
+    Ok(Tensor::cat(&parts, 1)?)
+}
+
+fn hear(piece: &str, text: &mut String, on_text: &mut dyn FnMut(&str)) {
+    if !piece.is_empty() {
+        text.push_str(piece);
+        on_text(piece);
+    }
+}

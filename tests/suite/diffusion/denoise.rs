@@ -1,0 +1,190 @@
+//! The denoising loop equals the pipeline's.
+
+use std::cell::RefCell;
+
+use candle_core::Tensor;
+use pentimento::{
+    CancelToken, Error, Event, RequestError, Stage,
+    diffusion::{
+        Conditioning, Denoise, DiffusionModel, Transformer,
+        noise::NoiseSource,
+        qwen_image::{ModelInput, Outputs},
+        schedule::ScheduleConfig,
+        vae::Tiling,
+    },
+    weights::Precision,
+};
+
+use super::{Run, files, largest_difference};
+use crate::common::{Tolerance, assert_close};
+
+#[test]
+fn the_loop_equals_the_pipeline() {
+    for (checkpoint, tag) in
+        [("tiny-qwen-2511", "pipe.two"), ("edit-23", "pipe.cfg"), ("tiny-qwen-plus", "pipe.nocfg")]
+    {
+        let run = Run::open(checkpoint, tag);
+        let model = DiffusionModel::load(&files(&run.reference), &Precision::reference()).unwrap();
+        let (grids, cancel) = (run.grids(), CancelToken::new());
+        let height = usize::try_from(run.number("height")).unwrap();
+        let width = usize::try_from(run.number("width")).unwrap();
+        assert_eq!(model.grid(height, width).unwrap(), grids[0], "{}", run.name);
+        let noise = model.initial_noise(NoiseSource::Cpu, run.number("seed"), grids[0]).unwrap();
+        assert_close(&run.name, &noise, &run.inputs["noise"], Tolerance::Absolute(1e-6));
+
+        let steps = usize::try_from(run.number("steps")).unwrap();
+        let schedule = model.schedule().schedule(steps, grids[0].tokens()).unwrap();
+        let positive = run.conditioning("positive").unwrap();
+        let negative = run.conditioning("negative");
+        assert_eq!(negative.is_some(), tag != "pipe.nocfg");
+        let denoise = Denoise {
+            noise: &noise,
+            references: Some(&run.inputs["references"]),
+            grids: &grids,
+            positive: &positive,
+            negative: negative.as_ref(),
+            cfg_scale: run.fact("true_cfg_scale").as_f64().unwrap(),
+            schedule: &schedule,
+        };
+        let heard = RefCell::new(Vec::new());
+        let observer = |event: &Event<'_>| match event {
+            Event::Step { stage: Stage::Denoise, step, of, .. } => {
+                heard.borrow_mut().push((*step, *of));
+            }
+            other => panic!("{other:?}"),
+        };
+        let mut recorded = 0;
+        let mut record = |step: usize, latents: &Tensor| {
+            let name = format!("{tag}.latents.{step}");
+            assert_close(&name, latents, run.reference.tensor(&name), Tolerance::Relative(1e-4));
+            recorded += 1;
+        };
+        let latents = denoise.run(model.transformer(), &observer, &cancel, &mut record).unwrap();
+        assert_eq!(recorded, steps);
+        assert_eq!(heard.into_inner(), (0..steps).map(|i| (i, steps)).collect::<Vec<_>>());
+
+        let picture = model.picture(&latents, grids[0], &Tiling::default(), &cancel).unwrap();
+        let picture = ((picture + 1.0).unwrap() / 2.0).unwrap(); // to the pipeline's [0, 1]
+        let expected = run.reference.tensor(&format!("{tag}.image"));
+        assert_close(&run.name, &picture, expected, Tolerance::Relative(1e-4));
+    }
+}
+
+#[test]
+fn a_negative_prompt_counts_only_with_a_scale_above_one() {
+    let run = Run::open("edit-23", "pipe.cfg");
+    let files = files(&run.reference);
+    let model = Transformer::load(&files, &Precision::reference()).unwrap();
+    let schedule = ScheduleConfig::load(&files).unwrap().schedule(2, 32).unwrap();
+    let (positive, negative) = (run.conditioning("positive"), run.conditioning("negative"));
+    let latents = |negative: Option<&Conditioning>, cfg_scale: f64| {
+        let denoise = Denoise {
+            noise: &run.inputs["noise"],
+            references: Some(&run.inputs["references"]),
+            grids: &run.grids(),
+            positive: positive.as_ref().unwrap(),
+            negative,
+            cfg_scale,
+            schedule: &schedule,
+        };
+        denoise.run(&model, &(), &CancelToken::new(), &mut |_, _| {}).unwrap()
+    };
+    let plain = latents(None, 4.0);
+    assert!(largest_difference(&plain, &latents(negative.as_ref(), 1.0)) == 0.0);
+    assert!(largest_difference(&plain, &latents(negative.as_ref(), 4.0)) > 1e-3);
+}
+
+/// More steps than are prepared together.
+#[test]
+fn preparing_steps_together_changes_nothing() {
+    let run = Run::open("tiny-qwen-2511", "pipe.two");
+    let files = files(&run.reference);
+    let model = Transformer::load(&files, &Precision::reference()).unwrap();
+    let schedule = ScheduleConfig::load(&files).unwrap().schedule(10, 32).unwrap();
+    let (grids, cancel) = (run.grids(), CancelToken::new());
+    let (noise, references) = (&run.inputs["noise"], &run.inputs["references"]);
+    let conditioning = run.conditioning("positive").unwrap();
+    let mut latents = noise.clone();
+    for (step, time) in schedule.timesteps().iter().enumerate() {
+        let context = &model.contexts(&[time / 1000.0], &cancel).unwrap()[0];
+        let tokens = &Tensor::cat(&[&latents, references], 1).unwrap();
+        let input = ModelInput { tokens, grids: &grids, conditioning: &conditioning };
+        let velocity = model.forward(&input, context, Outputs::All, &cancel).unwrap();
+        let velocity = velocity.narrow(1, 0, grids[0].tokens()).unwrap();
+        latents = schedule.advance(step, &latents, &velocity).unwrap();
+    }
+    let denoise = Denoise {
+        noise,
+        references: Some(references),
+        grids: &grids,
+        positive: &conditioning,
+        negative: None,
+        cfg_scale: 1.0,
+        schedule: &schedule,
+    };
+    let together = denoise.run(&model, &(), &cancel, &mut |_, _| {}).unwrap();
+    assert_close("together", &together, &latents, Tolerance::Relative(1e-5));
+}
+
+#[test]
+fn cancelling_stops_within_a_step() {
+    let run = Run::open("tiny-qwen-2511", "pipe.two");
+    let files = files(&run.reference);
+    let model = Transformer::load(&files, &Precision::reference()).unwrap();
+    let schedule = ScheduleConfig::load(&files).unwrap().schedule(20, 32).unwrap();
+    let cancel = CancelToken::new();
+    let positive = run.conditioning("positive").unwrap();
+    let denoise = Denoise {
+        noise: &run.inputs["noise"],
+        references: Some(&run.inputs["references"]),
+        grids: &run.grids(),
+        positive: &positive,
+        negative: None,
+        cfg_scale: 1.0,
+        schedule: &schedule,
+    };
+    // Cancelled as the third step begins: the step is not finished.
+    let observer = |event: &Event<'_>| {
+        if matches!(event, Event::Step { step: 2, .. }) {
+            cancel.cancel();
+        }
+    };
+    let mut finished = 0;
+    let error = denoise.run(&model, &observer, &cancel, &mut |_, _| finished += 1).unwrap_err();
+    assert!(matches!(error, Error::Cancelled), "{error}");
+    assert_eq!(finished, 2);
+}
+
+#[test]
+fn noise_that_does_not_fit_and_values_that_are_not_finite_are_refused() {
+    let run = Run::open("edit-23", "pipe.cfg");
+    let files = files(&run.reference);
+    let model = Transformer::load(&files, &Precision::reference()).unwrap();
+    let schedule = ScheduleConfig::load(&files).unwrap().schedule(2, 32).unwrap();
+    let positive = run.conditioning("positive").unwrap();
+    let grids = run.grids();
+    let fault = |noise: &Tensor, cfg_scale: f64| {
+        let denoise = Denoise {
+            noise,
+            references: Some(&run.inputs["references"]),
+            grids: &grids,
+            positive: &positive,
+            negative: None,
+            cfg_scale,
+            schedule: &schedule,
+        };
+        denoise.run(&model, &(), &CancelToken::new(), &mut |_, _| {}).unwrap_err()
+    };
+    let noise = &run.inputs["noise"];
+    let short = fault(&noise.narrow(1, 1, grids[0].tokens() - 1).unwrap(), 1.0);
+    assert!(matches!(short, Error::Request(RequestError::Field { field: "noise", .. })), "{short}");
+    let scale = fault(noise, f64::NAN);
+    assert!(matches!(scale, Error::Request(RequestError::Field { field: "cfg-scale", .. })));
+    let broken = (noise * f64::INFINITY).unwrap();
+    let error = fault(&broken, 1.0);
+    let total = noise.elem_count();
+    assert!(
+        matches!(error, Error::NotFinite { count, total: found, .. } if count > 0 && found == total),
+        "{error}"
+    );
+}
