@@ -99,8 +99,10 @@ class Feeder:
         self.rng, self.ready, self.pool = world.Rng(first_seed ^ 0xD17), [], None
 
     def _case(self):
+        """Replacements fit fewer scenes than other wishes and are harder, so some are asked for."""
         self.seed += 1
-        return world.sample_case(self.seed, count=1 if self.rng.below(20) < 11 else 2 + self.rng.below(3))
+        count = 1 if self.rng.below(20) < 11 else 2 + self.rng.below(3)
+        return world.sample_case(self.seed, count=count, op="replace" if self.rng.below(5) == 0 else None)
 
     def _refill(self):
         cases = [self._case() for _ in range(BATCH * POOL)]
