@@ -15,6 +15,7 @@
 pub mod diffusion;
 pub mod editor;
 pub mod error;
+pub mod eval;
 pub mod layers;
 pub mod memory;
 pub mod ops;

@@ -1,0 +1,3 @@
+//! Measuring: the miniature world with its exact targets and strict readout.
+
+pub mod scenes;
