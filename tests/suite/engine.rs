@@ -92,6 +92,24 @@ fn edits_are_the_references() {
 }
 
 #[test]
+fn the_shipped_pack_makes_its_sample_pictures() {
+    let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("models/mini/samples");
+    let text = fs_err::read_to_string(folder.join("prompts.json")).unwrap();
+    let samples: Vec<serde_json::Value> = serde_json::from_str(&text).unwrap();
+    assert!(samples.len() >= 8);
+    let engine = Engine::open(&ModelSource::Mini, &options(), &()).unwrap();
+    for sample in samples {
+        let field = |name: &str| sample[name].as_str().unwrap().to_owned();
+        let input = picture(&folder.join(field("input")));
+        let mut request = EditRequest::new(input, field("prompt"));
+        request.seed = Some(0);
+        let outcome = engine.edit(&request, &()).unwrap();
+        let expected = picture(&folder.join(field("expected"))).rgb;
+        assert_same_picture(&field("input"), &outcome.picture.rgb, &expected);
+    }
+}
+
+#[test]
 fn the_same_seed_gives_the_same_picture_on_any_number_of_threads() {
     let reference = Reference::open("tiny-qwen-2511");
     let engine = open(&reference);
