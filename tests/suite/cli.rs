@@ -318,8 +318,10 @@ fn ctrl_c_ends_with_130_and_leaves_nothing() {
     }
     let mut child = command.args(&arguments).stderr(Stdio::null()).spawn().unwrap();
     std::thread::sleep(Duration::from_millis(700));
-    let pid = child.id().to_string();
-    assert!(Command::new("kill").args(["-INT", &pid]).status().unwrap().success());
+    let pid = child.id();
+    assert!(
+        Command::new("sh").args(["-c", &format!("kill -INT {pid}")]).status().unwrap().success()
+    );
     let start = Instant::now();
     let status = child.wait().unwrap();
     assert_eq!(status.code(), Some(130));
