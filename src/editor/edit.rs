@@ -5,7 +5,7 @@ use image::RgbImage;
 
 use super::{Engine, estimate, pipeline::Pipeline, plan_sizes::Sizes, stages::Stages};
 use crate::{
-    diffusion::{Conditioning, Denoise, Grid, noise::NoiseSource, vae::Tiling},
+    diffusion::{Conditioning, Denoise, Grid, noise::NoiseSource, schedule::Schedule, vae::Tiling},
     error::{Error, RequestError, Result},
     pixels::{self, Filter, Picture, Size},
     progress::{Event, Observer, Stage},
@@ -22,7 +22,7 @@ const CFG_SCALE_MAX: f64 = 100.0;
 struct Checked<'a> {
     request: &'a EditRequest,
     sizes: Sizes,
-    steps: usize,
+    schedule: Schedule,
     cfg_scale: f64,
     /// The negative prompt, where guidance runs.
     negative: Option<&'a str>,
@@ -61,7 +61,7 @@ pub(super) fn run(
             positive: &positive,
             negative: negative.as_ref(),
             cfg_scale: checked.cfg_scale,
-            schedule: &diffusion.schedule().schedule(checked.steps, grids[0].tokens())?,
+            schedule: &checked.schedule,
         };
         denoise.run(diffusion.transformer(), observer, cancel, &mut |_, _| {})
     })?;
@@ -74,7 +74,7 @@ pub(super) fn run(
     Ok(EditOutcome {
         picture: finish(&decoded, &checked)?,
         seed: checked.seed,
-        steps: checked.steps,
+        steps: checked.schedule.steps(),
         cfg_scale: if negative.is_some() { checked.cfg_scale } else { 1.0 },
         working_size: checked.sizes.working,
         stages: stages.finish(),
@@ -106,11 +106,11 @@ impl<'a> Checked<'a> {
         }
         let sizes = Sizes::plan(pipeline, request, token_px(engine)?)?;
         let grid = grid(engine, sizes.working)?;
-        engine.diffusion.schedule().schedule(steps, grid.tokens())?; // refuses what it cannot do
+        let schedule = engine.diffusion.schedule().schedule(steps, grid.tokens())?;
         check_activations(engine, &sizes)?;
         let (negative, notes) = guidance(request, cfg_scale);
         let seed = request.seed.unwrap_or_else(random_seed);
-        Ok(Self { request, sizes, steps, cfg_scale, negative, seed, notes })
+        Ok(Self { request, sizes, schedule, cfg_scale, negative, seed, notes })
     }
 
     fn noise_source(&self) -> NoiseSource {

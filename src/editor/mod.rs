@@ -9,7 +9,7 @@ mod plan_sizes;
 mod source;
 mod stages;
 
-use std::{sync::Arc, time::Duration};
+use std::time::Duration;
 
 pub use self::{
     inspect::{ModelInfo, PartInfo},
@@ -72,7 +72,7 @@ impl EngineOptions {
 pub struct Engine {
     pipeline: Pipeline,
     info: ModelInfo,
-    vlm: Arc<VisionLanguageModel>,
+    vlm: VisionLanguageModel,
     diffusion: DiffusionModel,
     budget: Budget,
     load: StageReport,
@@ -109,7 +109,7 @@ impl Engine {
         let load =
             StageReport { stage: Stage::Load, elapsed: Duration::ZERO, peak_resident_bytes: None };
         let load = stages.finish().pop().unwrap_or(load);
-        Ok(Self { pipeline, info, vlm: Arc::new(vlm), diffusion, budget: options.budget, load })
+        Ok(Self { pipeline, info, vlm, diffusion, budget: options.budget, load })
     }
 
     /// What was opened.

@@ -76,12 +76,6 @@ impl Weights {
         &self.precision
     }
 
-    /// The same place, with linear matrices kept in the type of the computation.
-    #[must_use]
-    pub fn unquantized(&self) -> Self {
-        self.with_storage(Storage::Compute)
-    }
-
     /// The same place, with linear matrices kept as `storage` says.
     #[must_use]
     pub fn with_storage(&self, storage: Storage) -> Self {
