@@ -8,6 +8,7 @@
 mod cache;
 pub mod config;
 mod config_keys;
+pub mod constraint;
 pub mod generate;
 mod language;
 pub mod model;
@@ -16,16 +17,19 @@ pub mod positions;
 pub mod preprocess;
 mod rotary;
 pub mod sampling;
+pub mod seen;
 pub mod template;
 pub mod tokenizer;
 mod vision;
 
 pub use config::{Config, TextConfig, VisionConfig};
+pub use constraint::{Allowed, Constraint};
 pub use generate::{Finish, GenerateOptions, Generation};
 pub use model::{IMAGE_PLACEHOLDER, Inputs, VisionLanguageModel};
 pub use names::canonical_name;
 pub use positions::{Position, Positions};
 pub use preprocess::{PatchGrid, Patches, Preprocessor};
 pub use sampling::Sampling;
+pub use seen::Seen;
 pub use template::{ChatTemplate, Message, Part};
 pub use tokenizer::{TextStream, Tokenizer};
