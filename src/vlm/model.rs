@@ -6,6 +6,7 @@ use candle_core::{DType, Tensor};
 use image::RgbImage;
 
 use super::{
+    adapter::{Adapter, Call},
     cache::Cache,
     config::Config,
     generate::{Finish, GenerateOptions, Generation},
@@ -134,6 +135,14 @@ impl VisionLanguageModel {
         Ok(model)
     }
 
+    /// Reads a low-rank adapter of the language model, to be named in the [`Call`]s that it is for.
+    ///
+    /// # Errors
+    /// As [`Adapter::load`].
+    pub fn load_adapter(&self, files: &ModelFiles, folder: &str) -> Result<Adapter> {
+        Adapter::load(files, folder, &self.config.text, self.weights.precision())
+    }
+
     /// The model's dimensions.
     #[must_use]
     pub fn config(&self) -> &Config {
@@ -218,38 +227,39 @@ impl VisionLanguageModel {
     /// `hidden_states`.
     ///
     /// # Errors
-    /// Cancellation, or a failure of the device.
-    pub fn hidden_states(&self, inputs: &Inputs, cancel: &CancelToken) -> Result<Tensor> {
-        self.prefill(inputs, None, cancel)
+    /// Cancellation, an adapter of another model, or a failure of the device.
+    pub fn hidden_states<'a>(&self, inputs: &Inputs, call: impl Into<Call<'a>>) -> Result<Tensor> {
+        self.prefill(inputs, None, call.into())
     }
 
     /// Logits of every token, `[1, n, vocabulary]`.
     ///
     /// # Errors
-    /// Cancellation, or a failure of the device.
-    pub fn logits(&self, inputs: &Inputs, cancel: &CancelToken) -> Result<Tensor> {
-        let hidden = self.hidden_states(inputs, cancel)?;
+    /// Cancellation, an adapter of another model, or a failure of the device.
+    pub fn logits<'a>(&self, inputs: &Inputs, call: impl Into<Call<'a>>) -> Result<Tensor> {
+        let hidden = self.hidden_states(inputs, call)?;
         Ok(self.head()?.forward(&hidden)?)
     }
 
     /// Writes an answer; `on_text` hears each piece of text as soon as its characters are whole.
     ///
     /// # Errors
-    /// Options outside their range, cancellation (looked at before each layer of each token),
-    /// logits that are not finite, or a failure of the device.
-    pub fn generate(
+    /// Options outside their range, cancellation (looked at before each layer of each token), an
+    /// adapter of another model, logits that are not finite, or a failure of the device.
+    pub fn generate<'a>(
         &self,
         inputs: &Inputs,
         options: &GenerateOptions,
-        cancel: &CancelToken,
+        call: impl Into<Call<'a>>,
         on_text: &mut dyn FnMut(&str),
     ) -> Result<Generation> {
+        let call = call.into();
         let mut sampler = options.sampler()?;
         let mut seen = inputs.tokens.clone();
         let room = self.config.text.max_position_embeddings.saturating_sub(seen.len());
         let steps = options.max_new_tokens.min(room);
         let mut cache = self.language.cache(seen.len() + steps.min(CACHE_TOKENS));
-        let mut hidden = self.prefill(inputs, Some(&mut cache), cancel)?;
+        let mut hidden = self.prefill(inputs, Some(&mut cache), call)?;
         let mut text = String::new();
         let mut stream = self.tokenizer.stream();
         let mut finish = Finish::Length;
@@ -265,7 +275,7 @@ impl VisionLanguageModel {
             if step + 1 < steps {
                 let at = inputs.positions.next + small(step);
                 let embedding = self.language.embed(&[token])?;
-                hidden = self.language.forward(&embedding, &[[at; 3]], Some(&mut cache), cancel)?;
+                hidden = self.language.forward(&embedding, &[[at; 3]], Some(&mut cache), call)?;
             }
         }
         hear(&stream.finish()?, &mut text, on_text);
@@ -277,14 +287,14 @@ impl VisionLanguageModel {
         &self,
         inputs: &Inputs,
         cache: Option<&mut Cache>,
-        cancel: &CancelToken,
+        call: Call<'_>,
     ) -> Result<Tensor> {
-        let vision = self.vision_embeddings(inputs, cancel)?;
+        let vision = self.vision_embeddings(inputs, call.cancel)?;
         let mut embeddings = self.language.embed(&inputs.tokens)?;
         if let Some(vision) = vision {
             embeddings = insert(&embeddings, &vision.unsqueeze(0)?, &inputs.spans)?;
         }
-        self.language.forward(&embeddings, &inputs.positions.tokens, cache, cancel)
+        self.language.forward(&embeddings, &inputs.positions.tokens, cache, call)
     }
 
     /// Logits after the last token, on the host.
