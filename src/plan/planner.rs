@@ -10,8 +10,7 @@ use crate::{
         order::ordered,
         prompts::Prompts,
     },
-    progress::CancelToken,
-    vlm::{Finish, GenerateOptions, Inputs, Message, Sampling, Seen, VisionLanguageModel},
+    vlm::{Call, Finish, GenerateOptions, Inputs, Message, Sampling, Seen, VisionLanguageModel},
 };
 
 /// How the agents write.
@@ -68,8 +67,8 @@ pub struct Planner<'a> {
     pub prompts: &'a Prompts,
     /// How they write.
     pub options: &'a PlanOptions,
-    /// Stops them.
-    pub cancel: &'a CancelToken,
+    /// The decomposition agent's adapter, where it has one, and what stops both agents.
+    pub call: Call<'a>,
 }
 
 /// One reply.
@@ -116,7 +115,7 @@ impl Planner<'_> {
             Message::text("system", self.prompts.decompose_system()),
             Message::user(pictures.grids().len(), &self.prompts.decompose_user(request.trim())),
         ];
-        self.write("decomposition", pictures, &messages, &decomposition_grammar())
+        self.write("decomposition", pictures, &messages, &decomposition_grammar(), self.call)
     }
 
     /// The ordered steps of a decomposition, who ordered them, and the tokens it took.
@@ -130,9 +129,11 @@ impl Planner<'_> {
             Message::text("system", self.prompts.sequence_system()),
             Message::user(pictures.grids().len(), &asked),
         ];
+        // The adapter is the decomposition agent's alone.
+        let plain = Call { adapter: None, ..self.call };
         let mut tokens = 0;
         for planned_by in [PlannedBy::Agent, PlannedBy::Repair] {
-            let reply = match self.write("steps", pictures, &messages, &steps_grammar()) {
+            let reply = match self.write("steps", pictures, &messages, &steps_grammar(), plain) {
                 Err(Error::Request(RequestError::Unfinished { .. })) => break,
                 reply => reply?,
             };
@@ -157,6 +158,7 @@ impl Planner<'_> {
         pictures: &Seen,
         messages: &[Message],
         grammar: &str,
+        call: Call<'_>,
     ) -> Result<Reply> {
         let text = self.model.chat(messages)?;
         let inputs: Inputs = self.model.prepare_seen(&text, pictures)?;
@@ -169,7 +171,7 @@ impl Planner<'_> {
             &inputs,
             &options,
             constraint.as_mut(),
-            self.cancel,
+            call,
             &mut |_| (),
         )?;
         if generation.finish == Finish::Length {

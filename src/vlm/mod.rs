@@ -5,6 +5,8 @@
 //! [`logits`](VisionLanguageModel::logits), or an answer by
 //! [`generate`](VisionLanguageModel::generate).
 
+pub mod adapter;
+mod adapter_config;
 mod cache;
 pub mod config;
 mod config_keys;
@@ -22,6 +24,7 @@ pub mod template;
 pub mod tokenizer;
 mod vision;
 
+pub use adapter::{Adapter, Call};
 pub use config::{Config, TextConfig, VisionConfig};
 pub use constraint::{Allowed, Constraint};
 pub use generate::{Finish, GenerateOptions, Generation};

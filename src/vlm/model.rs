@@ -9,6 +9,7 @@ use candle_core::{DType, Tensor};
 use image::RgbImage;
 
 use super::{
+    adapter::{Adapter, Call},
     cache::Cache,
     config::Config,
     constraint::{Constraint, Vocabulary},
@@ -144,6 +145,14 @@ impl VisionLanguageModel {
         Ok(model)
     }
 
+    /// Reads a low-rank adapter of the language model, to be named in the [`Call`]s that it is for.
+    ///
+    /// # Errors
+    /// As [`Adapter::load`].
+    pub fn load_adapter(&self, files: &ModelFiles, folder: &str) -> Result<Adapter> {
+        Adapter::load(files, folder, &self.config.text, self.weights.precision())
+    }
+
     /// The model's dimensions.
     #[must_use]
     pub fn config(&self) -> &Config {
@@ -250,17 +259,17 @@ impl VisionLanguageModel {
     /// `hidden_states`.
     ///
     /// # Errors
-    /// Cancellation, or a failure of the device.
-    pub fn hidden_states(&self, inputs: &Inputs, cancel: &CancelToken) -> Result<Tensor> {
-        self.prefill(inputs, None, cancel)
+    /// Cancellation, an adapter of another model, or a failure of the device.
+    pub fn hidden_states<'a>(&self, inputs: &Inputs, call: impl Into<Call<'a>>) -> Result<Tensor> {
+        self.prefill(inputs, None, call.into())
     }
 
     /// Logits of every token, `[1, n, vocabulary]`.
     ///
     /// # Errors
-    /// Cancellation, or a failure of the device.
-    pub fn logits(&self, inputs: &Inputs, cancel: &CancelToken) -> Result<Tensor> {
-        let hidden = self.hidden_states(inputs, cancel)?;
+    /// Cancellation, an adapter of another model, or a failure of the device.
+    pub fn logits<'a>(&self, inputs: &Inputs, call: impl Into<Call<'a>>) -> Result<Tensor> {
+        let hidden = self.hidden_states(inputs, call)?;
         Ok(self.head()?.forward(&hidden)?)
     }
 
@@ -287,16 +296,16 @@ impl VisionLanguageModel {
     /// Writes an answer; `on_text` hears each piece of text as soon as its characters are whole.
     ///
     /// # Errors
-    /// Options outside their range, cancellation (looked at before each layer of each token),
-    /// logits that are not finite, or a failure of the device.
-    pub fn generate(
+    /// Options outside their range, cancellation (looked at before each layer of each token), an
+    /// adapter of another model, logits that are not finite, or a failure of the device.
+    pub fn generate<'a>(
         &self,
         inputs: &Inputs,
         options: &GenerateOptions,
-        cancel: &CancelToken,
+        call: impl Into<Call<'a>>,
         on_text: &mut dyn FnMut(&str),
     ) -> Result<Generation> {
-        self.generate_within(inputs, options, None, cancel, on_text)
+        self.generate_within(inputs, options, None, call.into(), on_text)
     }
 
     /// [`Self::generate`] where each token is chosen among those that the constraint allows.
@@ -308,7 +317,7 @@ impl VisionLanguageModel {
         inputs: &Inputs,
         options: &GenerateOptions,
         mut constraint: Option<&mut Constraint>,
-        cancel: &CancelToken,
+        call: Call<'_>,
         on_text: &mut dyn FnMut(&str),
     ) -> Result<Generation> {
         let mut sampler = options.sampler()?;
@@ -316,7 +325,7 @@ impl VisionLanguageModel {
         let room = self.config.text.max_position_embeddings.saturating_sub(seen.len());
         let steps = options.max_new_tokens.min(room);
         let mut cache = self.language.cache(seen.len() + steps.min(CACHE_TOKENS));
-        let mut hidden = self.prefill(inputs, Some(&mut cache), cancel)?;
+        let mut hidden = self.prefill(inputs, Some(&mut cache), call)?;
         let mut text = String::new();
         let mut stream = self.tokenizer.stream();
         let mut finish = Finish::Length;
@@ -343,7 +352,7 @@ impl VisionLanguageModel {
             if step + 1 < steps {
                 let at = inputs.positions.next + small(step);
                 let embedding = self.language.embed(&[token])?;
-                hidden = self.language.forward(&embedding, &[[at; 3]], Some(&mut cache), cancel)?;
+                hidden = self.language.forward(&embedding, &[[at; 3]], Some(&mut cache), call)?;
             }
         }
         hear(&stream.finish()?, &mut text, on_text);
@@ -355,14 +364,14 @@ impl VisionLanguageModel {
         &self,
         inputs: &Inputs,
         cache: Option<&mut Cache>,
-        cancel: &CancelToken,
+        call: Call<'_>,
     ) -> Result<Tensor> {
-        let vision = inputs.seen.embeddings(|| self.vision_embeddings(inputs, cancel))?;
+        let vision = inputs.seen.embeddings(|| self.vision_embeddings(inputs, call.cancel))?;
         let mut embeddings = self.language.embed(&inputs.tokens)?;
         if let Some(vision) = vision {
             embeddings = insert(&embeddings, &vision.unsqueeze(0)?, &inputs.spans)?;
         }
-        self.language.forward(&embeddings, &inputs.positions.tokens, cache, cancel)
+        self.language.forward(&embeddings, &inputs.positions.tokens, cache, call)
     }
 
     /// Logits after the last token, on the host.
