@@ -9,6 +9,7 @@ import dit
 import lm
 import train_lm
 import train_vae
+import warm
 import words
 import world
 from training import Muon, Run, rank, say
@@ -66,7 +67,7 @@ class Frozen:
         samples = [train_lm.Sample("edit", ids, len(ids), scene, [], []) for ids, scene in zip(rows, scenes)]
         with torch.autocast("cpu", torch.bfloat16):
             pictures = lm.picture_tokens(self.model, train_lm.stack_pixels(samples))
-            hidden = lm.hidden_states(self.model, self.prefix, train_lm.stack_ids(samples), pictures)
+            hidden = lm.hidden_states(self.model, self.prefix, train_lm.stack_ids(samples), pictures, sequential=True)
         return hidden.float(), torch.tensor([len(r) for r in rows])
 
 
@@ -204,7 +205,9 @@ def train(out, budget_s, cases=50):
     frozen = Frozen.load(out)
     torch.manual_seed(5)
     model = dit.build(lm.HIDDEN)
-    run = Run(model, optimizers(model), Path(out) / "dit.pt", budget_s, decay=0.998)
+    makers = optimizers(model)
+    warm.start(out, "dit", model, makers)
+    run = Run(model, makers, Path(out) / "dit.pt", budget_s, decay=0.998)
     torch.manual_seed(100 + rank() + run.steps * 10)
     feeder = Feeder(frozen, ((1 + rank()) << 44) + run.samples * 4)
     levels, mark, reported = dit.sigmas()[:-1], None, run.seconds
