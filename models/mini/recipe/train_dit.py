@@ -18,7 +18,7 @@ BATCH = 64
 POOL = 8  # batches whose pictures are encoded together and passed through twice, with two different prompts
 EDITED_WEIGHT = 4.0
 WORN_SHARE = 4  # every so many-th reference of a pool is a worn copy
-WORN_NOISE = 0.3  # largest noise on its latents, in units of their spread
+WORN_NOISE = 0.4  # largest noise on its latents, in units of their spread
 WARM_SEEDS = 1 << 43  # further up than any training from scratch has counted
 
 
