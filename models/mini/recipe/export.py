@@ -54,7 +54,8 @@ def compare_with_stock(pipe):
     case = world.sample_case(0)
     ids = train_lm.spread(pipe.tokenizer.encode(words.body(case.request)), pipe.tokenizer.image_token_id)
     pixels = torch.from_numpy(world.render(case.scene))[None]
-    lm.check_equal(pipe.text_encoder, frozen_prefix, torch.tensor([ids]), pixels)
+    for sequential in (True, False):
+        lm.check_equal(pipe.text_encoder, frozen_prefix, torch.tensor([ids]), pixels, sequential)
     dit.check_equal(pipe.transformer, torch.randn(1, 20, lm.HIDDEN, generator=torch.Generator().manual_seed(1)))
 
 
