@@ -17,7 +17,8 @@ import world
 from train_dit import Frozen
 
 AREA = 64 * 64
-FACTS = {"format": 1, "name": "mini", "area": AREA, "vl_area": AREA, "steps": dit.STEPS, "cfg_scale": 1.0, "untrained": False}
+FACTS = {"format": 1, "name": "mini", "area": AREA, "vl_area": AREA, "steps": dit.STEPS, "cfg_scale": 1.0,
+         "merge": world.WORLD["merge"], "untrained": False}
 
 
 def fast_tokenizer(tok):
