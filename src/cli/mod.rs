@@ -7,7 +7,9 @@ mod edit;
 mod exit;
 mod info;
 mod model;
+mod plan;
 mod progress;
+mod steps;
 
 use std::{
     process::ExitCode,
@@ -40,6 +42,7 @@ pub(crate) fn run() -> ExitCode {
 fn dispatch(command: Command) -> Result<()> {
     match command {
         Command::Edit(args) => edit::run(*args),
+        Command::Plan(args) => plan::run(&args),
         Command::Ask(args) => ask::run(args),
         Command::Info(args) => info::run(&args),
         Command::Doctor(args) => doctor::run(&args),
@@ -103,6 +106,7 @@ impl Command {
     fn json(&self) -> bool {
         match self {
             Self::Edit(args) => args.report.json,
+            Self::Plan(args) => args.report.json,
             Self::Ask(args) => args.report.json,
             Self::Info(args) => args.json,
             Self::Doctor(args) => args.json,
@@ -113,6 +117,7 @@ impl Command {
     fn verbose(&self) -> u8 {
         match self {
             Self::Edit(args) => args.report.verbose,
+            Self::Plan(args) => args.report.verbose,
             Self::Ask(args) => args.report.verbose,
             _ => 0,
         }
