@@ -78,9 +78,17 @@ fn request(args: &EditArgs) -> Result<EditRequest> {
         .into());
     }
     let plan = args.plan.as_deref().map(plan::read).transpose()?;
+    let prompt = match plan::prompt(&args.prompt)? {
+        Some(prompt) => prompt,
+        None if plan.is_some() => String::new(),
+        None => {
+            let expected = "a sentence that says what should change, --prompt-file or --plan";
+            return Err(plan::no_prompt(expected));
+        }
+    };
     let mut pictures = model::pictures(&args.images)?;
     let first = pictures.remove(0); // clap asks for at least one
-    let mut request = EditRequest::new(first, plan::prompt(&args.prompt)?);
+    let mut request = EditRequest::new(first, prompt);
     request.pictures.append(&mut pictures);
     request.negative_prompt.clone_from(&args.negative_prompt);
     request.steps = args.steps;

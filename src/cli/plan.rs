@@ -18,7 +18,9 @@ use super::{
 const PLAN_BYTES_MAX: u64 = 2 << 20;
 
 pub(crate) fn run(args: &PlanArgs) -> Result<()> {
-    let mut request = PlanRequest::new(model::pictures(&args.images)?, prompt(&args.prompt)?);
+    let prompt = prompt(&args.prompt)?
+        .ok_or_else(|| no_prompt("a sentence that says what should change, or --prompt-file"))?;
+    let mut request = PlanRequest::new(model::pictures(&args.images)?, prompt);
     (request.area, request.vl_area) = (args.area, args.vl_area);
     request.planner = options(&args.planner);
     request.cancel = super::cancel_on_interrupt()?;
@@ -71,16 +73,22 @@ pub(crate) fn text(plan: &Plan) -> String {
     lines.join("\n") + "\n"
 }
 
-/// The prompt as it was given.
-pub(crate) fn prompt(args: &PromptArgs) -> Result<String> {
+/// The prompt as it was given, if it was.
+pub(crate) fn prompt(args: &PromptArgs) -> Result<Option<String>> {
     match (&args.prompt, &args.prompt_words, &args.prompt_file) {
-        (Some(prompt), ..) | (None, Some(prompt), _) => Ok(prompt.clone()),
+        (Some(prompt), ..) | (None, Some(prompt), _) => Ok(Some(prompt.clone())),
         (None, None, Some(file)) => {
             let text = text_file("--prompt-file", file)?;
-            Ok(text.trim_end_matches(['\r', '\n']).to_owned())
+            Ok(Some(text.trim_end_matches(['\r', '\n']).to_owned()))
         }
-        (None, None, None) => Ok(String::new()), // the library asks for it where it is needed
+        (None, None, None) => Ok(None),
     }
+}
+
+/// What a request without a prompt is told.
+pub(crate) fn no_prompt(expected: &str) -> Error {
+    let (field, found) = ("--prompt", "nothing".to_owned());
+    RequestError::Field { field, found, expected: expected.to_owned() }.into()
 }
 
 /// How the planner writes.

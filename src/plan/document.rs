@@ -153,7 +153,7 @@ fn contradiction(earlier: &Step, later: &Step) -> Option<&'static str> {
     }
     let one_state =
         matches!(later.action, Action::Recolor | Action::Relight | Action::Move | Action::Replace);
-    if one_state && earlier.action == later.action {
+    if one_state && earlier.action == later.action && !same(&earlier.goal, &later.goal) {
         return Some("one thing cannot have two goals of one kind");
     }
     None

@@ -64,6 +64,8 @@ fn quick<'a>(input: &'a str, output: &'a str, model: &'a str) -> Vec<&'a str> {
         "2",
         "-s",
         "7",
+        "--strategy",
+        "direct",
     ]
 }
 
@@ -76,7 +78,7 @@ fn edits_from_file_to_file_are_the_references() {
             let out = folder.path().join(format!("{}-{tag}.png", reference.name()));
             let cases = reference.folder.join("cases");
             let mut command = pentimento();
-            command.args(["edit", "--quiet", "--device", "cpu"]);
+            command.args(["edit", "--quiet", "--device", "cpu", "--strategy", "direct"]);
             command.arg("-i").arg(cases.join("edit_in.png"));
             if tag == "pipe.two" {
                 command.arg("-i").arg(cases.join("edit_in2.png"));
@@ -377,4 +379,103 @@ fn ask_answers_and_info_and_doctor_tell() {
     for shell in ["bash", "zsh", "fish"] {
         assert!(text(&run(&["completions", shell], 0).stdout).contains("pentimento"));
     }
+}
+
+#[test]
+fn a_plan_is_shown_changed_and_carried_out() {
+    let folder = tempfile::tempdir().unwrap();
+    let at = |name: &str| folder.path().join(name).display().to_string();
+    let street = street();
+    let request = "paint the house blue, take away the car and make it night";
+    let shown = text(&run(&["plan", "-i", &street, "-p", request], 0).stdout);
+    for word in ["request   paint", "actions   recolor; delete", "step 3"] {
+        assert!(shown.contains(word), "{shown}");
+    }
+    let output = run(&["plan", "-i", &street, request, "--json"], 0);
+    let mut plan: serde_json::Value = serde_json::from_slice(&output.stdout).unwrap();
+    assert_eq!((plan["version"].as_u64(), plan["steps"].as_array().unwrap().len()), (Some(1), 3));
+
+    // A step less, by hand; the plan comes through stdin.
+    plan["steps"].as_array_mut().unwrap().remove(1);
+    let mut child = pentimento()
+        .args(["edit", "-i", &street, "--plan", "-", "-o", &at("out.png"), "--json", "-s", "3"])
+        .args(["--strategy", "sequential", "--keep-steps", &at("steps")])
+        .stdin(Stdio::piped())
+        .stdout(Stdio::piped())
+        .stderr(Stdio::piped())
+        .spawn()
+        .unwrap();
+    std::io::Write::write_all(child.stdin.as_mut().unwrap(), plan.to_string().as_bytes()).unwrap();
+    let output = child.wait_with_output().unwrap();
+    let stderr = text(&output.stderr);
+    assert!(output.status.success(), "{stderr}");
+    assert!(stderr.contains("step 2    change the background to night"), "{stderr}");
+    let report: serde_json::Value = serde_json::from_slice(&output.stdout).unwrap();
+    assert_eq!((&report["strategy"], &report["plan"]), (&"sequential".into(), &plan));
+    assert_eq!(report["prompt"], request);
+    assert_eq!(report["planner"]["shares_text_encoder"], true);
+    let picture = |name: &str| image::open(at(name)).unwrap().into_rgb8();
+    assert_eq!(picture("steps/step-2.png"), picture("out.png"));
+    assert_ne!(picture("steps/step-1.png"), picture("out.png"));
+    assert!(!folder.path().join("steps/step-3.png").exists());
+
+    // Kept steps are not overwritten, which is said before any work.
+    let again = [
+        "edit",
+        "-i",
+        &street,
+        "-p",
+        request,
+        "-o",
+        &at("b.png"),
+        "--strategy",
+        "sequential",
+        "--keep-steps",
+        &at("steps"),
+    ];
+    stderr_of(&again, 1, &["step-1.png", "--force"]);
+}
+
+#[test]
+fn bad_plans_are_wrong_usage() {
+    let folder = tempfile::tempdir().unwrap();
+    let (out, file) = (folder.path().join("o.png"), folder.path().join("plan.json"));
+    let (out, plan) = (out.display().to_string(), file.display().to_string());
+    let street = street();
+    let edit = ["edit", "-i", &street, "--plan", &plan, "-o", &out];
+    let step = |action: &str, goal: &str| {
+        format!(r#"{{"action":"{action}","subject":"car","goal":"{goal}","prompt":"{goal}"}}"#)
+    };
+    for (json, words) in [
+        ("{", vec!["plan, line 1, column 1"]),
+        (r#"{"version":7,"steps":[]}"#, vec!["version: 7, expected 1"]),
+        (r#"{"version":1,"steps":[]}"#, vec!["steps: 0 steps"]),
+        (
+            &format!(
+                r#"{{"version":1,"steps":[{},{}]}}"#,
+                step("recolor", "red"),
+                step("recolor", "blue")
+            ),
+            vec!["steps[1]", "steps[0]", "contradiction"],
+        ),
+    ] {
+        fs_err::write(&file, json).unwrap();
+        stderr_of(&edit, 2, &words);
+    }
+    fs_err::write(&file, b"\xff").unwrap();
+    stderr_of(&edit, 2, &["byte 0", "UTF-8"]);
+    stderr_of(&["edit", "-i", "-", "--plan", "-", "-o", &out], 2, &["stdin at most once"]);
+    let prompts = folder.path().join("prompts.txt").display().to_string();
+    fs_err::write(&prompts, "[decompose.user]\nno place for it\n").unwrap();
+    let planned = ["plan", "-i", &street, "-p", "x", "--planner-prompt", &prompts];
+    stderr_of(&planned, 2, &["planner prompt", "{request}"]);
+    stderr_of(&["plan", "-i", &street], 2, &["--prompt"]);
+    let short = ["plan", "-i", &street, "-p", "make it night", "--planner-tokens", "4"];
+    stderr_of(&short, 1, &["not finished after 4 tokens", "<action>", "--planner-tokens"]);
+    assert!(!Path::new(&out).exists());
+}
+
+fn street() -> String {
+    let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("models/mini/samples");
+    folder.join("street.png").display().to_string()
 }

@@ -13,6 +13,7 @@ mod diffusion;
 mod engine;
 mod ops;
 mod pixels;
+mod plan;
 mod tidy;
 mod vlm;
 mod weights;
