@@ -69,6 +69,8 @@ pub enum Stage {
     Decode,
     /// The vision-language model writes an answer.
     Generate,
+    /// Edits are made and judged.
+    Measure,
 }
 
 impl Stage {
@@ -82,6 +84,7 @@ impl Stage {
             Self::Denoise => "denoise",
             Self::Decode => "decode",
             Self::Generate => "generate",
+            Self::Measure => "measure",
         }
     }
 
@@ -95,6 +98,7 @@ impl Stage {
             Self::Denoise => "denoising",
             Self::Decode => "decoding",
             Self::Generate => "answering",
+            Self::Measure => "measuring",
         }
     }
 }

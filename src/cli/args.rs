@@ -22,6 +22,11 @@ pub(crate) enum Command {
     Edit(Box<EditArgs>),
     /// Ask a question about pictures
     Ask(AskArgs),
+    /// Measure a model on pictures whose exact edits are known
+    Eval {
+        #[command(subcommand)]
+        what: EvalCommand,
+    },
     /// Show what a weight file, a model folder or a picture holds
     Info(InfoArgs),
     /// Show the devices, features and packs that this program sees
@@ -182,6 +187,48 @@ pub(crate) struct AskArgs {
     pub(crate) model: ModelArgs,
     #[command(flatten)]
     pub(crate) report: ReportArgs,
+}
+
+/// `pentimento eval`
+#[derive(Debug, Subcommand)]
+pub(crate) enum EvalCommand {
+    /// Held-out scenes of the miniature world, judged by its strict readout
+    Scenes(Box<ScenesArgs>),
+}
+
+/// `pentimento eval scenes`
+#[derive(Debug, Args)]
+pub(crate) struct ScenesArgs {
+    /// Draws the held-out cases; the same seed gives the same cases and the same pictures
+    #[arg(short, long, value_name = "N", default_value_t = 7)]
+    pub(crate) seed: u32,
+    /// Cases of each row of the table, or pairs on the contact sheet
+    #[arg(short = 'N', long, value_name = "N", default_value_t = 30)]
+    pub(crate) count: u32,
+    /// Only these parts; may be repeated or separated by commas [default: all]
+    #[arg(long, value_enum, value_name = "PART", value_delimiter = ',')]
+    pub(crate) only: Vec<PartArg>,
+    /// Draw inputs beside results of the first cases into this file instead of measuring
+    #[arg(long, value_name = "FILE")]
+    pub(crate) contact_sheet: Option<PathBuf>,
+    /// Replace the contact sheet if it exists
+    #[arg(long, requires = "contact_sheet")]
+    pub(crate) force: bool,
+    #[command(flatten)]
+    pub(crate) model: ModelArgs,
+    #[command(flatten)]
+    pub(crate) report: ReportArgs,
+}
+
+/// Parts of `--only`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub(crate) enum PartArg {
+    /// One wish, said directly: each operation
+    Single,
+    /// One wish, said in other ways, also in ones that training never sees
+    Wordings,
+    /// Two to four wishes in one request
+    Many,
 }
 
 /// `pentimento info`

@@ -4,6 +4,7 @@ mod args;
 mod ask;
 mod doctor;
 mod edit;
+mod eval;
 mod exit;
 mod info;
 mod model;
@@ -17,7 +18,7 @@ use std::{
 use clap::CommandFactory;
 use pentimento::{CancelToken, Error, Result};
 
-use self::args::{Cli, Command};
+use self::args::{Cli, Command, EvalCommand};
 
 /// Runs the program.
 pub(crate) fn run() -> ExitCode {
@@ -41,6 +42,7 @@ fn dispatch(command: Command) -> Result<()> {
     match command {
         Command::Edit(args) => edit::run(*args),
         Command::Ask(args) => ask::run(args),
+        Command::Eval { what: EvalCommand::Scenes(args) } => eval::scenes(&args),
         Command::Info(args) => info::run(&args),
         Command::Doctor(args) => doctor::run(&args),
         Command::Completions { shell } => {
@@ -104,6 +106,7 @@ impl Command {
         match self {
             Self::Edit(args) => args.report.json,
             Self::Ask(args) => args.report.json,
+            Self::Eval { what: EvalCommand::Scenes(args) } => args.report.json,
             Self::Info(args) => args.json,
             Self::Doctor(args) => args.json,
             Self::Completions { .. } => false,
@@ -114,6 +117,7 @@ impl Command {
         match self {
             Self::Edit(args) => args.report.verbose,
             Self::Ask(args) => args.report.verbose,
+            Self::Eval { what: EvalCommand::Scenes(args) } => args.report.verbose,
             _ => 0,
         }
     }
