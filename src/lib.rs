@@ -20,6 +20,7 @@ pub mod layers;
 pub mod memory;
 pub mod ops;
 pub mod pixels;
+pub mod plan;
 pub mod progress;
 pub mod request;
 pub mod vlm;
