@@ -378,3 +378,28 @@ fn ask_answers_and_info_and_doctor_tell() {
         assert!(text(&run(&["completions", shell], 0).stdout).contains("pentimento"));
     }
 }
+
+#[test]
+fn scenes_are_measured_and_shown() {
+    let output = run(&["eval", "scenes", "--count", "1", "--only", "single", "--json", "-q"], 0);
+    let value: serde_json::Value = serde_json::from_slice(&output.stdout).unwrap();
+    assert_eq!((&value["version"], &value["seed"]), (&1.into(), &7.into()));
+    assert_eq!(value["model"]["name"], "mini");
+    assert_eq!(value["single"]["rows"].as_array().unwrap().len(), 7);
+    assert_eq!((&value["single"]["all"]["of"], &value["many"]), (&7.into(), &().into()));
+    let table = run(&["eval", "scenes", "--count", "1", "--only", "wordings,single", "-s", "3"], 0);
+    let table = text(&table.stdout);
+    assert!(table.contains("pointing, held out") && table.contains("recolor"), "{table}");
+
+    let folder = tempfile::tempdir().unwrap();
+    let sheet = folder.path().join("sheet.png").display().to_string();
+    let arguments = ["eval", "scenes", "--contact-sheet", &sheet, "-N", "2", "-q"];
+    let lines = text(&run(&arguments, 0).stdout);
+    assert!(lines.starts_with("  1  ") && lines.ends_with(&format!("{sheet}\n")), "{lines}");
+    assert_eq!(image::image_dimensions(&sheet).unwrap(), (2 * 408 + 18, 228));
+    stderr_of(&arguments, 1, &["already exists"]);
+    run(&[&arguments[..], &["--force"]].concat(), 0);
+    stderr_of(&["eval", "scenes", "--count", "0"], 2, &["count", "0", "1 to 10000"]);
+    stderr_of(&["eval", "scenes", "--only", "everything"], 2, &["everything", "wordings"]);
+    stderr_of(&["eval", "scenes", "--force"], 2, &["--contact-sheet"]);
+}

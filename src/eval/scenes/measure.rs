@@ -164,7 +164,7 @@ pub(super) fn picture(scene: &Scene) -> RgbImage {
 
 /// Mean absolute error, in levels, over the cells that are the same before and after; `None` where
 /// there are none.
-fn outside_error(pixels: &[u8], case: &Case) -> Option<f64> {
+pub(super) fn outside_error(pixels: &[u8], case: &Case) -> Option<f64> {
     let (before, after) = (render(&case.scene), render(&case.target));
     let mut error = Mean::default();
     for y in (0..SIDE).step_by(WORLD.cell) {
