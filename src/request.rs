@@ -7,6 +7,7 @@ use serde::Serialize;
 use crate::{
     diffusion::noise::CudaGrid,
     pixels::{Picture, Size},
+    plan::{Plan, PlanOptions, PlannedBy},
     progress::{CancelToken, Stage},
 };
 
@@ -37,9 +38,18 @@ impl Rng {
 #[serde(rename_all = "snake_case")]
 #[non_exhaustive]
 pub enum Strategy {
-    /// The prompt goes to the editor as it is, in one pass.
+    /// The planner takes the request apart; all sub-requests go to the editor as one prompt, in one
+    /// pass.
     #[default]
+    Single,
+    /// The planner takes the request apart; each sub-request is a pass on the result of the one
+    /// before.
+    Sequential,
+    /// The prompt goes to the editor as it is, in one pass, without the planner.
     Direct,
+    /// As [`Self::Direct`] where the request turns out to be one step, as [`Self::Single`]
+    /// otherwise.
+    Auto,
 }
 
 impl Strategy {
@@ -47,9 +57,23 @@ impl Strategy {
     #[must_use]
     pub fn name(self) -> &'static str {
         match self {
+            Self::Single => "single",
+            Self::Sequential => "sequential",
             Self::Direct => "direct",
+            Self::Auto => "auto",
         }
     }
+}
+
+/// What a pass of [`Strategy::Sequential`] gets from the one before.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "snake_case")]
+pub enum HandOver {
+    /// The latents as they are: nothing is decoded and encoded in between.
+    #[default]
+    Latents,
+    /// The picture, which is encoded again.
+    Pixels,
 }
 
 /// One edit: the pictures, the sentence, and what differs from the model's defaults.
@@ -80,6 +104,12 @@ pub struct EditRequest {
     pub vl_area: Option<u64>,
     /// How the request is carried out.
     pub strategy: Strategy,
+    /// A plan to carry out instead of one that the planner makes; the prompt may then be empty.
+    pub plan: Option<Plan>,
+    /// How the planner writes.
+    pub planner: PlanOptions,
+    /// What one pass of several gets from the one before.
+    pub hand_over: HandOver,
     /// Stops the request.
     pub cancel: CancelToken,
 }
@@ -101,6 +131,9 @@ impl EditRequest {
             area: None,
             vl_area: None,
             strategy: Strategy::default(),
+            plan: None,
+            planner: PlanOptions::default(),
+            hand_over: HandOver::default(),
             cancel: CancelToken::new(),
         }
     }
@@ -137,10 +170,66 @@ pub struct EditOutcome {
     pub cfg_scale: f64,
     /// The size the model worked at.
     pub working_size: Size,
+    /// How the request was carried out: never [`Strategy::Auto`].
+    pub strategy: Strategy,
+    /// The plan that was carried out, if there was one.
+    pub plan: Option<Plan>,
+    /// Who ordered the plan's steps; `None` for a plan that came with the request.
+    pub planned_by: Option<PlannedBy>,
+    /// What the editor was told, pass by pass.
+    pub prompts: Vec<String>,
     /// Time and memory, stage by stage.
     pub stages: Vec<StageReport>,
     /// What was done, but not quite as asked.
     pub notes: Vec<String>,
+}
+
+/// A request to plan, without the editor.
+#[derive(Debug, Clone)]
+pub struct PlanRequest {
+    /// The picture to edit, and more pictures that the prompt refers to.
+    pub pictures: Vec<Picture>,
+    /// What should change.
+    pub prompt: String,
+    /// Area of the working size in square pixels; `None` is the model's default.
+    pub area: Option<u64>,
+    /// Area of the copies that the vision-language model sees; `None` is the model's default.
+    pub vl_area: Option<u64>,
+    /// How the planner writes.
+    pub planner: PlanOptions,
+    /// Stops the request.
+    pub cancel: CancelToken,
+}
+
+impl PlanRequest {
+    /// A request with the model's defaults.
+    #[must_use]
+    pub fn new(pictures: Vec<Picture>, prompt: impl Into<String>) -> Self {
+        Self {
+            pictures,
+            prompt: prompt.into(),
+            area: None,
+            vl_area: None,
+            planner: PlanOptions::default(),
+            cancel: CancelToken::new(),
+        }
+    }
+}
+
+/// A plan, and how it came about.
+#[derive(Debug, Clone)]
+#[non_exhaustive]
+pub struct PlanOutcome {
+    /// The plan.
+    pub plan: Plan,
+    /// Who ordered its steps.
+    pub planned_by: PlannedBy,
+    /// The decomposition agent's reply, word for word.
+    pub reply: String,
+    /// Tokens that both agents wrote.
+    pub tokens: usize,
+    /// Time and memory, stage by stage.
+    pub stages: Vec<StageReport>,
 }
 
 /// A question about pictures.

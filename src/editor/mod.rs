@@ -1,11 +1,15 @@
 //! The one place where the vision-language model and the denoiser meet.
 
 mod ask;
+mod checked;
 mod edit;
 mod estimate;
 mod inspect;
+mod memo;
+mod pass;
 mod pipeline;
 mod plan_sizes;
+mod planning;
 mod source;
 mod stages;
 
@@ -14,15 +18,25 @@ use std::time::Duration;
 pub use self::{
     inspect::{ModelInfo, PartInfo},
     pipeline::Kind,
+    planning::PlannerSource,
     source::ModelSource,
 };
-use self::{pipeline::Pipeline, stages::Stages};
+use self::{
+    memo::Memo,
+    pipeline::Pipeline,
+    plan_sizes::Sizes,
+    planning::{ENCODER, PlanWork, PlannerParts},
+    stages::Stages,
+};
 use crate::{
     diffusion::DiffusionModel,
-    error::Result,
+    error::{Error, Result},
     memory::{Budget, Device},
+    pixels::Size,
     progress::{CancelToken, Event, Observer, Stage},
-    request::{AskOutcome, AskRequest, EditOutcome, EditRequest, StageReport},
+    request::{
+        AskOutcome, AskRequest, EditOutcome, EditRequest, PlanOutcome, PlanRequest, StageReport,
+    },
     vlm::VisionLanguageModel,
     weights::{ModelFiles, Precision, Storage},
 };
@@ -36,6 +50,8 @@ pub struct EngineOptions {
     pub storage: Option<Storage>,
     /// A ceiling for host memory.
     pub budget: Budget,
+    /// Which model plans, where it is not the editor's own.
+    pub planner: PlannerSource,
     /// Stops the loading of weights.
     pub cancel: CancelToken,
 }
@@ -64,6 +80,7 @@ impl EngineOptions {
 /// request.seed = Some(1);
 /// request.steps = Some(2);
 /// let outcome = engine.edit(&request, &())?;
+/// assert_eq!(outcome.plan.unwrap().steps.len(), 1);
 /// assert_eq!(outcome.picture.rgb.dimensions(), (64, 64));
 /// assert_eq!(outcome.seed, 1);
 /// # Ok::<(), pentimento::Error>(())
@@ -73,7 +90,9 @@ pub struct Engine {
     pipeline: Pipeline,
     info: ModelInfo,
     vlm: VisionLanguageModel,
+    planner: PlannerParts,
     diffusion: DiffusionModel,
+    memo: Memo,
     budget: Budget,
     load: StageReport,
 }
@@ -102,14 +121,16 @@ impl Engine {
         let precision = options.precision()?;
         estimate::check_weights(&info, &precision, options.budget)?;
         let mut stages = Stages::new(observer);
-        let (vlm, diffusion) = stages.run(Stage::Load, || {
+        let (vlm, planner, diffusion) = stages.run(Stage::Load, || {
             let vlm = load_vlm(&files, &precision)?;
-            Ok((vlm, DiffusionModel::load(&files, &precision)?))
+            let planner = PlannerParts::load(&options.planner, &files, &vlm, &precision, observer)?;
+            Ok((vlm, planner, DiffusionModel::load(&files, &precision)?))
         })?;
         let load =
             StageReport { stage: Stage::Load, elapsed: Duration::ZERO, peak_resident_bytes: None };
         let load = stages.finish().pop().unwrap_or(load);
-        Ok(Self { pipeline, info, vlm, diffusion, budget: options.budget, load })
+        let (budget, memo) = (options.budget, Memo::default());
+        Ok(Self { pipeline, info, vlm, planner, diffusion, memo, budget, load })
     }
 
     /// What was opened.
@@ -122,6 +143,18 @@ impl Engine {
     #[must_use]
     pub fn load_report(&self) -> StageReport {
         self.load
+    }
+
+    /// Whether the text encoder plans as well, so that its weights are in memory once.
+    #[must_use]
+    pub fn planner_is_shared(&self) -> bool {
+        self.planner.is_shared()
+    }
+
+    /// Drops what is kept of earlier requests: tokens and latents of their pictures, and their
+    /// prompts as the editor reads them. Results do not change, only the time of the next request.
+    pub fn forget(&self) {
+        self.memo.clear();
     }
 
     /// Carries out one edit.
@@ -142,7 +175,8 @@ impl Engine {
     }
 }
 
-/// A vision-language model alone, for questions; it loads nothing of the editor.
+/// A model folder's vision-language model alone, for questions and plans; it loads nothing of the
+/// editor.
 ///
 /// ```
 /// use pentimento::{Assistant, AskRequest, EngineOptions, ModelSource, pixels::Picture};
@@ -157,7 +191,9 @@ impl Engine {
 /// ```
 #[derive(Debug)]
 pub struct Assistant {
+    pipeline: Pipeline,
     vlm: VisionLanguageModel,
+    planner: PlannerParts,
 }
 
 impl Assistant {
@@ -171,10 +207,15 @@ impl Assistant {
         observer: &dyn Observer,
     ) -> Result<Self> {
         let files = source.files()?;
+        let pipeline = Pipeline::read(&files)?;
         let precision = options.precision()?;
-        estimate::check_part(&files, "text_encoder", "model", &precision, options.budget)?;
-        let vlm = Stages::new(observer).run(Stage::Load, || load_vlm(&files, &precision))?;
-        Ok(Self { vlm })
+        estimate::check_part(&files, ENCODER, "model", &precision, options.budget)?;
+        let (vlm, planner) = Stages::new(observer).run(Stage::Load, || {
+            let vlm = load_vlm(&files, &precision)?;
+            let planner = PlannerParts::load(&options.planner, &files, &vlm, &precision, observer)?;
+            Ok((vlm, planner))
+        })?;
+        Ok(Self { pipeline, vlm, planner })
     }
 
     /// Answers a question about pictures.
@@ -184,8 +225,55 @@ impl Assistant {
     pub fn ask(&self, request: &AskRequest, observer: &dyn Observer) -> Result<AskOutcome> {
         ask::run(&self.vlm, request, observer)
     }
+
+    /// Plans an edit: the plan that [`Engine::edit`] would carry out.
+    ///
+    /// ```
+    /// use pentimento::{Assistant, EngineOptions, ModelSource, PlanRequest, pixels::Picture};
+    ///
+    /// let assistant = Assistant::open(&ModelSource::Mini, &EngineOptions::default(), &())?;
+    /// let picture = Picture::from_rgb(image::RgbImage::from_pixel(64, 64, image::Rgb([90, 140, 200])));
+    /// let request = PlanRequest::new(vec![picture], "make it night");
+    /// let outcome = assistant.plan(&request, &())?;
+    /// assert_eq!(outcome.plan.steps[0].goal, "night");
+    /// # Ok::<(), pentimento::Error>(())
+    /// ```
+    ///
+    /// # Errors
+    /// A request without text or pictures, a reply that is not finished at the limit of tokens, or
+    /// cancellation.
+    pub fn plan(&self, request: &PlanRequest, observer: &dyn Observer) -> Result<PlanOutcome> {
+        if request.pictures.is_empty() {
+            return Err(Error::field("pictures", "none", "at least one"));
+        }
+        let inputs: Vec<Size> = request.pictures.iter().map(|p| Size::of(&p.rgb)).collect();
+        let sizes = Sizes::vision(&self.pipeline, &inputs, request.area, request.vl_area)?;
+        let pictures = request
+            .pictures
+            .iter()
+            .zip(sizes)
+            .map(|(picture, size)| pass::resized(&picture.rgb, size))
+            .collect::<Result<Vec<_>>>()?;
+        let work = PlanWork {
+            request: &request.prompt,
+            pictures: &pictures,
+            seen: &self.vlm.look(&pictures)?,
+            options: &request.planner,
+            cancel: &request.cancel,
+        };
+        let mut stages = Stages::new(observer);
+        let planning = self.planner.plan(&self.vlm, &work, &mut stages)?;
+        observer.event(&Event::Planned(&planning.plan));
+        Ok(PlanOutcome {
+            plan: planning.plan,
+            planned_by: planning.planned_by,
+            reply: planning.reply,
+            tokens: planning.tokens,
+            stages: stages.finish(),
+        })
+    }
 }
 
 fn load_vlm(files: &ModelFiles, precision: &Precision) -> Result<VisionLanguageModel> {
-    VisionLanguageModel::load(files, "text_encoder", precision)
+    VisionLanguageModel::load(files, ENCODER, precision)
 }
