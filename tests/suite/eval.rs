@@ -3,7 +3,7 @@
 use std::{cell::RefCell, collections::BTreeSet};
 
 use pentimento::{
-    Engine, EngineOptions, Error, Event, ModelSource, Stage,
+    Engine, EngineOptions, Error, Event, ModelSource, Stage, Strategy,
     eval::scenes::{Case, Measurement, Operation, Part, Spec, Style, held_out_seed, render},
 };
 
@@ -30,7 +30,21 @@ fn figures_are_the_same_with_any_number_of_threads() {
     assert!(single.all.right >= 1, "the pack gets something right: {single:?}");
     assert!(single.outside_error_levels.unwrap() < 20.0);
     assert_eq!(report.wordings.unwrap().all.of, 4);
+    let ways: Vec<_> = report.many.iter().map(|way| (way.strategy, way.plan.name())).collect();
+    let expected = [
+        ("direct", "none"),
+        ("single", "planner"),
+        ("sequential", "planner"),
+        ("single", "annotation"),
+        ("sequential", "annotation"),
+    ];
+    assert_eq!(ways, expected);
     assert!(report.many.iter().all(|pictures| pictures.all.of == 3));
+    assert_eq!(report.plans.unwrap().of, 3);
+    let replies = report.decomposition.unwrap();
+    assert_eq!((replies.len(), replies[0].of), (7, 1));
+    assert!(replies.iter().all(|row| row.exact <= row.f1 && row.f1 <= row.well_formed));
+    assert!(replies[0].f1 > 0.0, "{replies:?}");
     let accepted: Vec<u32> = report.readout.iter().map(|rate| rate.right).collect();
     assert_eq!(accepted, [1, 0, 0, 0, 0]);
 }
@@ -67,7 +81,9 @@ fn counts_outside_their_range_are_refused() {
     }
     Measurement::new(1, 10_000).check().unwrap();
     for count in [0, 301] {
-        refused(Measurement::new(1, count).contact_sheet(&engine, &()).map(|_| ()));
+        refused(
+            Measurement::new(1, count).contact_sheet(&engine, Strategy::Direct, &()).map(|_| ()),
+        );
     }
 }
 
@@ -76,7 +92,7 @@ fn a_contact_sheet_shows_inputs_beside_results() {
     let engine = engine();
     let mut measurement = Measurement::new(5, 4);
     measurement.parts = BTreeSet::from([Part::Single]);
-    let sheet = measurement.contact_sheet(&engine, &()).unwrap();
+    let sheet = measurement.contact_sheet(&engine, Strategy::Direct, &()).unwrap();
     // Four pairs of 192 px pictures in two lines of three.
     assert_eq!(sheet.picture.dimensions(), (3 * (2 * 192 + 6 + 18) + 18, 2 * (192 + 18) + 18));
     assert_eq!(sheet.requests.len(), 4);

@@ -1,26 +1,26 @@
 //! Measuring an engine on held-out cases of the miniature world.
 
-use std::{collections::BTreeSet, time::Instant};
-
-use image::RgbImage;
+use std::collections::BTreeSet;
 
 use super::{
     case::{Case, Spec, Style, held_out_seed},
+    editing::{Desk, Way, annotated_plan},
     readout::succeeds,
     render::{SIDE, render},
-    report::{Mean, Pictures, REPORT_VERSION, Rate, Report},
+    report::{Mean, Pictures, PlanSource, REPORT_VERSION, Rate, Replies, Report},
     scene::Scene,
     suites::{Part, ROW},
     wish::Operation,
     world::WORLD,
 };
 use crate::{
-    CancelToken, EditRequest, Engine, Error, Event, Observer, Result, Stage, Strategy,
-    pixels::{ModelRecord, Picture},
+    CancelToken, Engine, Error, Observer, Result, Strategy,
+    pixels::ModelRecord,
+    plan::{Decomposition, Plan, PlanOptions, Score},
 };
 
 /// Seed of every picture's noise, as in the recipe's check.
-const NOISE_SEED: u64 = 0;
+pub(super) const NOISE_SEED: u64 = 0;
 /// Where the cases for the readout's own check begin.
 const READOUT_START: u64 = 700_000;
 /// Pixels by which a picture is shifted that must not be accepted.
@@ -35,6 +35,9 @@ pub struct Measurement {
     pub count: u32,
     /// Which parts.
     pub parts: BTreeSet<Part>,
+    /// How the planner writes. The replies of [`Part::Decomposition`] are always written without
+    /// the grammar, which would keep them well-formed.
+    pub planner: PlanOptions,
     /// Stops it.
     pub cancel: CancelToken,
 }
@@ -43,31 +46,42 @@ impl Measurement {
     /// Everything, with `count` cases in each row.
     #[must_use]
     pub fn new(seed: u32, count: u32) -> Self {
-        Self { seed, count, parts: Part::ALL.into(), cancel: CancelToken::new() }
+        let (parts, planner) = (Part::ALL.into(), PlanOptions::default());
+        Self { seed, count, parts, planner, cancel: CancelToken::new() }
     }
 
     /// Carries out the edits and judges each picture by the strict readout.
     ///
     /// # Errors
-    /// A count outside its range, cancellation, and whatever an edit fails with.
+    /// A count outside its range, cancellation, and whatever an edit fails with, except that a
+    /// planner's failure counts as a wrong picture.
     pub fn run(&self, engine: &Engine, observer: &dyn Observer) -> Result<Report> {
         self.check()?;
-        let editor = Editor::new(self, engine, observer, self.edits());
-        let pictures = |part: Part| -> Result<Vec<Pictures>> {
-            let wanted = self.parts.contains(&part);
-            let strategies = if wanted { strategies(part) } else { &[] };
-            strategies.iter().map(|strategy| editor.pictures(part, *strategy)).collect()
+        let of = self.parts.iter().map(|part| part.rows().len() * ways(*part).len()).sum::<usize>();
+        let desk = Desk::new(self, engine, observer, of * self.count as usize);
+        let wants = |part: Part| self.parts.contains(&part);
+        let pictures = |part: Part| {
+            if wants(part) { self.pictures(part, &desk) } else { Ok((Vec::new(), None)) }
         };
+        let single = pictures(Part::Single)?.0.pop();
+        let wordings = pictures(Part::Wordings)?.0.pop();
+        let (many, plans) = pictures(Part::Many)?;
+        let decomposition = wants(Part::Decomposition).then(|| self.replies(&desk)).transpose()?;
+        let model = model_record(engine);
+        let readout = check_readout(self.seed, self.count);
+        let (version, seed, count) = (REPORT_VERSION, self.seed, self.count);
         Ok(Report {
-            version: REPORT_VERSION,
-            model: model_record(engine),
-            seed: self.seed,
-            count: self.count,
+            version,
+            model,
+            seed,
+            count,
             noise_seed: NOISE_SEED,
-            readout: check_readout(self.seed, self.count),
-            single: pictures(Part::Single)?.pop(),
-            wordings: pictures(Part::Wordings)?.pop(),
-            many: pictures(Part::Many)?,
+            readout,
+            single,
+            wordings,
+            many,
+            plans,
+            decomposition,
         })
     }
 
@@ -82,68 +96,113 @@ impl Measurement {
         Err(Error::field("count", self.count, format!("1 to {ROW}")))
     }
 
-    /// How many edits it takes.
-    fn edits(&self) -> usize {
-        let rows = |part: &Part| part.rows().len() * strategies(*part).len();
-        self.parts.iter().map(rows).sum::<usize>() * self.count as usize
+    /// Strict success of a part's cases in each of its ways, and how many plans equal the
+    /// annotation where the planner was asked.
+    fn pictures(&self, part: Part, desk: &Desk<'_>) -> Result<(Vec<Pictures>, Option<Rate>)> {
+        let mut tallies: Vec<Tally> = ways(part).iter().map(|way| Tally::new(*way)).collect();
+        let mut plans = None;
+        for row in part.rows() {
+            tallies.iter_mut().for_each(|tally| tally.begin(row.name));
+            for case in row.cases(self.seed, self.count) {
+                let mut planned = None;
+                for tally in &mut tallies {
+                    let made = tally.edit(desk, &case, planned.as_ref())?;
+                    if tally.way.plan == PlanSource::Planner && planned.is_none() {
+                        let rate = plans.get_or_insert_with(|| Rate::new("plans"));
+                        rate.count(made.as_ref().is_some_and(|plan| says(plan, &case)));
+                        planned = Some(made);
+                    }
+                }
+            }
+        }
+        Ok((tallies.into_iter().map(Tally::finish).collect(), plans))
+    }
+
+    fn replies(&self, desk: &Desk<'_>) -> Result<Vec<Replies>> {
+        let mut rows = Vec::new();
+        for row in Part::Decomposition.rows() {
+            let [mut form, mut f1, mut exact] = [(); 3].map(|()| Mean::default());
+            for case in row.cases(self.seed, self.count) {
+                let truth = Decomposition::parse(&case.tags()).expect("a test parses them");
+                let reply = desk.reply(&case)?;
+                let score = reply.map(|reply| Score::of(&reply, &truth)).unwrap_or_default();
+                form.add(score.format);
+                f1.add(score.f1());
+                exact.add(f64::from(u8::from(score.is_exact())));
+            }
+            let [well_formed, f1, exact] =
+                [form, f1, exact].map(|mean| mean.value().unwrap_or(0.0));
+            let (name, of) = (row.name.to_owned(), self.count);
+            rows.push(Replies { name, of, well_formed, f1, exact });
+        }
+        Ok(rows)
     }
 }
 
 /// The ways in which a part's requests are carried out.
-fn strategies(part: Part) -> &'static [Strategy] {
+fn ways(part: Part) -> &'static [Way] {
     match part {
-        Part::Single | Part::Wordings | Part::Many => &[Strategy::Direct],
+        Part::Single | Part::Wordings | Part::Decomposition => &[Way::DIRECT],
+        Part::Many => &Way::ALL,
     }
 }
 
-/// An engine, and what the edits so far amount to.
-pub(super) struct Editor<'a> {
-    measurement: &'a Measurement,
-    engine: &'a Engine,
-    observer: &'a dyn Observer,
-    start: Instant,
-    done: std::cell::Cell<usize>,
-    of: usize,
+/// Whether a plan's steps are the annotation's, word for word.
+fn says(plan: &Plan, case: &Case) -> bool {
+    plan.steps.iter().map(|step| &step.prompt).eq(&case.sub_requests())
 }
 
-impl<'a> Editor<'a> {
-    pub(super) fn new(
-        measurement: &'a Measurement,
-        engine: &'a Engine,
-        observer: &'a dyn Observer,
-        of: usize,
-    ) -> Self {
-        Self { measurement, engine, observer, start: Instant::now(), done: 0.into(), of }
+/// The counts of one way.
+struct Tally {
+    way: Way,
+    pictures: Pictures,
+    outside: Mean,
+}
+
+impl Tally {
+    fn new(way: Way) -> Self {
+        Self { way, pictures: Pictures::new(way.strategy, way.plan), outside: Mean::default() }
     }
 
-    fn pictures(&self, part: Part, strategy: Strategy) -> Result<Pictures> {
-        let (mut rows, mut all) = (Vec::new(), Rate::new("all"));
-        let mut outside = Mean::default();
-        for row in part.rows() {
-            let mut rate = Rate::new(row.name);
-            for case in row.cases(self.measurement.seed, self.measurement.count) {
-                let pixels = self.edit(&case, strategy)?;
-                let right = succeeds(&pixels, &case.target);
-                rate.count(right);
-                all.count(right);
-                outside_error(&pixels, &case).into_iter().for_each(|error| outside.add(error));
-            }
-            rows.push(rate);
+    fn begin(&mut self, row: &str) {
+        self.pictures.rows.push(Rate::new(row));
+    }
+
+    /// Edits and judges a case; returns the plan that was carried out. `planned` is what the
+    /// planner has said to the same request, where it was asked before.
+    fn edit(
+        &mut self,
+        desk: &Desk<'_>,
+        case: &Case,
+        planned: Option<&Option<Plan>>,
+    ) -> Result<Option<Plan>> {
+        let plan = match self.way.plan {
+            PlanSource::None => None,
+            PlanSource::Planner => planned.cloned().flatten(),
+            PlanSource::Annotation => Some(annotated_plan(case)),
+        };
+        // A planner that has failed would fail again.
+        let failed = self.way.plan == PlanSource::Planner && planned.is_some() && plan.is_none();
+        let outcome = if failed { None } else { desk.edit(case, self.way.strategy, plan)? };
+        let Some(outcome) = outcome else {
+            self.count(false);
+            return Ok(None);
+        };
+        let pixels = outcome.picture.rgb.as_raw();
+        self.count(succeeds(pixels, &case.target));
+        outside_error(pixels, case).into_iter().for_each(|error| self.outside.add(error));
+        Ok(outcome.plan)
+    }
+
+    fn count(&mut self, right: bool) {
+        self.pictures.all.count(right);
+        if let Some(row) = self.pictures.rows.last_mut() {
+            row.count(right);
         }
-        let strategy = strategy.name();
-        Ok(Pictures { strategy, rows, all, outside_error_levels: outside.value() })
     }
 
-    /// What the engine makes of a case's request.
-    pub(super) fn edit(&self, case: &Case, strategy: Strategy) -> Result<RgbImage> {
-        let step = self.done.replace(self.done.get() + 1);
-        let (of, elapsed) = (self.of, self.start.elapsed());
-        self.observer.event(&Event::Step { stage: Stage::Measure, step, of, elapsed });
-        let mut request = EditRequest::new(Picture::from_rgb(picture(&case.scene)), &case.request);
-        request.seed = Some(NOISE_SEED);
-        request.strategy = strategy;
-        request.cancel = self.measurement.cancel.clone();
-        Ok(self.engine.edit(&request, &())?.picture.rgb)
+    fn finish(self) -> Pictures {
+        Pictures { outside_error_levels: self.outside.value(), ..self.pictures }
     }
 }
 
@@ -154,12 +213,6 @@ fn model_record(engine: &Engine) -> ModelRecord {
         class: model.class.to_owned(),
         digest: Some(model.digest.clone()),
     }
-}
-
-/// The scene's picture.
-pub(super) fn picture(scene: &Scene) -> RgbImage {
-    let side = u32::try_from(SIDE).expect("a scene is small");
-    RgbImage::from_raw(side, side, render(scene)).expect("as many pixels as the side says")
 }
 
 /// Mean absolute error, in levels, over the cells that are the same before and after; `None` where

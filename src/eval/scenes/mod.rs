@@ -14,6 +14,7 @@
 //! ```
 
 mod case;
+mod editing;
 mod measure;
 mod pointing;
 mod readout;
@@ -33,7 +34,7 @@ pub use case::{Case, Spec, Style, held_out_seed};
 pub use measure::Measurement;
 pub use readout::{Readout, readout, succeeds};
 pub use render::{SIDE, render};
-pub use report::{Pictures, REPORT_VERSION, Rate, Report};
+pub use report::{Pictures, PlanSource, REPORT_VERSION, Rate, Replies, Report};
 pub use scene::{Scene, Thing};
 pub use sheet::ContactSheet;
 pub use suites::Part;

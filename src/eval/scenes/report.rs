@@ -2,7 +2,7 @@
 
 use serde::Serialize;
 
-use crate::pixels::ModelRecord;
+use crate::{Strategy, pixels::ModelRecord};
 
 /// Version of the report's form.
 pub const REPORT_VERSION: u32 = 1;
@@ -32,6 +32,12 @@ pub struct Report {
     /// Two to four wishes in one request, for each way to carry it out.
     #[serde(skip_serializing_if = "Vec::is_empty")]
     pub many: Vec<Pictures>,
+    /// Plans for the requests of `many` that equal the annotation, step by step and word for word.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub plans: Option<Rate>,
+    /// The decomposition agent's replies, written without a grammar.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub decomposition: Option<Vec<Replies>>,
 }
 
 /// How many of the cases went right.
@@ -52,6 +58,8 @@ pub struct Rate {
 pub struct Pictures {
     /// How the requests were carried out.
     pub strategy: &'static str,
+    /// Where the plans came from.
+    pub plan: PlanSource,
     /// Each kind of case.
     pub rows: Vec<Rate>,
     /// All cases.
@@ -59,6 +67,57 @@ pub struct Pictures {
     /// Mean absolute difference from the exact target over the cells of 16 × 16 pixels that no wish
     /// touches, in levels of 255; `None` where every wish touches the whole picture.
     pub outside_error_levels: Option<f64>,
+}
+
+/// Where plans come from.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "snake_case")]
+pub enum PlanSource {
+    /// There are none: the request goes to the editor as it is.
+    None,
+    /// The planner.
+    Planner,
+    /// The case itself: what an editor makes of a faultless plan.
+    Annotation,
+}
+
+/// How close the decomposition agent's replies come to the annotation.
+#[derive(Debug, Clone, PartialEq, Serialize)]
+pub struct Replies {
+    /// The kind of case.
+    pub name: String,
+    /// Cases.
+    pub of: u32,
+    /// Share of the replies that keep the format.
+    pub well_formed: f64,
+    /// Mean of the F1 of actions, subjects and goals; 0 for a reply that breaks the format.
+    pub f1: f64,
+    /// Share of the replies that hold the annotation and nothing else.
+    pub exact: f64,
+}
+
+impl PlanSource {
+    /// The name in JSON.
+    #[must_use]
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::None => "none",
+            Self::Planner => "planner",
+            Self::Annotation => "annotation",
+        }
+    }
+}
+
+impl Pictures {
+    pub(super) fn new(strategy: Strategy, plan: PlanSource) -> Self {
+        Self {
+            strategy: strategy.name(),
+            plan,
+            rows: Vec::new(),
+            all: Rate::new("all"),
+            outside_error_levels: None,
+        }
+    }
 }
 
 impl Rate {

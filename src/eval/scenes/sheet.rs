@@ -4,9 +4,11 @@ use image::{Rgb, RgbImage, imageops};
 
 use super::{
     case::Case,
-    measure::{Editor, Measurement, picture},
+    editing::{Desk, picture},
+    measure::Measurement,
     readout::succeeds,
     render::SIDE,
+    suites::Part,
 };
 use crate::{Engine, Error, Observer, Result, Strategy};
 
@@ -33,27 +35,41 @@ pub struct ContactSheet {
 }
 
 impl Measurement {
-    /// Draws inputs and outputs of the first `count` cases, one of each row of the parts in turn.
+    /// Draws inputs and outputs of the first `count` cases, one of each row of the parts in turn;
+    /// the parts that are about pictures, that is.
     ///
     /// # Errors
     /// A count above what fits on a sheet, cancellation, and whatever an edit fails with.
-    pub fn contact_sheet(&self, engine: &Engine, observer: &dyn Observer) -> Result<ContactSheet> {
+    pub fn contact_sheet(
+        &self,
+        engine: &Engine,
+        strategy: Strategy,
+        observer: &dyn Observer,
+    ) -> Result<ContactSheet> {
         if !(1..=PAIRS_MAX).contains(&self.count) {
             return Err(Error::field("count", self.count, format!("1 to {PAIRS_MAX} pairs")));
         }
-        let editor = Editor::new(self, engine, observer, self.count as usize);
+        let cases = self.first_cases();
+        if cases.is_empty() {
+            return Err(Error::field("parts", "none with pictures", "single, wordings or many"));
+        }
+        let desk = Desk::new(self, engine, observer, cases.len());
         let mut pairs = Vec::new();
         let mut requests = Vec::new();
-        for case in self.first_cases() {
-            let output = editor.edit(&case, Strategy::Direct)?;
+        for case in cases {
+            let input = picture(&case.scene);
+            // Where the planner fails there is no output: the input stands in its place.
+            let outcome = desk.edit(&case, strategy, None)?;
+            let output = outcome.map_or_else(|| input.clone(), |outcome| outcome.picture.rgb);
             requests.push((case.request.clone(), succeeds(&output, &case.target)));
-            pairs.push([picture(&case.scene), output]);
+            pairs.push([input, output]);
         }
         Ok(ContactSheet { picture: draw(&pairs), requests })
     }
 
     fn first_cases(&self) -> Vec<Case> {
-        let rows: Vec<_> = self.parts.iter().flat_map(|part| part.rows()).collect();
+        let parts = self.parts.iter().filter(|part| **part != Part::Decomposition);
+        let rows: Vec<_> = parts.flat_map(|part| part.rows()).collect();
         let per_row = self.count.div_ceil(u32::try_from(rows.len().max(1)).unwrap_or(u32::MAX));
         let mut columns: Vec<_> = rows.iter().map(|row| row.cases(self.seed, per_row)).collect();
         let in_turn = (0..per_row)

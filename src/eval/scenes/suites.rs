@@ -18,8 +18,10 @@ pub enum Part {
     Single,
     /// One wish, said in other ways, also in ones that training never sees.
     Wordings,
-    /// Two to four wishes in one request.
+    /// Two to four wishes in one request, carried out in several ways.
     Many,
+    /// What the decomposition agent makes of a request.
+    Decomposition,
 }
 
 /// Cases of one kind.
@@ -46,13 +48,14 @@ impl Row {
 
 impl Part {
     /// All parts, in the order of reports.
-    pub const ALL: [Self; 3] = [Self::Single, Self::Wordings, Self::Many];
+    pub const ALL: [Self; 4] = [Self::Single, Self::Wordings, Self::Many, Self::Decomposition];
 
     pub(super) fn rows(self) -> Vec<Row> {
         match self {
             Self::Single => single(),
             Self::Wordings => wordings(),
             Self::Many => many(),
+            Self::Decomposition => decomposition(),
         }
     }
 }
@@ -80,6 +83,19 @@ fn many() -> Vec<Row> {
         Row::new("2 wishes", 200_000, spec(2)),
         Row::new("3 wishes", 300_000, spec(3)),
         Row::new("4 wishes", 400_000, spec(4)),
+    ]
+}
+
+fn decomposition() -> Vec<Row> {
+    let any = Spec::default();
+    vec![
+        Row::new("direct", 500_000, one(Style::Direct, false)),
+        Row::new("indirect", 510_000, one(Style::Indirect, false)),
+        Row::new("pointing", 520_000, one(Style::Picture, false)),
+        Row::new("1 to 4 wishes", 530_000, any),
+        Row::new("indirect, held out", 540_000, one(Style::Indirect, true)),
+        Row::new("pointing, held out", 550_000, one(Style::Picture, true)),
+        Row::new("1 to 4 wishes, held out", 560_000, Spec { held_out: true, ..any }),
     ]
 }
 

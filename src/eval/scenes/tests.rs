@@ -149,6 +149,18 @@ fn errors_are_measured_outside_the_edited_places() {
 }
 
 #[test]
+fn annotations_are_plans() {
+    for index in 0..60 {
+        let case = Case::sample(held_out_seed(4, index), &Spec::default());
+        let plan = editing::annotated_plan(&case);
+        plan.check().unwrap();
+        let reply = crate::plan::Decomposition::parse(&case.tags()).unwrap();
+        assert_eq!(reply.actions.len(), plan.steps.len());
+        assert!(crate::plan::Score::of(&case.tags(), &reply).is_exact());
+    }
+}
+
+#[test]
 fn a_lost_object_fails() {
     for case in recolored_cases() {
         let mut wrong = case.target.clone();
