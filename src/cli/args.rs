@@ -20,6 +20,8 @@ const EXIT_CODES: &str = "Exit codes: 0 done, 1 the request failed, 2 wrong usag
 pub(crate) enum Command {
     /// Edit a picture
     Edit(Box<EditArgs>),
+    /// Show how a request would be carried out, without editing
+    Plan(Box<PlanArgs>),
     /// Ask a question about pictures
     Ask(AskArgs),
     /// Measure a model on pictures whose exact edits are known
@@ -78,8 +80,65 @@ pub(crate) enum DtypeArg {
 /// How a request is carried out.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
 pub(crate) enum StrategyArg {
-    /// The prompt goes to the editor as it is, in one pass
+    /// The planner takes the request apart; one pass carries out all sub-requests
+    Single,
+    /// The planner takes the request apart; each sub-request is a pass of its own
+    Sequential,
+    /// The prompt goes to the editor as it is, in one pass, without the planner
     Direct,
+    /// Direct for a request that turns out to be one step, single otherwise
+    Auto,
+}
+
+/// What a pass of `--strategy sequential` gets from the one before.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub(crate) enum HandOverArg {
+    /// The latents as they are
+    Latents,
+    /// The picture, which is encoded again
+    Pixels,
+}
+
+/// What should change.
+#[derive(Debug, Args)]
+pub(crate) struct PromptArgs {
+    /// What should change
+    #[arg(short, long, value_name = "TEXT", conflicts_with_all = ["prompt_file", "prompt_words"])]
+    pub(crate) prompt: Option<String>,
+    /// Read the prompt from a UTF-8 file
+    #[arg(long, value_name = "FILE", conflicts_with = "prompt_words")]
+    pub(crate) prompt_file: Option<PathBuf>,
+    /// What should change
+    #[arg(value_name = "PROMPT")]
+    pub(crate) prompt_words: Option<String>,
+}
+
+/// Who plans, and how.
+#[derive(Debug, Args)]
+#[command(next_help_heading = "Planner")]
+pub(crate) struct PlannerArgs {
+    /// Folder of another vision-language model that plans; where its weights are the text
+    /// encoder's, they are loaded once [default: the text encoder]
+    #[arg(long, value_name = "DIR")]
+    pub(crate) planner: Option<PathBuf>,
+    /// Folder of a PEFT adapter for the decomposition agent
+    #[arg(long, value_name = "DIR")]
+    pub(crate) planner_adapter: Option<PathBuf>,
+    /// Prompts of the agents, in sections that begin with lines such as [decompose.system]
+    #[arg(long, value_name = "FILE")]
+    pub(crate) planner_prompt: Option<PathBuf>,
+    /// The longest reply of an agent in tokens
+    #[arg(long, value_name = "N", default_value_t = 512)]
+    pub(crate) planner_tokens: usize,
+    /// 0 takes the likeliest token each time
+    #[arg(long, value_name = "X", default_value_t = 0.0)]
+    pub(crate) planner_temperature: f32,
+    /// Seed of the planner's sampling, where its temperature is above 0
+    #[arg(long, value_name = "N", default_value_t = 0)]
+    pub(crate) planner_seed: u64,
+    /// Let the agents write without a grammar, to see what the model does by itself
+    #[arg(long)]
+    pub(crate) no_planner_grammar: bool,
 }
 
 /// What a person sees while it runs, and what is printed.
@@ -110,15 +169,11 @@ pub(crate) struct EditArgs {
         value_name = "FILE"
     )]
     pub(crate) images: Vec<PathBuf>,
-    /// What should change
-    #[arg(short, long, value_name = "TEXT", required_unless_present_any = ["prompt_file", "prompt_words"], conflicts_with_all = ["prompt_file", "prompt_words"])]
-    pub(crate) prompt: Option<String>,
-    /// Read the prompt from a UTF-8 file
-    #[arg(long, value_name = "FILE", conflicts_with = "prompt_words")]
-    pub(crate) prompt_file: Option<PathBuf>,
-    /// What should change
-    #[arg(value_name = "PROMPT")]
-    pub(crate) prompt_words: Option<String>,
+    #[command(flatten)]
+    pub(crate) prompt: PromptArgs,
+    /// Carry out this plan, as `plan --json` prints it, instead of making one; `-` reads stdin
+    #[arg(long, value_name = "FILE")]
+    pub(crate) plan: Option<PathBuf>,
     /// What should not appear; guidance runs only with this (it may be empty) and --cfg-scale above 1
     #[arg(short, long, value_name = "TEXT")]
     pub(crate) negative_prompt: Option<String>,
@@ -157,8 +212,45 @@ pub(crate) struct EditArgs {
     #[arg(long, value_name = "AREA", value_parser = area)]
     pub(crate) vl_area: Option<u64>,
     /// How the request is carried out
-    #[arg(long, value_enum, default_value_t = StrategyArg::Direct)]
+    #[arg(long, value_enum, default_value_t = StrategyArg::Single)]
     pub(crate) strategy: StrategyArg,
+    /// Write the picture after each pass of --strategy sequential into this folder, as step-1.png, …
+    #[arg(long, value_name = "DIR")]
+    pub(crate) keep_steps: Option<PathBuf>,
+    /// What a pass of --strategy sequential gets from the one before
+    #[arg(long, value_enum, default_value_t = HandOverArg::Latents)]
+    pub(crate) hand_over: HandOverArg,
+    #[command(flatten)]
+    pub(crate) planner: PlannerArgs,
+    #[command(flatten)]
+    pub(crate) model: ModelArgs,
+    #[command(flatten)]
+    pub(crate) report: ReportArgs,
+}
+
+/// `pentimento plan`
+#[derive(Debug, Args)]
+pub(crate) struct PlanArgs {
+    /// Picture to edit; repeat for models that take several; `-` reads stdin
+    #[arg(
+        short = 'i',
+        long = "image",
+        alias = "ref-image",
+        short_alias = 'r',
+        required = true,
+        value_name = "FILE"
+    )]
+    pub(crate) images: Vec<PathBuf>,
+    #[command(flatten)]
+    pub(crate) prompt: PromptArgs,
+    /// Area of the working size, as for edit: square pixels, or WxH [default: the model's]
+    #[arg(long, value_name = "AREA", value_parser = area)]
+    pub(crate) area: Option<u64>,
+    /// Area of the copies that the vision-language model sees [default: the model's]
+    #[arg(long, value_name = "AREA", value_parser = area)]
+    pub(crate) vl_area: Option<u64>,
+    #[command(flatten)]
+    pub(crate) planner: PlannerArgs,
     #[command(flatten)]
     pub(crate) model: ModelArgs,
     #[command(flatten)]
@@ -248,6 +340,9 @@ pub(crate) struct DoctorArgs {
     /// Also look into this model folder
     #[arg(long, value_name = "DIR", env = "PENTIMENTO_MODEL")]
     pub(crate) model: Option<PathBuf>,
+    /// Tell whether this planner would share the text encoder's weights
+    #[arg(long, value_name = "DIR")]
+    pub(crate) planner: Option<PathBuf>,
     /// Print as JSON
     #[arg(long)]
     pub(crate) json: bool,

@@ -8,7 +8,9 @@ mod eval;
 mod exit;
 mod info;
 mod model;
+mod plan;
 mod progress;
+mod steps;
 
 use std::{
     process::ExitCode,
@@ -41,6 +43,7 @@ pub(crate) fn run() -> ExitCode {
 fn dispatch(command: Command) -> Result<()> {
     match command {
         Command::Edit(args) => edit::run(*args),
+        Command::Plan(args) => plan::run(&args),
         Command::Ask(args) => ask::run(args),
         Command::Eval { what: EvalCommand::Scenes(args) } => eval::scenes(&args),
         Command::Info(args) => info::run(&args),
@@ -105,6 +108,7 @@ impl Command {
     fn json(&self) -> bool {
         match self {
             Self::Edit(args) => args.report.json,
+            Self::Plan(args) => args.report.json,
             Self::Ask(args) => args.report.json,
             Self::Eval { what: EvalCommand::Scenes(args) } => args.report.json,
             Self::Info(args) => args.json,
@@ -116,6 +120,7 @@ impl Command {
     fn verbose(&self) -> u8 {
         match self {
             Self::Edit(args) => args.report.verbose,
+            Self::Plan(args) => args.report.verbose,
             Self::Ask(args) => args.report.verbose,
             Self::Eval { what: EvalCommand::Scenes(args) } => args.report.verbose,
             _ => 0,

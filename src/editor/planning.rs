@@ -4,7 +4,7 @@ use std::path::{Path, PathBuf};
 
 use image::RgbImage;
 
-use super::stages::Stages;
+use super::{source::ModelSource, stages::Stages};
 use crate::{
     error::{Error, ModelError, Result},
     plan::{PlanOptions, Planner, Planning, Prompts},
@@ -31,6 +31,20 @@ pub struct PlannerSource {
     pub adapter: Option<PathBuf>,
     /// Prompts in sections, see [`Prompts::set_sections`].
     pub prompts: Option<String>,
+}
+
+impl PlannerSource {
+    /// Whether the planner's weights are those of the text encoder of `source`, so that they are
+    /// loaded once; told from headers, nothing is loaded.
+    ///
+    /// # Errors
+    /// Files that are missing or damaged.
+    pub fn shares_text_encoder(&self, source: &ModelSource) -> Result<bool> {
+        let Some(folder) = &self.model else { return Ok(true) };
+        let planner = ModelFiles::Folder(folder.clone());
+        let part = part_of(&planner, folder)?;
+        Ok(fingerprint(&planner, part)? == fingerprint(&source.files()?, ENCODER)?)
+    }
 }
 
 /// The planning side of an engine.

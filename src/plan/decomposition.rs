@@ -173,7 +173,7 @@ mod tests {
         for (reply, at) in [
             ("", 0),
             ("delete the car", 0),
-            (&whole[..30], 24),
+            (&whole[..30], 23),
             (&whole[1..], 0),
             (&whole.replace('\n', " "), 23),
             (&whole.replace("delete", "explode"), 8),

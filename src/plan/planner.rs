@@ -111,10 +111,7 @@ impl Planner<'_> {
     }
 
     fn decompose(&self, pictures: &Seen, request: &str) -> Result<Reply> {
-        let messages = [
-            Message::text("system", self.prompts.decompose_system()),
-            Message::user(pictures.grids().len(), &self.prompts.decompose_user(request.trim())),
-        ];
+        let messages = self.prompts.for_decomposition(pictures.grids().len(), request);
         self.write("decomposition", pictures, &messages, &decomposition_grammar(), self.call)
     }
 
@@ -124,11 +121,7 @@ impl Planner<'_> {
         pictures: &Seen,
         parts: &Decomposition,
     ) -> Result<(Vec<Step>, PlannedBy, usize)> {
-        let asked = self.prompts.sequence_user(&parts.to_string());
-        let mut messages = vec![
-            Message::text("system", self.prompts.sequence_system()),
-            Message::user(pictures.grids().len(), &asked),
-        ];
+        let mut messages = self.prompts.for_sequencing(pictures.grids().len(), parts);
         // The adapter is the decomposition agent's alone.
         let plain = Call { adapter: None, ..self.call };
         let mut tokens = 0;

@@ -3,7 +3,11 @@
 
 use std::borrow::Cow;
 
-use crate::error::{Error, Result};
+use super::decomposition::Decomposition;
+use crate::{
+    error::{Error, Result},
+    vlm::Message,
+};
 
 /// Where the request stands in a prompt.
 const REQUEST: &str = "{request}";
@@ -98,24 +102,18 @@ impl Prompts {
         }
     }
 
-    /// What the decomposition agent is.
-    pub(super) fn decompose_system(&self) -> &str {
-        &self.texts[0]
+    /// What the decomposition agent reads.
+    #[must_use]
+    pub fn for_decomposition(&self, pictures: usize, request: &str) -> Vec<Message> {
+        let asked = self.texts[1].replace(REQUEST, request.trim());
+        vec![Message::text("system", &self.texts[0]), Message::user(pictures, &asked)]
     }
 
-    /// What the decomposition agent is asked.
-    pub(super) fn decompose_user(&self, request: &str) -> String {
-        self.texts[1].replace(REQUEST, request)
-    }
-
-    /// What the sequencing agent is.
-    pub(super) fn sequence_system(&self) -> &str {
-        &self.texts[2]
-    }
-
-    /// What the sequencing agent is asked.
-    pub(super) fn sequence_user(&self, tags: &str) -> String {
-        self.texts[3].replace(TAGS, tags)
+    /// What the sequencing agent reads: the decomposition as [`Decomposition`] displays it.
+    #[must_use]
+    pub fn for_sequencing(&self, pictures: usize, parts: &Decomposition) -> Vec<Message> {
+        let asked = self.texts[3].replace(TAGS, &parts.to_string());
+        vec![Message::text("system", &self.texts[2]), Message::user(pictures, &asked)]
     }
 
     /// What the sequencing agent is told about faults.
@@ -133,23 +131,11 @@ mod tests {
     use super::*;
 
     #[test]
-    fn the_texts_are_as_they_were_reviewed() {
-        // A changed prompt changes every plan: change the number with the file, and look at plans.
-        let prompts = Prompts::default();
-        let lengths = prompts.texts.each_ref().map(|text| text.len());
-        let sums = prompts
-            .texts
-            .each_ref()
-            .map(|text| text.bytes().map(u32::from).fold(7, |a: u32, b| a.wrapping_mul(31) + b));
-        assert_eq!((lengths, sums), ([0; 5], [0; 5]));
-    }
-
-    #[test]
     fn the_examples_follow_the_format() {
         let prompts = Prompts::default();
-        let example = prompts.decompose_system().rsplit_once("night\"\n").unwrap().1;
-        let parts = crate::plan::Decomposition::parse(example).unwrap();
-        let lines = prompts.sequence_system().rsplit_once("\n\n").unwrap().1;
+        let example = prompts.texts[0].rsplit_once("night\"\n").unwrap().1;
+        let parts = Decomposition::parse(example).unwrap();
+        let lines = prompts.texts[2].rsplit_once("\n\n").unwrap().1;
         let steps: Vec<String> =
             lines.lines().map(|line| line.split_once(". ").unwrap().1.to_owned()).collect();
         crate::plan::align(&parts, &steps).unwrap();
@@ -161,9 +147,11 @@ mod tests {
         prompts
             .set_sections("\n[decompose.user]\nPlease: {request}\n\n[sequence.system]\nSort.\n")
             .unwrap();
-        assert_eq!(prompts.decompose_user("a {tags} b"), "Please: a {tags} b");
-        assert_eq!(prompts.sequence_system(), "Sort.");
-        assert_eq!(prompts.decompose_system(), Prompts::default().decompose_system());
+        let messages = prompts.for_decomposition(1, " a {tags} b ");
+        assert_eq!(messages[1], Message::user(1, "Please: a {tags} b"));
+        assert_eq!(messages[0], Prompts::default().for_decomposition(1, "")[0]);
+        let parts = Decomposition::default();
+        assert_eq!(prompts.for_sequencing(2, &parts)[0], Message::text("system", "Sort."));
         for (text, fault) in [
             ("hello", "before any section"),
             ("", "no section"),
