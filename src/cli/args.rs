@@ -3,7 +3,7 @@
 use std::{ffi::OsString, path::PathBuf};
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
-use pentimento::{Rng, diffusion::noise::CudaGrid};
+use pentimento::{Rng, Strategy, diffusion::noise::CudaGrid};
 
 /// Edit pictures on this machine: one sentence says what should change.
 #[derive(Debug, Parser)]
@@ -88,6 +88,17 @@ pub(crate) enum StrategyArg {
     Direct,
     /// Direct for a request that turns out to be one step, single otherwise
     Auto,
+}
+
+impl StrategyArg {
+    pub(crate) fn strategy(self) -> Strategy {
+        match self {
+            Self::Single => Strategy::Single,
+            Self::Sequential => Strategy::Sequential,
+            Self::Direct => Strategy::Direct,
+            Self::Auto => Strategy::Auto,
+        }
+    }
 }
 
 /// What a pass of `--strategy sequential` gets from the one before.
@@ -303,9 +314,14 @@ pub(crate) struct ScenesArgs {
     /// Draw inputs beside results of the first cases into this file instead of measuring
     #[arg(long, value_name = "FILE")]
     pub(crate) contact_sheet: Option<PathBuf>,
+    /// How the requests of the contact sheet are carried out
+    #[arg(long, value_enum, default_value_t = StrategyArg::Direct, requires = "contact_sheet")]
+    pub(crate) strategy: StrategyArg,
     /// Replace the contact sheet if it exists
     #[arg(long, requires = "contact_sheet")]
     pub(crate) force: bool,
+    #[command(flatten)]
+    pub(crate) planner: PlannerArgs,
     #[command(flatten)]
     pub(crate) model: ModelArgs,
     #[command(flatten)]
@@ -319,8 +335,10 @@ pub(crate) enum PartArg {
     Single,
     /// One wish, said in other ways, also in ones that training never sees
     Wordings,
-    /// Two to four wishes in one request
+    /// Two to four wishes in one request: without the planner, through it, and with faultless plans
     Many,
+    /// What the decomposition agent makes of a request, without a grammar
+    Decomposition,
 }
 
 /// `pentimento info`

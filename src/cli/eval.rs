@@ -4,14 +4,16 @@ use std::{path::Path, time::Instant};
 
 use pentimento::{
     Engine, Result,
-    eval::scenes::{Measurement, Part, Pictures, REPORT_VERSION, Rate, Report},
+    eval::scenes::{
+        Measurement, Part, Pictures, PlanSource, REPORT_VERSION, Rate, Replies, Report,
+    },
     pixels::{self, Overwrite, Picture},
 };
 use serde_json::json;
 
 use super::{
     args::{PartArg, ScenesArgs},
-    model,
+    model, plan,
     progress::Bar,
 };
 
@@ -24,10 +26,12 @@ pub(crate) fn scenes(args: &ScenesArgs) -> Result<()> {
     if !args.only.is_empty() {
         measurement.parts = args.only.iter().map(|part| part.part()).collect();
     }
+    measurement.planner = plan::options(&args.planner);
     measurement.cancel = super::cancel_on_interrupt()?;
     measurement.check()?;
     let bar = Bar::new(args.report.quiet);
-    let options = model::options(&args.model, &measurement.cancel)?;
+    let mut options = model::options(&args.model, &measurement.cancel)?;
+    options.planner = plan::source(&args.planner)?;
     let start = Instant::now();
     let result = Engine::open(&model::source(&args.model), &options, &bar).and_then(|engine| {
         match &args.contact_sheet {
@@ -59,7 +63,7 @@ fn contact_sheet(
     bar: &Bar,
     (path, overwrite): (&Path, Overwrite),
 ) -> Result<()> {
-    let sheet = measurement.contact_sheet(engine, bar)?;
+    let sheet = measurement.contact_sheet(engine, args.strategy.strategy(), bar)?;
     bar.clear();
     for note in pixels::save(&Picture::from_rgb(sheet.picture), path, overwrite, None)? {
         bar.note(&note);
@@ -89,7 +93,12 @@ fn table(report: &Report) -> String {
     heading(&mut lines, "the readout accepts");
     lines.extend(report.readout.iter().map(line));
     let mut section = |title: &str, pictures: &Pictures| {
-        heading(&mut lines, &format!("{title}, {}", pictures.strategy));
+        let plan = match pictures.plan {
+            PlanSource::None => "no plan",
+            PlanSource::Planner => "the planner's plan",
+            PlanSource::Annotation => "a faultless plan",
+        };
+        heading(&mut lines, &format!("{title}: {}, {plan}", pictures.strategy));
         lines.extend(pictures.rows.iter().map(line));
         lines.push(line(&pictures.all));
         if let Some(levels) = pictures.outside_error_levels {
@@ -105,7 +114,20 @@ fn table(report: &Report) -> String {
     for (title, pictures) in sections {
         pictures.iter().for_each(|pictures| section(title, pictures));
     }
+    if let Some(plans) = &report.plans {
+        heading(&mut lines, "plans for two to four wishes that equal the annotation");
+        lines.push(line(plans));
+    }
+    if let Some(rows) = &report.decomposition {
+        heading(&mut lines, "decomposition            well-formed   mean F1    exact");
+        lines.extend(rows.iter().map(replies));
+    }
     lines.join("\n") + "\n"
+}
+
+fn replies(row: &Replies) -> String {
+    let [well_formed, exact] = [row.well_formed, row.exact].map(|share| share * 100.0);
+    format!("  {:<24} {well_formed:>8.1} % {:>9.3} {exact:>6.1} %", row.name, row.f1)
 }
 
 fn heading(lines: &mut Vec<String>, title: &str) {
@@ -123,6 +145,7 @@ impl PartArg {
             Self::Single => Part::Single,
             Self::Wordings => Part::Wordings,
             Self::Many => Part::Many,
+            Self::Decomposition => Part::Decomposition,
         }
     }
 }

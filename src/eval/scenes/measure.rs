@@ -14,7 +14,7 @@ use super::{
     world::WORLD,
 };
 use crate::{
-    CancelToken, Engine, Error, Observer, Result, Strategy,
+    CancelToken, Engine, Error, Observer, Result,
     pixels::ModelRecord,
     plan::{Decomposition, Plan, PlanOptions, Score},
 };
@@ -104,15 +104,7 @@ impl Measurement {
         for row in part.rows() {
             tallies.iter_mut().for_each(|tally| tally.begin(row.name));
             for case in row.cases(self.seed, self.count) {
-                let mut planned = None;
-                for tally in &mut tallies {
-                    let made = tally.edit(desk, &case, planned.as_ref())?;
-                    if tally.way.plan == PlanSource::Planner && planned.is_none() {
-                        let rate = plans.get_or_insert_with(|| Rate::new("plans"));
-                        rate.count(made.as_ref().is_some_and(|plan| says(plan, &case)));
-                        planned = Some(made);
-                    }
-                }
+                edit_in_all_ways(desk, &case, &mut tallies, &mut plans)?;
             }
         }
         Ok((tallies.into_iter().map(Tally::finish).collect(), plans))
@@ -145,6 +137,32 @@ fn ways(part: Part) -> &'static [Way] {
         Part::Single | Part::Wordings | Part::Decomposition => &[Way::DIRECT],
         Part::Many => &Way::ALL,
     }
+}
+
+/// Edits a case in each way; the planner is asked once.
+fn edit_in_all_ways(
+    desk: &Desk<'_>,
+    case: &Case,
+    tallies: &mut [Tally],
+    plans: &mut Option<Rate>,
+) -> Result<()> {
+    let (mut asked, mut planned) = (false, None);
+    for tally in tallies {
+        let made = tally.edit(desk, case, planned.as_ref())?;
+        if tally.way.plan == PlanSource::Planner && !asked {
+            asked = true;
+            let equal = made.as_ref().is_some_and(|plan| says(plan, case));
+            plans.get_or_insert_with(|| Rate::new("plans")).count(equal);
+            // A plan that could not be handed in is made again.
+            planned = Some(made).filter(is_usable);
+        }
+    }
+    Ok(())
+}
+
+/// Whether the planner failed, or its plan may be handed in.
+fn is_usable(plan: &Option<Plan>) -> bool {
+    plan.as_ref().is_none_or(|plan| plan.check().is_ok())
 }
 
 /// Whether a plan's steps are the annotation's, word for word.
