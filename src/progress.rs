@@ -75,6 +75,8 @@ pub enum Stage {
     Decode,
     /// The vision-language model writes an answer.
     Generate,
+    /// Edits are made and judged.
+    Measure,
 }
 
 impl Stage {
@@ -89,6 +91,7 @@ impl Stage {
             Self::Denoise => "denoise",
             Self::Decode => "decode",
             Self::Generate => "generate",
+            Self::Measure => "measure",
         }
     }
 
@@ -103,6 +106,7 @@ impl Stage {
             Self::Denoise => "denoising",
             Self::Decode => "decoding",
             Self::Generate => "answering",
+            Self::Measure => "measuring",
         }
     }
 }

@@ -76,6 +76,17 @@ pub enum HandOver {
     Pixels,
 }
 
+impl HandOver {
+    /// The name in flags and reports.
+    #[must_use]
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Latents => "latents",
+            Self::Pixels => "pixels",
+        }
+    }
+}
+
 /// One edit: the pictures, the sentence, and what differs from the model's defaults.
 #[derive(Debug, Clone)]
 pub struct EditRequest {

@@ -3,7 +3,7 @@
 use std::{ffi::OsString, path::PathBuf};
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
-use pentimento::{Rng, diffusion::noise::CudaGrid};
+use pentimento::{Rng, Strategy, diffusion::noise::CudaGrid};
 
 /// Edit pictures on this machine: one sentence says what should change.
 #[derive(Debug, Parser)]
@@ -24,6 +24,11 @@ pub(crate) enum Command {
     Plan(Box<PlanArgs>),
     /// Ask a question about pictures
     Ask(AskArgs),
+    /// Measure a model on pictures whose exact edits are known
+    Eval {
+        #[command(subcommand)]
+        what: EvalCommand,
+    },
     /// Show what a weight file, a model folder or a picture holds
     Info(InfoArgs),
     /// Show the devices, features and packs that this program sees
@@ -83,6 +88,17 @@ pub(crate) enum StrategyArg {
     Direct,
     /// Direct for a request that turns out to be one step, single otherwise
     Auto,
+}
+
+impl StrategyArg {
+    pub(crate) fn strategy(self) -> Strategy {
+        match self {
+            Self::Single => Strategy::Single,
+            Self::Sequential => Strategy::Sequential,
+            Self::Direct => Strategy::Direct,
+            Self::Auto => Strategy::Auto,
+        }
+    }
 }
 
 /// What a pass of `--strategy sequential` gets from the one before.
@@ -274,6 +290,75 @@ pub(crate) struct AskArgs {
     pub(crate) model: ModelArgs,
     #[command(flatten)]
     pub(crate) report: ReportArgs,
+}
+
+/// `pentimento eval`
+#[derive(Debug, Subcommand)]
+pub(crate) enum EvalCommand {
+    /// Held-out scenes of the miniature world, judged by its strict readout
+    Scenes(Box<ScenesArgs>),
+    /// What many passes do to a picture: an object recolored to and fro, handed on in either way
+    Drift(Box<DriftArgs>),
+}
+
+/// `pentimento eval drift`
+#[derive(Debug, Args)]
+pub(crate) struct DriftArgs {
+    /// Draws the scenes
+    #[arg(short, long, value_name = "N", default_value_t = 7)]
+    pub(crate) seed: u32,
+    /// Scenes
+    #[arg(short = 'N', long, value_name = "N", default_value_t = 20)]
+    pub(crate) count: u32,
+    /// Passes on each, an even number
+    #[arg(long, value_name = "N", default_value_t = 10)]
+    pub(crate) passes: usize,
+    #[command(flatten)]
+    pub(crate) model: ModelArgs,
+    #[command(flatten)]
+    pub(crate) report: ReportArgs,
+}
+
+/// `pentimento eval scenes`
+#[derive(Debug, Args)]
+pub(crate) struct ScenesArgs {
+    /// Draws the held-out cases; the same seed gives the same cases and the same pictures
+    #[arg(short, long, value_name = "N", default_value_t = 7)]
+    pub(crate) seed: u32,
+    /// Cases of each row of the table, or pairs on the contact sheet
+    #[arg(short = 'N', long, value_name = "N", default_value_t = 30)]
+    pub(crate) count: u32,
+    /// Only these parts; may be repeated or separated by commas [default: all]
+    #[arg(long, value_enum, value_name = "PART", value_delimiter = ',')]
+    pub(crate) only: Vec<PartArg>,
+    /// Draw inputs beside results of the first cases into this file instead of measuring
+    #[arg(long, value_name = "FILE")]
+    pub(crate) contact_sheet: Option<PathBuf>,
+    /// How the requests of the contact sheet are carried out
+    #[arg(long, value_enum, default_value_t = StrategyArg::Direct, requires = "contact_sheet")]
+    pub(crate) strategy: StrategyArg,
+    /// Replace the contact sheet if it exists
+    #[arg(long, requires = "contact_sheet")]
+    pub(crate) force: bool,
+    #[command(flatten)]
+    pub(crate) planner: PlannerArgs,
+    #[command(flatten)]
+    pub(crate) model: ModelArgs,
+    #[command(flatten)]
+    pub(crate) report: ReportArgs,
+}
+
+/// Parts of `--only`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub(crate) enum PartArg {
+    /// One wish, said directly: each operation
+    Single,
+    /// One wish, said in other ways, also in ones that training never sees
+    Wordings,
+    /// Two to four wishes in one request: without the planner, through it, and with faultless plans
+    Many,
+    /// What the decomposition agent makes of a request, without a grammar
+    Decomposition,
 }
 
 /// `pentimento info`

@@ -3,13 +3,13 @@
 use std::{collections::BTreeMap, path::Path};
 
 use pentimento::{
-    EditOutcome, EditRequest, Engine, Event, HandOver, Observer, Result, Strategy,
+    EditOutcome, EditRequest, Engine, Event, HandOver, Observer, Result,
     pixels::{self, EditRecord, Format, ModelRecord, Overwrite, RECORD_VERSION},
 };
 use serde_json::json;
 
 use super::{
-    args::{EditArgs, HandOverArg, StrategyArg},
+    args::{EditArgs, HandOverArg},
     model, plan,
     progress::Bar,
     steps::KeptSteps,
@@ -97,12 +97,7 @@ fn request(args: &EditArgs) -> Result<EditRequest> {
     request.cfg_scale = args.cfg_scale;
     (request.width, request.height) = (args.width, args.height);
     (request.area, request.vl_area) = (args.area, args.vl_area);
-    request.strategy = match args.strategy {
-        StrategyArg::Single => Strategy::Single,
-        StrategyArg::Sequential => Strategy::Sequential,
-        StrategyArg::Direct => Strategy::Direct,
-        StrategyArg::Auto => Strategy::Auto,
-    };
+    request.strategy = args.strategy.strategy();
     request.hand_over = match args.hand_over {
         HandOverArg::Latents => HandOver::Latents,
         HandOverArg::Pixels => HandOver::Pixels,

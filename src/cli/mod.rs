@@ -4,6 +4,7 @@ mod args;
 mod ask;
 mod doctor;
 mod edit;
+mod eval;
 mod exit;
 mod info;
 mod model;
@@ -19,7 +20,7 @@ use std::{
 use clap::CommandFactory;
 use pentimento::{CancelToken, Error, Result};
 
-use self::args::{Cli, Command};
+use self::args::{Cli, Command, EvalCommand};
 
 /// Runs the program.
 pub(crate) fn run() -> ExitCode {
@@ -44,6 +45,8 @@ fn dispatch(command: Command) -> Result<()> {
         Command::Edit(args) => edit::run(*args),
         Command::Plan(args) => plan::run(&args),
         Command::Ask(args) => ask::run(args),
+        Command::Eval { what: EvalCommand::Scenes(args) } => eval::scenes(&args),
+        Command::Eval { what: EvalCommand::Drift(args) } => eval::drift(&args),
         Command::Info(args) => info::run(&args),
         Command::Doctor(args) => doctor::run(&args),
         Command::Completions { shell } => {
@@ -108,6 +111,8 @@ impl Command {
             Self::Edit(args) => args.report.json,
             Self::Plan(args) => args.report.json,
             Self::Ask(args) => args.report.json,
+            Self::Eval { what: EvalCommand::Scenes(args) } => args.report.json,
+            Self::Eval { what: EvalCommand::Drift(args) } => args.report.json,
             Self::Info(args) => args.json,
             Self::Doctor(args) => args.json,
             Self::Completions { .. } => false,
@@ -119,6 +124,8 @@ impl Command {
             Self::Edit(args) => args.report.verbose,
             Self::Plan(args) => args.report.verbose,
             Self::Ask(args) => args.report.verbose,
+            Self::Eval { what: EvalCommand::Scenes(args) } => args.report.verbose,
+            Self::Eval { what: EvalCommand::Drift(args) } => args.report.verbose,
             _ => 0,
         }
     }

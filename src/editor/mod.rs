@@ -15,6 +15,8 @@ mod stages;
 
 use std::time::Duration;
 
+use image::RgbImage;
+
 pub use self::{
     inspect::{ModelInfo, PartInfo},
     pipeline::Kind,
@@ -166,6 +168,24 @@ impl Engine {
         edit::run(self, request, observer)
     }
 
+    /// The decomposition agent's reply to a request, word for word: what
+    /// [`Score`](crate::plan::Score) compares with an annotation.
+    ///
+    /// # Errors
+    /// A request without text or pictures, a reply that is not finished at the limit of tokens, or
+    /// cancellation.
+    pub fn decompose(&self, request: &PlanRequest, observer: &dyn Observer) -> Result<String> {
+        let pictures = plan_pictures(&self.pipeline, request)?;
+        let work = PlanWork {
+            request: &request.prompt,
+            pictures: &pictures,
+            seen: &self.vlm.look(&pictures)?,
+            options: &request.planner,
+            cancel: &request.cancel,
+        };
+        self.planner.decompose(&self.vlm, &work, &mut Stages::new(observer))
+    }
+
     /// Answers a question about pictures with the editor's own vision-language model.
     ///
     /// # Errors
@@ -243,17 +263,7 @@ impl Assistant {
     /// A request without text or pictures, a reply that is not finished at the limit of tokens, or
     /// cancellation.
     pub fn plan(&self, request: &PlanRequest, observer: &dyn Observer) -> Result<PlanOutcome> {
-        if request.pictures.is_empty() {
-            return Err(Error::field("pictures", "none", "at least one"));
-        }
-        let inputs: Vec<Size> = request.pictures.iter().map(|p| Size::of(&p.rgb)).collect();
-        let sizes = Sizes::vision(&self.pipeline, &inputs, request.area, request.vl_area)?;
-        let pictures = request
-            .pictures
-            .iter()
-            .zip(sizes)
-            .map(|(picture, size)| pass::resized(&picture.rgb, size))
-            .collect::<Result<Vec<_>>>()?;
+        let pictures = plan_pictures(&self.pipeline, request)?;
         let work = PlanWork {
             request: &request.prompt,
             pictures: &pictures,
@@ -272,6 +282,17 @@ impl Assistant {
             stages: stages.finish(),
         })
     }
+}
+
+/// A request's pictures in the size in which the planner sees them.
+fn plan_pictures(pipeline: &Pipeline, request: &PlanRequest) -> Result<Vec<RgbImage>> {
+    if request.pictures.is_empty() {
+        return Err(Error::field("pictures", "none", "at least one"));
+    }
+    let inputs: Vec<Size> = request.pictures.iter().map(|p| Size::of(&p.rgb)).collect();
+    let sizes = Sizes::vision(pipeline, &inputs, request.area, request.vl_area)?;
+    let sized = request.pictures.iter().zip(sizes);
+    sized.map(|(picture, size)| pass::resized(&picture.rgb, size)).collect()
 }
 
 fn load_vlm(files: &ModelFiles, precision: &Precision) -> Result<VisionLanguageModel> {

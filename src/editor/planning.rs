@@ -109,6 +109,27 @@ impl PlannerParts {
         work: &PlanWork<'_>,
         stages: &mut Stages<'_>,
     ) -> Result<Planning> {
+        let (planner, seen) = self.planner(encoder, work)?;
+        stages.run(Stage::Plan, || planner.plan(&seen, work.request))
+    }
+
+    /// The decomposition agent's reply, word for word.
+    pub(super) fn decompose(
+        &self,
+        encoder: &VisionLanguageModel,
+        work: &PlanWork<'_>,
+        stages: &mut Stages<'_>,
+    ) -> Result<String> {
+        let (planner, seen) = self.planner(encoder, work)?;
+        stages.run(Stage::Plan, || planner.reply(&seen, work.request))
+    }
+
+    /// The agents, and the pictures as their model has looked at them.
+    fn planner<'a>(
+        &'a self,
+        encoder: &'a VisionLanguageModel,
+        work: &PlanWork<'a>,
+    ) -> Result<(Planner<'a>, Seen)> {
         check_options(work.options)?;
         let model = self.own.as_ref().unwrap_or(encoder);
         let seen = match &self.own {
@@ -116,8 +137,7 @@ impl PlannerParts {
             None => work.seen.clone(),
         };
         let call = Call { adapter: self.adapter.as_ref(), cancel: work.cancel };
-        let planner = Planner { model, prompts: &self.prompts, options: work.options, call };
-        stages.run(Stage::Plan, || planner.plan(&seen, work.request))
+        Ok((Planner { model, prompts: &self.prompts, options: work.options, call }, seen))
     }
 }
 

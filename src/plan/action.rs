@@ -84,7 +84,7 @@ impl Action {
     /// The verb of this label; PSR's own spelling `re-color` counts, too.
     #[must_use]
     pub fn named(label: &str) -> Option<Self> {
-        let plain = |text: &str| normalized(text).replace('-', "").replace(' ', "");
+        let plain = |text: &str| normalized(text).replace(['-', ' '], "");
         let wanted = plain(label);
         Self::ALL.into_iter().find(|action| plain(action.label()) == wanted)
     }

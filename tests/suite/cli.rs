@@ -479,3 +479,47 @@ fn street() -> String {
     let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("models/mini/samples");
     folder.join("street.png").display().to_string()
 }
+
+#[test]
+fn scenes_are_measured_and_shown() {
+    let output = run(&["eval", "scenes", "--count", "1", "--only", "single", "--json", "-q"], 0);
+    let value: serde_json::Value = serde_json::from_slice(&output.stdout).unwrap();
+    assert_eq!((&value["version"], &value["seed"]), (&1.into(), &7.into()));
+    assert_eq!(value["model"]["name"], "mini");
+    assert_eq!(value["single"]["rows"].as_array().unwrap().len(), 7);
+    assert_eq!((&value["single"]["all"]["of"], &value["many"]), (&7.into(), &().into()));
+    let table = run(&["eval", "scenes", "--count", "1", "--only", "wordings,single", "-s", "3"], 0);
+    let table = text(&table.stdout);
+    assert!(table.contains("pointing, held out") && table.contains("recolor"), "{table}");
+
+    let folder = tempfile::tempdir().unwrap();
+    let sheet = folder.path().join("sheet.png").display().to_string();
+    let arguments = ["eval", "scenes", "--contact-sheet", &sheet, "-N", "2", "-q"];
+    let lines = text(&run(&arguments, 0).stdout);
+    assert!(lines.starts_with("  1  ") && lines.ends_with(&format!("{sheet}\n")), "{lines}");
+    assert_eq!(image::image_dimensions(&sheet).unwrap(), (2 * 408 + 18, 228));
+    stderr_of(&arguments, 1, &["already exists"]);
+    run(&[&arguments[..], &["--force"]].concat(), 0);
+    stderr_of(&["eval", "scenes", "--count", "0"], 2, &["count", "0", "1 to 10000"]);
+    stderr_of(&["eval", "scenes", "--only", "everything"], 2, &["everything", "wordings"]);
+    stderr_of(&["eval", "scenes", "--force"], 2, &["--contact-sheet"]);
+}
+
+#[test]
+fn drift_is_measured_for_both_ways_of_handing_on() {
+    let drift = ["eval", "drift", "-N", "1", "--passes", "4", "--json", "-q"];
+    let value: serde_json::Value = serde_json::from_slice(&run(&drift, 0).stdout).unwrap();
+    let ways = value["ways"].as_array().unwrap();
+    assert_eq!(
+        (&ways[0]["hand_over"], &ways[1]["hand_over"]),
+        (&"latents".into(), &"pixels".into())
+    );
+    for way in ways {
+        let rows = way["rows"].as_array().unwrap();
+        assert_eq!((&rows[0]["passes"], &rows[1]["passes"]), (&2.into(), &4.into()));
+        assert!(rows.iter().all(|row| row["psnr_db"].as_f64().unwrap() > 10.0), "{value}");
+    }
+    assert_ne!(ways[0]["rows"], ways[1]["rows"]);
+    stderr_of(&["eval", "drift", "--passes", "3"], 2, &["passes", "even number"]);
+    stderr_of(&["eval", "drift", "-N", "0"], 2, &["count"]);
+}
