@@ -34,7 +34,7 @@ pub use plan::{Plan, PlanOptions, PlannedBy, Planner};
 pub use progress::{CancelToken, Event, Observer, Stage};
 pub use request::{
     AskOutcome, AskRequest, EditOutcome, EditRequest, HandOver, PlanOutcome, PlanRequest, Rng,
-    StageReport, Strategy,
+    StageReport, Strategy, WeightShare,
 };
 
 /// Sets how many threads the computation uses, for the whole process. Call it once, before the

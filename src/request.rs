@@ -167,6 +167,15 @@ fn milliseconds<S: serde::Serializer>(elapsed: &Duration, to: S) -> Result<S::Ok
     to.serialize_f64(elapsed.as_secs_f64() * 1e3)
 }
 
+/// What the weights of one part of an engine take.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+pub struct WeightShare {
+    /// `transformer`, `text_encoder`, `vae`, or `planner` where it has weights of its own.
+    pub part: &'static str,
+    /// Bytes in memory, by the number of values and the type they are kept in.
+    pub bytes: u64,
+}
+
 /// An edited picture, and how it came about.
 #[derive(Debug, Clone)]
 #[non_exhaustive]

@@ -180,6 +180,7 @@ fn summary(
         "planned_by": outcome.planned_by,
         "prompts": outcome.prompts,
         "planner": { "shares_text_encoder": engine.planner_is_shared() },
+        "weights": engine.weights(),
         "model": {
             "name": engine.model().name,
             "version": engine.model().version,

@@ -3,6 +3,7 @@
 use candle_core::DType;
 
 use super::inspect::ModelInfo;
+use crate::request::WeightShare;
 use crate::{
     error::Result,
     memory::Budget,
@@ -12,31 +13,39 @@ use crate::{
 /// Values of one Q8_0 block and its bytes.
 const Q8_0_BLOCK: (u64, u64) = (32, 34);
 
+/// What a model's weights take in memory, part by part.
+pub(super) fn weights(info: &ModelInfo, precision: &Precision) -> Vec<WeightShare> {
+    info.parts
+        .iter()
+        .map(|part| WeightShare {
+            part: part.name,
+            bytes: match part.name {
+                // The autoencoder's convolutions are not quantized.
+                "vae" => part.parameters * size_of::<f32>() as u64,
+                _ => weight_bytes(part.parameters, precision),
+            },
+        })
+        .collect()
+}
+
 /// Checks that a model's weights fit.
 pub(super) fn check_weights(info: &ModelInfo, precision: &Precision, budget: Budget) -> Result<()> {
-    let bytes = info
-        .parts
-        .iter()
-        .map(|part| match part.name {
-            // The autoencoder's convolutions are not quantized.
-            "vae" => part.parameters * size_of::<f32>() as u64,
-            _ => weight_bytes(part.parameters, precision),
-        })
-        .sum();
+    let bytes = weights(info, precision).iter().map(|share| share.bytes).sum();
     check(&format!("the weights of {}", info.name), bytes, precision, budget)
 }
 
-/// Checks that one part of a model fits.
+/// Checks that one part of a model fits; returns what it takes in bytes.
 pub(super) fn check_part(
     files: &ModelFiles,
     folder: &str,
     stem: &str,
     precision: &Precision,
     budget: Budget,
-) -> Result<()> {
+) -> Result<u64> {
     let checkpoint = files.checkpoint(folder, stem)?;
     let bytes = weight_bytes(checkpoint.elements(), precision);
-    check(&format!("the weights in {folder}"), bytes, precision, budget)
+    check(&format!("the weights in {}", files.describe(folder)), bytes, precision, budget)?;
+    Ok(bytes)
 }
 
 fn check(what: &str, bytes: u64, precision: &Precision, budget: Budget) -> Result<()> {

@@ -38,6 +38,7 @@ use crate::{
     progress::{CancelToken, Event, Observer, Stage},
     request::{
         AskOutcome, AskRequest, EditOutcome, EditRequest, PlanOutcome, PlanRequest, StageReport,
+        WeightShare,
     },
     vlm::VisionLanguageModel,
     weights::{ModelFiles, Precision, Storage},
@@ -96,6 +97,7 @@ pub struct Engine {
     diffusion: DiffusionModel,
     memo: Memo,
     budget: Budget,
+    weights: Vec<WeightShare>,
     load: StageReport,
 }
 
@@ -125,14 +127,18 @@ impl Engine {
         let mut stages = Stages::new(observer);
         let (vlm, planner, diffusion) = stages.run(Stage::Load, || {
             let vlm = load_vlm(&files, &precision)?;
-            let planner = PlannerParts::load(&options.planner, &files, &vlm, &precision, observer)?;
+            let room = (&precision, options.budget);
+            let planner = PlannerParts::load(&options.planner, &files, &vlm, room, observer)?;
             Ok((vlm, planner, DiffusionModel::load(&files, &precision)?))
         })?;
         let load =
             StageReport { stage: Stage::Load, elapsed: Duration::ZERO, peak_resident_bytes: None };
         let load = stages.finish().pop().unwrap_or(load);
         let (budget, memo) = (options.budget, Memo::default());
-        Ok(Self { pipeline, info, vlm, planner, diffusion, memo, budget, load })
+        let mut weights = estimate::weights(&info, &precision);
+        weights
+            .extend(planner.own_weight_bytes().map(|bytes| WeightShare { part: "planner", bytes }));
+        Ok(Self { pipeline, info, vlm, planner, diffusion, memo, budget, weights, load })
     }
 
     /// What was opened.
@@ -150,7 +156,13 @@ impl Engine {
     /// Whether the text encoder plans as well, so that its weights are in memory once.
     #[must_use]
     pub fn planner_is_shared(&self) -> bool {
-        self.planner.is_shared()
+        self.planner.own_weight_bytes().is_none()
+    }
+
+    /// Who holds how much memory for weights. A planner that shares the text encoder holds none.
+    #[must_use]
+    pub fn weights(&self) -> &[WeightShare] {
+        &self.weights
     }
 
     /// Drops what is kept of earlier requests: tokens and latents of their pictures, and their
@@ -232,7 +244,8 @@ impl Assistant {
         estimate::check_part(&files, ENCODER, "model", &precision, options.budget)?;
         let (vlm, planner) = Stages::new(observer).run(Stage::Load, || {
             let vlm = load_vlm(&files, &precision)?;
-            let planner = PlannerParts::load(&options.planner, &files, &vlm, &precision, observer)?;
+            let room = (&precision, options.budget);
+            let planner = PlannerParts::load(&options.planner, &files, &vlm, room, observer)?;
             Ok((vlm, planner))
         })?;
         Ok(Self { pipeline, vlm, planner })

@@ -4,9 +4,10 @@ use std::path::{Path, PathBuf};
 
 use image::RgbImage;
 
-use super::{source::ModelSource, stages::Stages};
+use super::{estimate, source::ModelSource, stages::Stages};
 use crate::{
     error::{Error, ModelError, Result},
+    memory::Budget,
     plan::{PlanOptions, Planner, Planning, Prompts},
     progress::{CancelToken, Event, Observer, Stage},
     vlm::{Adapter, Call, Seen, VisionLanguageModel, canonical_name},
@@ -51,9 +52,16 @@ impl PlannerSource {
 #[derive(Debug)]
 pub(super) struct PlannerParts {
     /// A model of its own; otherwise the text encoder plans.
-    own: Option<VisionLanguageModel>,
+    own: Option<OwnModel>,
     adapter: Option<Adapter>,
     prompts: Prompts,
+}
+
+/// A model that only plans.
+#[derive(Debug)]
+struct OwnModel {
+    vlm: VisionLanguageModel,
+    weight_bytes: u64,
 }
 
 impl PlannerParts {
@@ -62,7 +70,7 @@ impl PlannerParts {
         source: &PlannerSource,
         files: &ModelFiles,
         encoder: &VisionLanguageModel,
-        precision: &Precision,
+        (precision, budget): (&Precision, Budget),
         observer: &dyn Observer,
     ) -> Result<Self> {
         let mut prompts = Prompts::default();
@@ -77,7 +85,10 @@ impl PlannerParts {
                     folder.display()
                 )));
             } else {
-                own = Some(VisionLanguageModel::load(&planner, part, precision)?);
+                let weight_bytes =
+                    estimate::check_part(&planner, part, "model", precision, budget)?;
+                let vlm = VisionLanguageModel::load(&planner, part, precision)?;
+                own = Some(OwnModel { vlm, weight_bytes });
             }
             prompt_files = planner;
         }
@@ -85,7 +96,7 @@ impl PlannerParts {
         if let Some(sections) = &source.prompts {
             prompts.set_sections(sections)?;
         }
-        let text = &own.as_ref().unwrap_or(encoder).config().text;
+        let text = &own.as_ref().map_or(encoder, |own| &own.vlm).config().text;
         let adapter = match &source.adapter {
             Some(folder) => {
                 let files = ModelFiles::Folder(folder.clone());
@@ -96,9 +107,9 @@ impl PlannerParts {
         Ok(Self { own, adapter, prompts })
     }
 
-    /// Whether the text encoder plans.
-    pub(super) fn is_shared(&self) -> bool {
-        self.own.is_none()
+    /// What a model of its own takes; `None` where the text encoder plans.
+    pub(super) fn own_weight_bytes(&self) -> Option<u64> {
+        self.own.as_ref().map(|own| own.weight_bytes)
     }
 
     /// Plans a request about pictures in the size in which the model sees them; `seen` are the same
@@ -131,9 +142,9 @@ impl PlannerParts {
         work: &PlanWork<'a>,
     ) -> Result<(Planner<'a>, Seen)> {
         check_options(work.options)?;
-        let model = self.own.as_ref().unwrap_or(encoder);
+        let model = self.own.as_ref().map_or(encoder, |own| &own.vlm);
         let seen = match &self.own {
-            Some(own) => own.look(work.pictures)?,
+            Some(own) => own.vlm.look(work.pictures)?,
             None => work.seen.clone(),
         };
         let call = Call { adapter: self.adapter.as_ref(), cancel: work.cancel };
