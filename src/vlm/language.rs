@@ -101,7 +101,7 @@ impl LanguageModel {
 /// The embedding matrix: rows are picked from it, so it stays plain where matrices are quantized.
 fn embedding(config: &TextConfig, weights: &Weights) -> Result<Tensor> {
     let plain = match weights.precision().storage {
-        Storage::Q8_0 => Storage::Plain(DType::BF16),
+        Storage::Q8_0 | Storage::Q4K => Storage::Plain(DType::BF16),
         other => other,
     };
     let weights = weights.with_storage(plain);
