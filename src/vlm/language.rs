@@ -61,6 +61,16 @@ impl LanguageModel {
         &self,
         embeddings: &Tensor,
         positions: &[Position],
+        cache: Option<&mut Cache>,
+        cancel: &CancelToken,
+    ) -> Result<Tensor> {
+        ops::on_worker(|| self.forward_here(embeddings, positions, cache, cancel))
+    }
+
+    fn forward_here(
+        &self,
+        embeddings: &Tensor,
+        positions: &[Position],
         mut cache: Option<&mut Cache>,
         cancel: &CancelToken,
     ) -> Result<Tensor> {
