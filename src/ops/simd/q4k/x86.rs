@@ -19,7 +19,7 @@ const LANES: usize = PANEL.div_euclid(2);
 /// Outputs of one 256-bit register.
 const HALF_LANES: usize = PANEL.div_euclid(4);
 /// How far ahead of its use a weight is asked for.
-const AHEAD_BYTES: usize = 4096;
+const AHEAD_BYTES: usize = 8192;
 
 /// Defines safe functions that run `$body` with instructions that not every processor has.
 macro_rules! with_instructions {
@@ -111,90 +111,112 @@ fn add_tile_512<const R: usize>(
 }
 
 #[target_feature(enable = "avx512f,avx512bw,avx512vnni")]
-#[expect(clippy::needless_range_loop, reason = "only indices are unrolled into registers")]
 fn add_row_512<const R: usize>(panel: &[PanelBlock], x: &[RowBlock<R>], out: &mut [f32; PANEL]) {
-    let low_nibbles = _mm512_set1_epi32(0x0f0f_0f0f);
-    let high_nibbles = _mm512_set1_epi32(i32::from_ne_bytes([0xf0; 4]));
-    let byte = _mm512_set1_epi32(0xff);
     let mut sums = [_mm512_setzero_ps(); 2];
     for (panel, x) in panel.iter().zip(x) {
-        let (scales, mins) = six_bits(&panel.six_bits);
-        let mut products = [_mm512_setzero_ps(); 2];
-        let mut minimums = [_mm512_setzero_ps(); 2];
-        for sub in (0..SUB_BLOCKS).step_by(2) {
-            let pair = &panel.nibbles[sub.div_euclid(2)];
-            prefetch(pair);
-            let mut counts = [[_mm512_setzero_si512(); 2]; 2];
-            for four in 0..FOURS {
-                let nibbles = halves(&pair[four]);
-                let low = broadcast(x.values[sub][0][four]);
-                let high = broadcast(x.values[sub + 1][0][four]);
-                for half in 0..2 {
-                    let weights = _mm512_and_si512(nibbles[half], low_nibbles);
-                    counts[0][half] = _mm512_dpbusd_epi32(counts[0][half], weights, low);
-                    // Not moved down: these counts are sixteen times too large.
-                    let weights = _mm512_and_si512(nibbles[half], high_nibbles);
-                    counts[1][half] = _mm512_dpbusd_epi32(counts[1][half], weights, high);
-                }
-            }
-            for (i, factor) in [1.0, 0.0625].into_iter().enumerate() {
-                let scale = _mm512_set1_ps(factor * x.scales[sub + i][0]);
-                let sum = _mm512_set1_ps(x.sums[sub + i][0]);
-                let (word, place) = ((sub + i).div_euclid(4), (sub + i) % 4);
-                for half in 0..2 {
-                    let six = |words: __m512i| {
-                        let moved = match place {
-                            0 => words,
-                            1 => _mm512_srli_epi32::<8>(words),
-                            2 => _mm512_srli_epi32::<16>(words),
-                            _ => _mm512_srli_epi32::<24>(words),
-                        };
-                        _mm512_cvtepi32_ps(_mm512_and_si512(moved, byte))
-                    };
-                    let count = _mm512_mul_ps(_mm512_cvtepi32_ps(counts[i][half]), scale);
-                    let (scales, mins) = (six(scales[word][half]), six(mins[word][half]));
-                    products[half] = _mm512_fmadd_ps(count, scales, products[half]);
-                    minimums[half] = _mm512_fmadd_ps(mins, sum, minimums[half]);
-                }
-            }
-        }
+        prefetch(&panel.six_bits);
+        let zero = [_mm512_setzero_ps(); 2];
+        let mut totals = Totals { products: zero, mins: zero };
+        totals.add_four::<0, R>(panel, x);
+        totals.add_four::<1, R>(panel, x);
         let (d, dmin) = (widen(&panel.d), widen(&panel.dmin));
         for half in 0..2 {
-            sums[half] = _mm512_fmadd_ps(d[half], products[half], sums[half]);
-            sums[half] = _mm512_fnmadd_ps(dmin[half], minimums[half], sums[half]);
+            sums[half] = _mm512_fmadd_ps(d[half], totals.products[half], sums[half]);
+            sums[half] = _mm512_fnmadd_ps(dmin[half], totals.mins[half], sums[half]);
         }
     }
     add(out, sums);
 }
 
-/// A panel's scales and minimums as bytes: `[four sub-blocks][half of the panel]`, a sub-block's in
-/// the same byte of each lane.
+/// Sums over a super-block, without its two factors, for each half of a panel.
+#[derive(Clone, Copy)]
+struct Totals {
+    products: [__m512; 2],
+    mins: [__m512; 2],
+}
+
+impl Totals {
+    /// Adds four sub-blocks: the first four (`WORD` 0) or the last four (1).
+    #[inline]
+    #[target_feature(enable = "avx512f,avx512bw,avx512vnni")]
+    fn add_four<const WORD: usize, const R: usize>(&mut self, panel: &PanelBlock, x: &RowBlock<R>) {
+        let low_nibbles = _mm512_set1_epi32(0x0f0f_0f0f);
+        let high_nibbles = _mm512_set1_epi32(i32::from_ne_bytes([0xf0; 4]));
+        let (mut scales, mut mins) = six_bits::<WORD>(&panel.six_bits);
+        for pair in [2 * WORD, 2 * WORD + 1] {
+            let weights = &panel.nibbles[pair];
+            prefetch(weights);
+            let mut low = [_mm512_setzero_si512(); 2];
+            let mut high = low;
+            for four in 0..FOURS {
+                let nibbles = halves(&weights[four]);
+                let x_low = broadcast(x.values[2 * pair][0][four]);
+                let x_high = broadcast(x.values[2 * pair + 1][0][four]);
+                for half in 0..2 {
+                    let weights = _mm512_and_si512(nibbles[half], low_nibbles);
+                    low[half] = _mm512_dpbusd_epi32(low[half], weights, x_low);
+                    // Not moved down: these counts are sixteen times too large.
+                    let weights = _mm512_and_si512(nibbles[half], high_nibbles);
+                    high[half] = _mm512_dpbusd_epi32(high[half], weights, x_high);
+                }
+            }
+            for (counts, sub, factor) in [(low, 2 * pair, 1.0), (high, 2 * pair + 1, 0.0625)] {
+                let scale = _mm512_set1_ps(factor * x.scales[sub][0]);
+                let sum = _mm512_set1_ps(x.sums[sub][0]);
+                for half in 0..2 {
+                    let count = _mm512_mul_ps(_mm512_cvtepi32_ps(counts[half]), scale);
+                    let factor = take_byte(&mut scales[half]);
+                    self.products[half] = _mm512_fmadd_ps(count, factor, self.products[half]);
+                    let min = take_byte(&mut mins[half]);
+                    self.mins[half] = _mm512_fmadd_ps(min, sum, self.mins[half]);
+                }
+            }
+        }
+    }
+}
+
+/// The lowest byte of each lane as a number; the others move down.
+#[inline]
+#[target_feature(enable = "avx512f")]
+fn take_byte(words: &mut __m512i) -> __m512 {
+    let byte = _mm512_and_si512(*words, _mm512_set1_epi32(0xff));
+    *words = _mm512_srli_epi32::<8>(*words);
+    _mm512_cvtepi32_ps(byte)
+}
+
+/// Scales and minimums of the first (`WORD` 0) or the last (1) four sub-blocks, for each half of a
+/// panel: a sub-block's in the same byte of each lane.
 #[inline]
 #[target_feature(enable = "avx512f,avx512bw")]
-fn six_bits(packed: &[[Four<u8>; PANEL]; 3]) -> ([[__m512i; 2]; 2], [[__m512i; 2]; 2]) {
-    let [first, second, rest] = [halves(&packed[0]), halves(&packed[1]), halves(&packed[2])];
-    let six = _mm512_set1_epi32(0x3f3f_3f3f);
-    let four = _mm512_set1_epi32(0x0f0f_0f0f);
+fn six_bits<const WORD: usize>(packed: &[[Four<u8>; PANEL]; 3]) -> ([__m512i; 2], [__m512i; 2]) {
+    let (mut scales, mut mins) = (halves(&packed[0]), halves(&packed[1]));
+    let (six, four) = (_mm512_set1_epi32(0x3f3f_3f3f), _mm512_set1_epi32(0x0f0f_0f0f));
     let two = _mm512_set1_epi32(0x3030_3030);
-    let mut scales = [[_mm512_setzero_si512(); 2]; 2];
-    let mut mins = scales;
+    if WORD == 0 {
+        return (scales.map(|x| and(x, six)), mins.map(|x| and(x, six)));
+    }
+    let rest = halves(&packed[2]);
     for half in 0..2 {
-        let high = |x| _mm512_and_si512(_mm512_srli_epi32::<2>(x), two);
-        let low = _mm512_and_si512(rest[half], four);
-        scales[0][half] = _mm512_and_si512(first[half], six);
-        scales[1][half] = _mm512_or_si512(low, high(first[half]));
-        let low = _mm512_and_si512(_mm512_srli_epi32::<4>(rest[half]), four);
-        mins[0][half] = _mm512_and_si512(second[half], six);
-        mins[1][half] = _mm512_or_si512(low, high(second[half]));
+        let (scale, min) = (rest[half], _mm512_srli_epi32::<4>(rest[half]));
+        let high = and(_mm512_srli_epi32::<2>(scales[half]), two);
+        scales[half] = _mm512_or_si512(and(scale, four), high);
+        let high = and(_mm512_srli_epi32::<2>(mins[half]), two);
+        mins[half] = _mm512_or_si512(and(min, four), high);
     }
     (scales, mins)
+}
+
+#[inline]
+#[target_feature(enable = "avx512f")]
+fn and(a: __m512i, b: __m512i) -> __m512i {
+    _mm512_and_si512(a, b)
 }
 
 /// Asks for the weights that come [`AHEAD_BYTES`] later.
 #[inline]
 #[target_feature(enable = "avx512f")]
-fn prefetch(pair: &[[Four<u8>; PANEL]; FOURS]) {
-    for four in pair.as_chunks::<1>().0 {
+fn prefetch<const N: usize>(fours: &[[Four<u8>; PANEL]; N]) {
+    for four in fours {
         let ahead = four.as_ptr().wrapping_byte_add(AHEAD_BYTES).cast::<i8>();
         _mm_prefetch::<_MM_HINT_T0>(ahead);
         _mm_prefetch::<_MM_HINT_T0>(ahead.wrapping_add(64));
