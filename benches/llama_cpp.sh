@@ -8,7 +8,7 @@
 # the interpreter (python3 if not set) that has pip, numpy, gguf, cmake, ninja and scikit-build-core.
 # llama.cpp is the one in the source archive of llama-cpp-python, built for this processor. THREADS
 # lists the numbers of threads to compare with ("1 2" if not set), PRIORITY is put before both
-# programs ("nice -n -15", say).
+# programs ("nice -n -15", say), DECODE is our program where it is built already.
 set -eu
 
 work=$1
@@ -37,8 +37,8 @@ for type in q4_k q8_0; do
     [ -f "$model/model-$type.gguf" ] || "$work/build/bin/llama-quantize" --pure \
         "$model/model-bf16.gguf" "$model/model-$type.gguf" "$type" >"$work/quantize.log" 2>&1
 done
-decode=$(cargo bench --bench decode --no-run --message-format=json |
-    sed -n 's/.*"executable":"\([^"]*decode-[^"]*\)".*/\1/p' | tail -1)
+decode=${DECODE:-$(cargo bench --bench decode --no-run --message-format=json |
+    sed -n 's/.*"executable":"\([^"]*decode-[^"]*\)".*/\1/p' | tail -1)}
 
 ours() { # type, threads
     RAYON_NUM_THREADS=$2 ${PRIORITY:-} "$decode" "$model" "$1" $prompt_tokens $answer_tokens $repeats |

@@ -87,10 +87,8 @@ fn add_tile_512<const R: usize>(
                 let weights = halves(&panel.weights[sub][four]);
                 for row in 0..R {
                     let x = broadcast(x.values[sub][row][four]);
-                    for half in 0..2 {
-                        counts[row][half] =
-                            _mm512_dpbusd_epi32(counts[row][half], weights[half], x);
-                    }
+                    counts[row][0] = _mm512_dpbusd_epi32(counts[row][0], weights[0], x);
+                    counts[row][1] = _mm512_dpbusd_epi32(counts[row][1], weights[1], x);
                 }
             }
             let (scales, mins) = (numbers(&panel.scales[sub]), numbers(&panel.mins[sub]));
@@ -224,45 +222,57 @@ fn prefetch<const N: usize>(fours: &[[Four<u8>; PANEL]; N]) {
 }
 
 #[target_feature(enable = "avx2,fma")]
-#[expect(clippy::needless_range_loop, reason = "only indices are unrolled into registers")]
 fn add_tile_256<const R: usize>(
     panel: &[Unpacked],
     x: &[RowBlock<R>],
     out: &mut [[f32; PANEL]; R],
 ) {
-    let ones = _mm256_set1_epi16(1);
     for quarter in 0..4 {
-        let mut sums = [_mm256_setzero_ps(); R];
-        for (panel, x) in panel.iter().zip(x) {
-            for sub in 0..SUB_BLOCKS {
-                // Eight times two products of at most 15 · 127 stay within 16 bits.
-                let mut counts = [_mm256_setzero_si256(); R];
-                for four in 0..FOURS {
-                    let weights = quarter_of(&panel.weights[sub][four], quarter);
-                    for row in 0..R {
-                        let x = x.values[sub][row][four].map(i8::cast_unsigned);
-                        let x = _mm256_set1_epi32(i32::from_le_bytes(x));
-                        let products = _mm256_maddubs_epi16(weights, x);
-                        counts[row] = _mm256_add_epi16(counts[row], products);
-                    }
-                }
-                let scales = quarter_numbers(&panel.scales[sub], quarter);
-                let mins = quarter_numbers(&panel.mins[sub], quarter);
-                for row in 0..R {
-                    let count = _mm256_cvtepi32_ps(_mm256_madd_epi16(counts[row], ones));
-                    let count = _mm256_mul_ps(count, _mm256_set1_ps(x.scales[sub][row]));
-                    let sum = _mm256_set1_ps(x.sums[sub][row]);
-                    let total = _mm256_fnmadd_ps(mins, sum, sums[row]);
-                    sums[row] = _mm256_fmadd_ps(count, scales, total);
-                }
-            }
-        }
-        for row in 0..R {
-            let out = &mut out[row][quarter * HALF_LANES..][..HALF_LANES];
-            let sums: [f32; HALF_LANES] = bytemuck::cast(sums[row]);
+        let sums = quarter_sums(panel, x, quarter);
+        for (out, sums) in out.iter_mut().zip(sums) {
+            let out = &mut out[quarter * HALF_LANES..][..HALF_LANES];
+            let sums: [f32; HALF_LANES] = bytemuck::cast(sums);
             out.iter_mut().zip(sums).for_each(|(out, sum)| *out += sum);
         }
     }
+}
+
+/// The product of a tile of rows with a quarter of a panel of outputs.
+#[inline]
+#[target_feature(enable = "avx2,fma")]
+#[expect(clippy::needless_range_loop, reason = "only indices are unrolled into registers")]
+fn quarter_sums<const R: usize>(
+    panel: &[Unpacked],
+    x: &[RowBlock<R>],
+    quarter: usize,
+) -> [__m256; R] {
+    let ones = _mm256_set1_epi16(1);
+    let mut sums = [_mm256_setzero_ps(); R];
+    for (panel, x) in panel.iter().zip(x) {
+        for sub in 0..SUB_BLOCKS {
+            // Eight times two products of at most 15 · 127 stay within 16 bits.
+            let mut counts = [_mm256_setzero_si256(); R];
+            for four in 0..FOURS {
+                let weights = quarter_of(&panel.weights[sub][four], quarter);
+                for row in 0..R {
+                    let x = x.values[sub][row][four].map(i8::cast_unsigned);
+                    let x = _mm256_set1_epi32(i32::from_le_bytes(x));
+                    let products = _mm256_maddubs_epi16(weights, x);
+                    counts[row] = _mm256_add_epi16(counts[row], products);
+                }
+            }
+            let scales = quarter_numbers(&panel.scales[sub], quarter);
+            let mins = quarter_numbers(&panel.mins[sub], quarter);
+            for row in 0..R {
+                let count = _mm256_cvtepi32_ps(_mm256_madd_epi16(counts[row], ones));
+                let count = _mm256_mul_ps(count, _mm256_set1_ps(x.scales[sub][row]));
+                let sum = _mm256_set1_ps(x.sums[sub][row]);
+                let total = _mm256_fnmadd_ps(mins, sum, sums[row]);
+                sums[row] = _mm256_fmadd_ps(count, scales, total);
+            }
+        }
+    }
+    sums
 }
 
 /// Four activations in every lane.
