@@ -65,9 +65,9 @@ impl LanguageModel {
         embeddings: &Tensor,
         positions: &[Position],
         cache: Option<&mut Cache>,
-        cancel: &CancelToken,
+        call: Call<'_>,
     ) -> Result<Tensor> {
-        ops::on_worker(|| self.forward_here(embeddings, positions, cache, cancel))
+        ops::on_worker(|| self.forward_here(embeddings, positions, cache, call))
     }
 
     fn forward_here(
