@@ -56,7 +56,7 @@ fn weights(checkpoint: &Checkpoint) -> String {
     for (name, entry) in checkpoint.tensors() {
         text += &format!(
             "{name:<width$}  {:<5} {}\n",
-            format!("{:?}", entry.dtype),
+            entry.kind.to_string(),
             shape(&entry.shape)
         );
     }
@@ -77,7 +77,7 @@ fn weights_json(checkpoint: &Checkpoint) -> Value {
     let tensors: BTreeMap<&str, Value> = checkpoint
         .tensors()
         .map(|(name, entry)| {
-            (name, json!({ "type": format!("{:?}", entry.dtype), "shape": entry.shape }))
+            (name, json!({ "type": entry.kind.to_string(), "shape": entry.shape }))
         })
         .collect();
     json!({
@@ -85,7 +85,7 @@ fn weights_json(checkpoint: &Checkpoint) -> Value {
         "fingerprint": checkpoint.fingerprint(),
         "parameters": checkpoint.elements(),
         "stored_bytes": checkpoint.stored_bytes(),
-        "metadata": checkpoint.metadata(),
+        "metadata": checkpoint.metadata().iter().map(|(key, value)| (*key, value.to_string())).collect::<BTreeMap<_, _>>(),
         "tensors": tensors,
     })
 }

@@ -1,29 +1,28 @@
 //! How much memory a piece of work will take, said before anything is allocated.
 
-use candle_core::DType;
-
-use super::inspect::ModelInfo;
+use super::inspect::PARTS;
 use crate::{
     error::Result,
     memory::Budget,
     weights::{ModelFiles, Precision, Storage},
 };
 
-/// Values of one Q8_0 block and its bytes.
-const Q8_0_BLOCK: (u64, u64) = (32, 34);
-
 /// Checks that a model's weights fit.
-pub(super) fn check_weights(info: &ModelInfo, precision: &Precision, budget: Budget) -> Result<()> {
-    let bytes = info
-        .parts
-        .iter()
-        .map(|part| match part.name {
+pub(super) fn check_weights(
+    files: &ModelFiles,
+    name: &str,
+    precision: &Precision,
+    budget: Budget,
+) -> Result<()> {
+    let mut bytes = 0;
+    for (folder, stem) in PARTS {
+        bytes += match folder {
             // The autoencoder's convolutions are not quantized.
-            "vae" => part.parameters * size_of::<f32>() as u64,
-            _ => weight_bytes(part.parameters, precision),
-        })
-        .sum();
-    check(&format!("the weights of {}", info.name), bytes, precision, budget)
+            "vae" => files.checkpoint(folder, stem)?.elements() * size_of::<f32>() as u64,
+            _ => files.checkpoint(folder, stem)?.kept_bytes(precision),
+        };
+    }
+    check(&format!("the weights of {name}"), bytes, precision, budget)
 }
 
 /// Checks that one part of a model fits.
@@ -34,8 +33,7 @@ pub(super) fn check_part(
     precision: &Precision,
     budget: Budget,
 ) -> Result<()> {
-    let checkpoint = files.checkpoint(folder, stem)?;
-    let bytes = weight_bytes(checkpoint.elements(), precision);
+    let bytes = files.checkpoint(folder, stem)?.kept_bytes(precision);
     check(&format!("the weights in {folder}"), bytes, precision, budget)
 }
 
@@ -48,15 +46,6 @@ fn check(what: &str, bytes: u64, precision: &Precision, budget: Budget) -> Resul
         _ => "--dtype q8_0 takes about a quarter of f32",
     };
     budget.check(what, bytes, hint)
-}
-
-fn weight_bytes(parameters: u64, precision: &Precision) -> u64 {
-    let dtype = match precision.storage {
-        Storage::Q8_0 => return (parameters * Q8_0_BLOCK.1).div_ceil(Q8_0_BLOCK.0),
-        Storage::Compute => precision.compute,
-        Storage::Plain(dtype) => dtype,
-    };
-    parameters * DType::size_in_bytes(&dtype) as u64
 }
 
 /// The widths that activations follow from.
@@ -80,16 +69,4 @@ pub(super) fn activation_bytes(tokens: usize, pixels: u64, widths: Widths) -> u6
     let transformer = tokens as u64 * widths.transformer as u64 * TRANSFORMER_COPIES;
     let autoencoder = pixels * widths.autoencoder as u64 * AUTOENCODER_COPIES;
     f32_bytes * transformer.max(autoencoder)
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn a_quantized_weight_takes_eight_and_a_half_bits() {
-        let precision = Precision { storage: Storage::Q8_0, ..Precision::reference() };
-        assert_eq!(weight_bytes(320, &precision), 340);
-        assert_eq!(weight_bytes(320, &Precision::reference()), 1280);
-    }
 }

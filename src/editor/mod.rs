@@ -44,11 +44,7 @@ impl EngineOptions {
     fn precision(&self) -> Result<Precision> {
         let device = self.device.open()?;
         let compute = Device::compute_type(&device);
-        let storage = match self.storage {
-            None => Storage::Compute,
-            Some(Storage::Plain(dtype)) if dtype == compute => Storage::Compute,
-            Some(storage) => storage,
-        };
+        let storage = self.storage.unwrap_or_default();
         Ok(Precision { device, compute, storage, cancel: self.cancel.clone() })
     }
 }
@@ -100,7 +96,7 @@ impl Engine {
             )));
         }
         let precision = options.precision()?;
-        estimate::check_weights(&info, &precision, options.budget)?;
+        estimate::check_weights(&files, &info.name, &precision, options.budget)?;
         let mut stages = Stages::new(observer);
         let (vlm, diffusion) = stages.run(Stage::Load, || {
             let vlm = load_vlm(&files, &precision)?;

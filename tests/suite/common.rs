@@ -1,5 +1,7 @@
 //! Reference cases and comparisons that all tests share.
 
+pub(crate) mod gguf_writer;
+
 use std::path::{Path, PathBuf};
 
 use candle_core::{DType, Device, Tensor};

@@ -11,6 +11,7 @@ mod cli;
 mod common;
 mod diffusion;
 mod engine;
+mod gguf;
 mod ops;
 mod pixels;
 mod tidy;
