@@ -25,7 +25,7 @@ pub mod request;
 pub mod vlm;
 pub mod weights;
 
-pub use editor::{Assistant, Engine, EngineOptions, ModelInfo, ModelSource};
+pub use editor::{Assistant, Engine, EngineOptions, ModelInfo, ModelParts, ModelSource};
 pub use error::{Error, ModelError, PictureError, RequestError, Result};
 pub use memory::Device;
 pub use progress::{CancelToken, Event, Observer, Stage};

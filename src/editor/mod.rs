@@ -1,6 +1,7 @@
 //! The one place where the vision-language model and the denoiser meet.
 
 mod ask;
+mod assemble;
 mod edit;
 mod estimate;
 mod inspect;
@@ -14,7 +15,7 @@ use std::time::Duration;
 pub use self::{
     inspect::{ModelInfo, PartInfo},
     pipeline::Kind,
-    source::ModelSource,
+    source::{ModelParts, ModelSource},
 };
 use self::{pipeline::Pipeline, stages::Stages};
 use crate::{
@@ -96,6 +97,7 @@ impl Engine {
             )));
         }
         let precision = options.precision()?;
+        note_files(&files, observer, &info, &precision);
         estimate::check_weights(&files, &info.name, &precision, options.budget)?;
         let mut stages = Stages::new(observer);
         let (vlm, diffusion) = stages.run(Stage::Load, || {
@@ -179,6 +181,29 @@ impl Assistant {
     /// A question that is empty or too long, or cancellation.
     pub fn ask(&self, request: &AskRequest, observer: &dyn Observer) -> Result<AskOutcome> {
         ask::run(&self.vlm, request, observer)
+    }
+}
+
+/// What the user should know about the files and what becomes of their types.
+fn note_files(
+    files: &ModelFiles,
+    observer: &dyn Observer,
+    info: &ModelInfo,
+    precision: &Precision,
+) {
+    for note in files.notes() {
+        observer.event(&Event::Note(note));
+    }
+    let has = |start: &str| {
+        info.parts.iter().flat_map(|part| part.types.keys()).any(|name| name.starts_with(start))
+    };
+    if has("F8_") && precision.storage == Storage::Compute {
+        observer.event(&Event::Note(
+            "fp8 weights are kept as bf16, two bytes each; --dtype q8_0 keeps them in 8.5 bits",
+        ));
+    }
+    if has("IQ4_") && !matches!(precision.storage, Storage::Plain(_)) {
+        observer.event(&Event::Note("IQ4 weights are kept as Q8_0, in 8.5 bits each"));
     }
 }
 

@@ -2,6 +2,7 @@
 
 use serde::Deserialize;
 
+use super::inspect::PARTS;
 use crate::{
     error::{ModelError, Result},
     weights::ModelFiles,
@@ -76,6 +77,7 @@ impl Pipeline {
     pub(crate) fn read(files: &ModelFiles) -> Result<Self> {
         const INDEX: &str = "model_index.json";
         const SETTINGS: &str = "pentimento.json";
+        files.require_parts(&PARTS.map(|(part, _)| part))?;
         let index: ModelIndex = files.read_json(INDEX)?;
         let class = index.class_name.unwrap_or_else(|| "(no _class_name)".to_owned());
         let kinds = [Kind::Edit, Kind::Plus];
@@ -97,22 +99,12 @@ impl Pipeline {
     }
 
     fn published(kind: Kind, files: &ModelFiles) -> Self {
-        let name = match files {
-            ModelFiles::Folder(folder) => {
-                let folder = folder.canonicalize().unwrap_or_else(|_| folder.clone());
-                folder
-                    .file_name()
-                    .map_or_else(|| "model".into(), |name| name.to_string_lossy())
-                    .into_owned()
-            }
-            ModelFiles::Embedded { name, .. } => (*name).to_owned(),
-        };
         let vl_area = match kind {
             Kind::Edit => AREA_PUBLISHED,
             Kind::Plus => VL_AREA_PLUS,
         };
         let (area, steps, cfg_scale, untrained) = (AREA_PUBLISHED, 50, 4.0, false);
-        Self { kind, name, area, vl_area, steps, cfg_scale, untrained }
+        Self { kind, name: files.name(), area, vl_area, steps, cfg_scale, untrained }
     }
 
     fn apply(&mut self, settings: PackSettings) {

@@ -153,6 +153,12 @@ impl Checkpoint {
         self.files.first().map_or("", |file| &file.name)
     }
 
+    /// Whether the file, or the first of several, is GGUF.
+    #[must_use]
+    pub fn is_gguf(&self) -> bool {
+        self.files.first().is_some_and(|file| file.bytes.starts_with(gguf::MAGIC))
+    }
+
     /// Whether a tensor is there.
     #[must_use]
     pub fn contains(&self, name: &str) -> bool {

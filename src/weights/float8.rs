@@ -59,9 +59,13 @@ mod tests {
     #[test]
     fn bytes_stand_for_what_the_formats_say() {
         // Largest, smallest normal, smallest, one, and the odd ones out, as in the OCP's table.
-        for (byte, value) in
-            [(0x7e, 448.0), (0x08, 2_f32.powi(-6)), (0x01, 2_f32.powi(-9)), (0x38, 1.0), (0xb8, -1.0)]
-        {
+        for (byte, value) in [
+            (0x7e, 448.0),
+            (0x08, 2_f32.powi(-6)),
+            (0x01, 2_f32.powi(-9)),
+            (0x38, 1.0),
+            (0xb8, -1.0),
+        ] {
             assert_eq!(e4m3(byte).to_bits(), f32::to_bits(value), "{byte:02x}");
         }
         for (byte, value) in [

@@ -1,5 +1,6 @@
 //! Weight files: found, checked, mapped, and read tensor by tensor with nothing skipped silently.
 
+mod assembly;
 mod blocks;
 pub mod checkpoint;
 pub mod cursor;
@@ -13,6 +14,7 @@ mod safetensors_header;
 mod scaled;
 mod stored;
 
+pub use assembly::Assembly;
 pub use checkpoint::{Checkpoint, TensorEntry};
 pub use cursor::{Precision, Storage, Weights};
 pub use files::{EmbeddedFile, ModelFiles};

@@ -49,16 +49,22 @@ pub(super) fn resolve(checkpoint: &mut Checkpoint) -> Result<()> {
     check_header(checkpoint)?;
     let names = |checkpoint: &Checkpoint, ends: &[&str]| -> Vec<String> {
         let fits = |name: &str| ends.iter().any(|end| name.ends_with(end));
-        checkpoint.tensors().filter(|(name, _)| fits(name)).map(|(name, _)| name.to_owned()).collect()
+        checkpoint
+            .tensors()
+            .filter(|(name, _)| fits(name))
+            .map(|(name, _)| name.to_owned())
+            .collect()
     };
     for name in names(checkpoint, &[DESCRIPTION]) {
         let text = match checkpoint.entry(&name) {
             Some(entry) => checkpoint.raw(entry),
             None => continue,
         };
-        let layer: Option<Layer> =
-            (text.len() <= DESCRIPTION_BYTES_MAX).then(|| serde_json::from_slice(text).ok()).flatten();
-        let format = layer.map_or_else(|| "a description that is no JSON".to_owned(), |layer| layer.format);
+        let layer: Option<Layer> = (text.len() <= DESCRIPTION_BYTES_MAX)
+            .then(|| serde_json::from_slice(text).ok())
+            .flatten();
+        let format =
+            layer.map_or_else(|| "a description that is no JSON".to_owned(), |layer| layer.format);
         check_format(checkpoint, &name, &format)?;
         checkpoint.entries_mut().remove(&name);
     }

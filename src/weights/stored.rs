@@ -63,15 +63,6 @@ impl StoredType {
             Self::Blocks(kind) => kind.computed(),
         }
     }
-
-    /// The smallest plain type that holds such numbers; `None` for blocks and for numbers that are
-    /// not read.
-    pub(crate) fn plain(self) -> Option<DType> {
-        match self {
-            Self::Plain(dtype) => plain(dtype).or(Float8::of(dtype).map(|_| DType::BF16)),
-            Self::Blocks(_) => None,
-        }
-    }
 }
 
 fn plain(dtype: Dtype) -> Option<DType> {

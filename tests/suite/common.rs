@@ -1,6 +1,7 @@
 //! Reference cases and comparisons that all tests share.
 
 pub(crate) mod gguf_writer;
+pub(crate) mod parts;
 
 use std::path::{Path, PathBuf};
 

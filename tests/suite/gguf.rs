@@ -26,7 +26,8 @@ fn bits(tensor: &Tensor) -> Vec<u32> {
 #[test]
 fn every_type_gives_the_numbers_of_gguf_py() {
     let expected =
-        candle_core::safetensors::load(types().with_extension("safetensors"), &Device::Cpu).unwrap();
+        candle_core::safetensors::load(types().with_extension("safetensors"), &Device::Cpu)
+            .unwrap();
     let weights = Weights::new(Checkpoint::open_file(&types()).unwrap(), Precision::reference());
     assert_eq!(expected.len(), 17);
     for (name, expected) in &expected {
@@ -146,7 +147,10 @@ fn damaged_files_are_typed_errors() {
     refused(|file| file.raw_key("k", 13, &[]), &["key k", "type 13"]);
     refused(|file| file.raw_key("k", 7, &[2]), &["key k", "truth"]);
     refused(|file| file.raw_key("k", 8, &u64::MAX.to_le_bytes()), &["key k", "bytes in a string"]);
-    refused(|file| file.raw_key("k", 8, &[2, 0, 0, 0, 0, 0, 0, 0, 0xff, 0xfe]), &["key k", "UTF-8"]);
+    refused(
+        |file| file.raw_key("k", 8, &[2, 0, 0, 0, 0, 0, 0, 0, 0xff, 0xfe]),
+        &["key k", "UTF-8"],
+    );
     let nested = [&9_u32.to_le_bytes()[..], &1_u64.to_le_bytes()].concat();
     refused(|file| file.raw_key("k", 9, &nested), &["key k", "array of arrays"]);
     let long = [&5_u32.to_le_bytes()[..], &(1_u64 << 20).to_le_bytes()].concat();

@@ -14,6 +14,7 @@ mod engine;
 mod gguf;
 mod ops;
 mod pixels;
+mod single_files;
 mod tidy;
 mod vlm;
 mod weights;

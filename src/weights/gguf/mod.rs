@@ -12,12 +12,12 @@ use std::{
     ops::Range,
 };
 
+use self::reader::{Fault, Reader, Step, fault};
 pub(crate) use self::types::{IQ4_NL, IQ4_XS};
 pub use self::{
     types::BlockType,
     values::{Array, Value},
 };
-use self::reader::{Fault, Reader, Step, fault};
 use super::stored::{SUPPORTED, StoredType};
 use crate::error::{ModelError, Result};
 
@@ -97,11 +97,7 @@ pub(super) fn read(name: &str, bytes: &[u8]) -> Result<Header> {
 }
 
 /// `place` says what is being read; a type that is not known is left in `unknown`.
-fn parse(
-    bytes: &[u8],
-    place: &mut String,
-    unknown: &mut Option<(String, u32)>,
-) -> Step<Header> {
+fn parse(bytes: &[u8], place: &mut String, unknown: &mut Option<(String, u32)>) -> Step<Header> {
     let mut reader = Reader::new(bytes, MAGIC.len());
     match reader.u32()? {
         2 | 3 => {}
@@ -189,7 +185,10 @@ fn listed_tensor(
     let offset = reader.u64()?;
     let (block, block_bytes) = kind.block();
     if !row.is_multiple_of(block) {
-        return fault(format!("rows of {row} numbers"), format!("a multiple of the block, {block}"));
+        return fault(
+            format!("rows of {row} numbers"),
+            format!("a multiple of the block, {block}"),
+        );
     }
     let numbers = shape.iter().try_fold(1_usize, |product, &n| product.checked_mul(n));
     let bytes = numbers

@@ -110,7 +110,11 @@ mod tests {
     fn blocks_are_as_large_as_those_that_compute() {
         for (name, dtype) in COMPUTED {
             let kind = BLOCK_TYPES.iter().find(|kind| kind.name == *name).unwrap();
-            assert_eq!((kind.numbers, kind.bytes), (dtype.block_size(), dtype.type_size()), "{name}");
+            assert_eq!(
+                (kind.numbers, kind.bytes),
+                (dtype.block_size(), dtype.type_size()),
+                "{name}"
+            );
         }
     }
 }

@@ -184,7 +184,11 @@ impl Array {
     }
 
     /// The items, read from the file they were found in; `None` where `read` does not take one.
-    pub(crate) fn items<T>(&self, bytes: &[u8], read: impl Fn(Value) -> Option<T>) -> Option<Vec<T>> {
+    pub(crate) fn items<T>(
+        &self,
+        bytes: &[u8],
+        read: impl Fn(Value) -> Option<T>,
+    ) -> Option<Vec<T>> {
         let mut reader = Reader::new(bytes.get(..self.range.end)?, self.range.start);
         (0..self.count).map(|_| read(self.kind.read(&mut reader).ok()?)).collect()
     }
