@@ -69,6 +69,40 @@ pub enum RequestError {
         /// What is accepted.
         expected: String,
     },
+    /// A plan that cannot be carried out.
+    #[error("plan, {place}: {found}, expected {expected}")]
+    Plan {
+        /// Where in the plan.
+        place: String,
+        /// What is there.
+        found: String,
+        /// What is accepted.
+        expected: String,
+    },
+    /// A planning agent's reply that was cut off.
+    #[error(
+        "the planner's {what} was not finished after {tokens} tokens: {produced:?}\nhint: allow more with --planner-tokens, or ask for less at once"
+    )]
+    Unfinished {
+        /// What it was writing.
+        what: &'static str,
+        /// Tokens written.
+        tokens: usize,
+        /// What they say.
+        produced: String,
+    },
+    /// A planning agent's reply that breaks its format.
+    #[error(
+        "the planner's {what} cannot be read: {reason}, in {reply:?}\nhint: leave the grammar on, or edit with --strategy direct"
+    )]
+    Malformed {
+        /// What it was writing.
+        what: &'static str,
+        /// What is wrong.
+        reason: String,
+        /// The reply.
+        reply: String,
+    },
     /// The model cannot do what is asked.
     #[error("{model} does not support {what}\nhint: {hint}")]
     Unsupported {

@@ -3,6 +3,7 @@
 //! | to | use | example |
 //! |---|---|---|
 //! | edit a picture | [`Engine::edit`] with an [`EditRequest`] | on [`Engine`] |
+//! | look at a plan first, change it | [`Assistant::plan`], [`EditRequest::plan`] | on [`plan`] |
 //! | ask about a picture | [`Assistant::ask`] with an [`AskRequest`] | on [`Assistant`] |
 //! | stop a request | [`CancelToken`] | on [`CancelToken`] |
 //! | follow a request | [`Observer`] | on [`Observer`] |
@@ -20,16 +21,23 @@ pub mod layers;
 pub mod memory;
 pub mod ops;
 pub mod pixels;
+pub mod plan;
 pub mod progress;
 pub mod request;
 pub mod vlm;
 pub mod weights;
 
-pub use editor::{Assistant, Engine, EngineOptions, ModelInfo, ModelParts, ModelSource};
+pub use editor::{
+    Assistant, Engine, EngineOptions, ModelInfo, ModelParts, ModelSource, PlannerSource,
+};
 pub use error::{Error, ModelError, PictureError, RequestError, Result};
 pub use memory::Device;
+pub use plan::{Plan, PlanOptions, PlannedBy, Planner};
 pub use progress::{CancelToken, Event, Observer, Stage};
-pub use request::{AskOutcome, AskRequest, EditOutcome, EditRequest, Rng, StageReport, Strategy};
+pub use request::{
+    AskOutcome, AskRequest, EditOutcome, EditRequest, HandOver, PlanOutcome, PlanRequest, Rng,
+    StageReport, Strategy, WeightShare,
+};
 
 /// Sets how many threads the computation uses, for the whole process. Call it once, before the
 /// first request; without it every core is used.

@@ -8,7 +8,11 @@ use std::{
     time::Duration,
 };
 
-use crate::error::{Error, Result};
+use crate::{
+    error::{Error, Result},
+    pixels::Picture,
+    plan::Plan,
+};
 
 /// Stops a request from another thread; honoured within one transformer block.
 ///
@@ -59,6 +63,8 @@ impl CancelToken {
 pub enum Stage {
     /// Reading weights into memory.
     Load,
+    /// The planner takes the request apart and orders its steps.
+    Plan,
     /// The vision-language model reads prompt and pictures.
     EncodePrompt,
     /// The autoencoder turns the pictures into latents.
@@ -69,6 +75,8 @@ pub enum Stage {
     Decode,
     /// The vision-language model writes an answer.
     Generate,
+    /// Edits are made and judged.
+    Measure,
 }
 
 impl Stage {
@@ -77,11 +85,13 @@ impl Stage {
     pub fn name(self) -> &'static str {
         match self {
             Self::Load => "load",
+            Self::Plan => "plan",
             Self::EncodePrompt => "encode_prompt",
             Self::EncodePicture => "encode_picture",
             Self::Denoise => "denoise",
             Self::Decode => "decode",
             Self::Generate => "generate",
+            Self::Measure => "measure",
         }
     }
 
@@ -90,11 +100,13 @@ impl Stage {
     pub fn label(self) -> &'static str {
         match self {
             Self::Load => "loading",
+            Self::Plan => "planning",
             Self::EncodePrompt => "reading the request",
             Self::EncodePicture => "encoding the picture",
             Self::Denoise => "denoising",
             Self::Decode => "decoding",
             Self::Generate => "answering",
+            Self::Measure => "measuring",
         }
     }
 }
@@ -120,6 +132,26 @@ pub enum Event<'a> {
         stage: Stage,
         /// How long it took.
         elapsed: Duration,
+    },
+    /// A plan was made, or the one that came with the request is carried out.
+    Planned(&'a Plan),
+    /// A pass of several begins.
+    StepStarted {
+        /// Its number, from 0.
+        index: usize,
+        /// Passes in all.
+        of: usize,
+        /// What the editor is told.
+        prompt: &'a str,
+    },
+    /// A pass of several ended.
+    StepDone {
+        /// Its number, from 0.
+        index: usize,
+        /// Passes in all.
+        of: usize,
+        /// The picture so far, as it would be returned.
+        picture: &'a Picture,
     },
     /// Something was done, but not quite as asked.
     Note(&'a str),

@@ -7,6 +7,7 @@ use serde::Serialize;
 use crate::{
     diffusion::noise::CudaGrid,
     pixels::{Picture, Size},
+    plan::{Plan, PlanOptions, PlannedBy},
     progress::{CancelToken, Stage},
 };
 
@@ -37,9 +38,18 @@ impl Rng {
 #[serde(rename_all = "snake_case")]
 #[non_exhaustive]
 pub enum Strategy {
-    /// The prompt goes to the editor as it is, in one pass.
+    /// The planner takes the request apart; all sub-requests go to the editor as one prompt, in one
+    /// pass.
     #[default]
+    Single,
+    /// The planner takes the request apart; each sub-request is a pass on the result of the one
+    /// before.
+    Sequential,
+    /// The prompt goes to the editor as it is, in one pass, without the planner.
     Direct,
+    /// As [`Self::Direct`] where the request turns out to be one step, as [`Self::Single`]
+    /// otherwise.
+    Auto,
 }
 
 impl Strategy {
@@ -47,7 +57,32 @@ impl Strategy {
     #[must_use]
     pub fn name(self) -> &'static str {
         match self {
+            Self::Single => "single",
+            Self::Sequential => "sequential",
             Self::Direct => "direct",
+            Self::Auto => "auto",
+        }
+    }
+}
+
+/// What a pass of [`Strategy::Sequential`] gets from the one before.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "snake_case")]
+pub enum HandOver {
+    /// The latents as they are: nothing is decoded and encoded in between.
+    #[default]
+    Latents,
+    /// The picture, which is encoded again.
+    Pixels,
+}
+
+impl HandOver {
+    /// The name in flags and reports.
+    #[must_use]
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Latents => "latents",
+            Self::Pixels => "pixels",
         }
     }
 }
@@ -80,6 +115,12 @@ pub struct EditRequest {
     pub vl_area: Option<u64>,
     /// How the request is carried out.
     pub strategy: Strategy,
+    /// A plan to carry out instead of one that the planner makes; the prompt may then be empty.
+    pub plan: Option<Plan>,
+    /// How the planner writes.
+    pub planner: PlanOptions,
+    /// What one pass of several gets from the one before.
+    pub hand_over: HandOver,
     /// Stops the request.
     pub cancel: CancelToken,
 }
@@ -101,6 +142,9 @@ impl EditRequest {
             area: None,
             vl_area: None,
             strategy: Strategy::default(),
+            plan: None,
+            planner: PlanOptions::default(),
+            hand_over: HandOver::default(),
             cancel: CancelToken::new(),
         }
     }
@@ -123,6 +167,15 @@ fn milliseconds<S: serde::Serializer>(elapsed: &Duration, to: S) -> Result<S::Ok
     to.serialize_f64(elapsed.as_secs_f64() * 1e3)
 }
 
+/// What the weights of one part of an engine take.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+pub struct WeightShare {
+    /// `transformer`, `text_encoder`, `vae`, or `planner` where it has weights of its own.
+    pub part: &'static str,
+    /// Bytes in memory, by the number of values and the type they are kept in.
+    pub bytes: u64,
+}
+
 /// An edited picture, and how it came about.
 #[derive(Debug, Clone)]
 #[non_exhaustive]
@@ -137,10 +190,66 @@ pub struct EditOutcome {
     pub cfg_scale: f64,
     /// The size the model worked at.
     pub working_size: Size,
+    /// How the request was carried out: never [`Strategy::Auto`].
+    pub strategy: Strategy,
+    /// The plan that was carried out, if there was one.
+    pub plan: Option<Plan>,
+    /// Who ordered the plan's steps; `None` for a plan that came with the request.
+    pub planned_by: Option<PlannedBy>,
+    /// What the editor was told, pass by pass.
+    pub prompts: Vec<String>,
     /// Time and memory, stage by stage.
     pub stages: Vec<StageReport>,
     /// What was done, but not quite as asked.
     pub notes: Vec<String>,
+}
+
+/// A request to plan, without the editor.
+#[derive(Debug, Clone)]
+pub struct PlanRequest {
+    /// The picture to edit, and more pictures that the prompt refers to.
+    pub pictures: Vec<Picture>,
+    /// What should change.
+    pub prompt: String,
+    /// Area of the working size in square pixels; `None` is the model's default.
+    pub area: Option<u64>,
+    /// Area of the copies that the vision-language model sees; `None` is the model's default.
+    pub vl_area: Option<u64>,
+    /// How the planner writes.
+    pub planner: PlanOptions,
+    /// Stops the request.
+    pub cancel: CancelToken,
+}
+
+impl PlanRequest {
+    /// A request with the model's defaults.
+    #[must_use]
+    pub fn new(pictures: Vec<Picture>, prompt: impl Into<String>) -> Self {
+        Self {
+            pictures,
+            prompt: prompt.into(),
+            area: None,
+            vl_area: None,
+            planner: PlanOptions::default(),
+            cancel: CancelToken::new(),
+        }
+    }
+}
+
+/// A plan, and how it came about.
+#[derive(Debug, Clone)]
+#[non_exhaustive]
+pub struct PlanOutcome {
+    /// The plan.
+    pub plan: Plan,
+    /// Who ordered its steps.
+    pub planned_by: PlannedBy,
+    /// The decomposition agent's reply, word for word.
+    pub reply: String,
+    /// Tokens that both agents wrote.
+    pub tokens: usize,
+    /// Time and memory, stage by stage.
+    pub stages: Vec<StageReport>,
 }
 
 /// A question about pictures.

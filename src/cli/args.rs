@@ -3,7 +3,7 @@
 use std::{ffi::OsString, path::PathBuf};
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
-use pentimento::{Rng, diffusion::noise::CudaGrid};
+use pentimento::{Rng, Strategy, diffusion::noise::CudaGrid};
 
 /// Edit pictures on this machine: one sentence says what should change.
 #[derive(Debug, Parser)]
@@ -20,8 +20,15 @@ const EXIT_CODES: &str = "Exit codes: 0 done, 1 the request failed, 2 wrong usag
 pub(crate) enum Command {
     /// Edit a picture
     Edit(Box<EditArgs>),
+    /// Show how a request would be carried out, without editing
+    Plan(Box<PlanArgs>),
     /// Ask a question about pictures
     Ask(AskArgs),
+    /// Measure a model on pictures whose exact edits are known
+    Eval {
+        #[command(subcommand)]
+        what: EvalCommand,
+    },
     /// Show what a weight file, a model folder or a picture holds
     Info(InfoArgs),
     /// Show the devices, features and packs that this program sees
@@ -89,8 +96,76 @@ pub(crate) enum DtypeArg {
 /// How a request is carried out.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
 pub(crate) enum StrategyArg {
-    /// The prompt goes to the editor as it is, in one pass
+    /// The planner takes the request apart; one pass carries out all sub-requests
+    Single,
+    /// The planner takes the request apart; each sub-request is a pass of its own
+    Sequential,
+    /// The prompt goes to the editor as it is, in one pass, without the planner
     Direct,
+    /// Direct for a request that turns out to be one step, single otherwise
+    Auto,
+}
+
+impl StrategyArg {
+    pub(crate) fn strategy(self) -> Strategy {
+        match self {
+            Self::Single => Strategy::Single,
+            Self::Sequential => Strategy::Sequential,
+            Self::Direct => Strategy::Direct,
+            Self::Auto => Strategy::Auto,
+        }
+    }
+}
+
+/// What a pass of `--strategy sequential` gets from the one before.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub(crate) enum HandOverArg {
+    /// The latents as they are
+    Latents,
+    /// The picture, which is encoded again
+    Pixels,
+}
+
+/// What should change.
+#[derive(Debug, Args)]
+pub(crate) struct PromptArgs {
+    /// What should change
+    #[arg(short, long, value_name = "TEXT", conflicts_with_all = ["prompt_file", "prompt_words"])]
+    pub(crate) prompt: Option<String>,
+    /// Read the prompt from a UTF-8 file
+    #[arg(long, value_name = "FILE", conflicts_with = "prompt_words")]
+    pub(crate) prompt_file: Option<PathBuf>,
+    /// What should change
+    #[arg(value_name = "PROMPT")]
+    pub(crate) prompt_words: Option<String>,
+}
+
+/// Who plans, and how.
+#[derive(Debug, Args)]
+#[command(next_help_heading = "Planner")]
+pub(crate) struct PlannerArgs {
+    /// Folder of another vision-language model that plans; where its weights are the text
+    /// encoder's, they are loaded once [default: the text encoder]
+    #[arg(long, value_name = "DIR")]
+    pub(crate) planner: Option<PathBuf>,
+    /// Folder of a PEFT adapter for the decomposition agent
+    #[arg(long, value_name = "DIR")]
+    pub(crate) planner_adapter: Option<PathBuf>,
+    /// Prompts of the agents, in sections that begin with lines such as [decompose.system]
+    #[arg(long, value_name = "FILE")]
+    pub(crate) planner_prompt: Option<PathBuf>,
+    /// The longest reply of an agent in tokens
+    #[arg(long, value_name = "N", default_value_t = 512)]
+    pub(crate) planner_tokens: usize,
+    /// 0 takes the likeliest token each time
+    #[arg(long, value_name = "X", default_value_t = 0.0)]
+    pub(crate) planner_temperature: f32,
+    /// Seed of the planner's sampling, where its temperature is above 0
+    #[arg(long, value_name = "N", default_value_t = 0)]
+    pub(crate) planner_seed: u64,
+    /// Let the agents write without a grammar, to see what the model does by itself
+    #[arg(long)]
+    pub(crate) no_planner_grammar: bool,
 }
 
 /// What a person sees while it runs, and what is printed.
@@ -121,15 +196,11 @@ pub(crate) struct EditArgs {
         value_name = "FILE"
     )]
     pub(crate) images: Vec<PathBuf>,
-    /// What should change
-    #[arg(short, long, value_name = "TEXT", required_unless_present_any = ["prompt_file", "prompt_words"], conflicts_with_all = ["prompt_file", "prompt_words"])]
-    pub(crate) prompt: Option<String>,
-    /// Read the prompt from a UTF-8 file
-    #[arg(long, value_name = "FILE", conflicts_with = "prompt_words")]
-    pub(crate) prompt_file: Option<PathBuf>,
-    /// What should change
-    #[arg(value_name = "PROMPT")]
-    pub(crate) prompt_words: Option<String>,
+    #[command(flatten)]
+    pub(crate) prompt: PromptArgs,
+    /// Carry out this plan, as `plan --json` prints it, instead of making one; `-` reads stdin
+    #[arg(long, value_name = "FILE")]
+    pub(crate) plan: Option<PathBuf>,
     /// What should not appear; guidance runs only with this (it may be empty) and --cfg-scale above 1
     #[arg(short, long, value_name = "TEXT")]
     pub(crate) negative_prompt: Option<String>,
@@ -168,8 +239,45 @@ pub(crate) struct EditArgs {
     #[arg(long, value_name = "AREA", value_parser = area)]
     pub(crate) vl_area: Option<u64>,
     /// How the request is carried out
-    #[arg(long, value_enum, default_value_t = StrategyArg::Direct)]
+    #[arg(long, value_enum, default_value_t = StrategyArg::Single)]
     pub(crate) strategy: StrategyArg,
+    /// Write the picture after each pass of --strategy sequential into this folder, as step-1.png, …
+    #[arg(long, value_name = "DIR")]
+    pub(crate) keep_steps: Option<PathBuf>,
+    /// What a pass of --strategy sequential gets from the one before
+    #[arg(long, value_enum, default_value_t = HandOverArg::Latents)]
+    pub(crate) hand_over: HandOverArg,
+    #[command(flatten)]
+    pub(crate) planner: PlannerArgs,
+    #[command(flatten)]
+    pub(crate) model: ModelArgs,
+    #[command(flatten)]
+    pub(crate) report: ReportArgs,
+}
+
+/// `pentimento plan`
+#[derive(Debug, Args)]
+pub(crate) struct PlanArgs {
+    /// Picture to edit; repeat for models that take several; `-` reads stdin
+    #[arg(
+        short = 'i',
+        long = "image",
+        alias = "ref-image",
+        short_alias = 'r',
+        required = true,
+        value_name = "FILE"
+    )]
+    pub(crate) images: Vec<PathBuf>,
+    #[command(flatten)]
+    pub(crate) prompt: PromptArgs,
+    /// Area of the working size, as for edit: square pixels, or WxH [default: the model's]
+    #[arg(long, value_name = "AREA", value_parser = area)]
+    pub(crate) area: Option<u64>,
+    /// Area of the copies that the vision-language model sees [default: the model's]
+    #[arg(long, value_name = "AREA", value_parser = area)]
+    pub(crate) vl_area: Option<u64>,
+    #[command(flatten)]
+    pub(crate) planner: PlannerArgs,
     #[command(flatten)]
     pub(crate) model: ModelArgs,
     #[command(flatten)]
@@ -200,6 +308,75 @@ pub(crate) struct AskArgs {
     pub(crate) report: ReportArgs,
 }
 
+/// `pentimento eval`
+#[derive(Debug, Subcommand)]
+pub(crate) enum EvalCommand {
+    /// Held-out scenes of the miniature world, judged by its strict readout
+    Scenes(Box<ScenesArgs>),
+    /// What many passes do to a picture: an object recolored to and fro, handed on in either way
+    Drift(Box<DriftArgs>),
+}
+
+/// `pentimento eval drift`
+#[derive(Debug, Args)]
+pub(crate) struct DriftArgs {
+    /// Draws the scenes
+    #[arg(short, long, value_name = "N", default_value_t = 7)]
+    pub(crate) seed: u32,
+    /// Scenes
+    #[arg(short = 'N', long, value_name = "N", default_value_t = 20)]
+    pub(crate) count: u32,
+    /// Passes on each, an even number
+    #[arg(long, value_name = "N", default_value_t = 10)]
+    pub(crate) passes: usize,
+    #[command(flatten)]
+    pub(crate) model: ModelArgs,
+    #[command(flatten)]
+    pub(crate) report: ReportArgs,
+}
+
+/// `pentimento eval scenes`
+#[derive(Debug, Args)]
+pub(crate) struct ScenesArgs {
+    /// Draws the held-out cases; the same seed gives the same cases and the same pictures
+    #[arg(short, long, value_name = "N", default_value_t = 7)]
+    pub(crate) seed: u32,
+    /// Cases of each row of the table, or pairs on the contact sheet
+    #[arg(short = 'N', long, value_name = "N", default_value_t = 30)]
+    pub(crate) count: u32,
+    /// Only these parts; may be repeated or separated by commas [default: all]
+    #[arg(long, value_enum, value_name = "PART", value_delimiter = ',')]
+    pub(crate) only: Vec<PartArg>,
+    /// Draw inputs beside results of the first cases into this file instead of measuring
+    #[arg(long, value_name = "FILE")]
+    pub(crate) contact_sheet: Option<PathBuf>,
+    /// How the requests of the contact sheet are carried out
+    #[arg(long, value_enum, default_value_t = StrategyArg::Direct, requires = "contact_sheet")]
+    pub(crate) strategy: StrategyArg,
+    /// Replace the contact sheet if it exists
+    #[arg(long, requires = "contact_sheet")]
+    pub(crate) force: bool,
+    #[command(flatten)]
+    pub(crate) planner: PlannerArgs,
+    #[command(flatten)]
+    pub(crate) model: ModelArgs,
+    #[command(flatten)]
+    pub(crate) report: ReportArgs,
+}
+
+/// Parts of `--only`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub(crate) enum PartArg {
+    /// One wish, said directly: each operation
+    Single,
+    /// One wish, said in other ways, also in ones that training never sees
+    Wordings,
+    /// Two to four wishes in one request: without the planner, through it, and with faultless plans
+    Many,
+    /// What the decomposition agent makes of a request, without a grammar
+    Decomposition,
+}
+
 /// `pentimento info`
 #[derive(Debug, Args)]
 pub(crate) struct InfoArgs {
@@ -217,6 +394,9 @@ pub(crate) struct DoctorArgs {
     /// Also look into this model folder
     #[arg(long, value_name = "DIR", env = "PENTIMENTO_MODEL")]
     pub(crate) model: Option<PathBuf>,
+    /// Tell whether this planner would share the text encoder's weights
+    #[arg(long, value_name = "DIR")]
+    pub(crate) planner: Option<PathBuf>,
     /// Print as JSON
     #[arg(long)]
     pub(crate) json: bool,

@@ -1,6 +1,6 @@
 //! `pentimento doctor`: what this program sees.
 
-use pentimento::{Device, ModelInfo, ModelSource, Result, memory};
+use pentimento::{Device, ModelInfo, ModelSource, PlannerSource, Result, memory};
 use serde_json::{Value, json};
 
 use super::args::DoctorArgs;
@@ -16,6 +16,7 @@ pub(crate) fn run(args: &DoctorArgs) -> Result<()> {
         },
         "memory": { "available_bytes": memory::available_bytes() },
         "packs": packs(args)?,
+        "planner": planner(args)?,
     });
     if args.json { super::print_json(&report) } else { super::print(text(&report).as_bytes()) }
 }
@@ -59,6 +60,19 @@ fn packs(args: &DoctorArgs) -> Result<Vec<Value>> {
         packs.push(pack(&folder.display().to_string(), &info));
     }
     Ok(packs)
+}
+
+/// Whether planner and text encoder are one model in memory.
+fn planner(args: &DoctorArgs) -> Result<Value> {
+    let source = args.model.clone().map_or(ModelSource::Mini, ModelSource::Folder);
+    if args.model.is_none() && !cfg!(feature = "mini") {
+        return Ok(Value::Null);
+    }
+    let planner = PlannerSource { model: args.planner.clone(), ..PlannerSource::default() };
+    Ok(json!({
+        "folder": args.planner,
+        "shares_text_encoder": planner.shares_text_encoder(&source)?,
+    }))
 }
 
 fn pack(place: &str, info: &ModelInfo) -> Value {
@@ -105,6 +119,14 @@ fn text(report: &Value) -> String {
             indicatif::BinaryBytes(pack["stored_bytes"].as_u64().unwrap_or(0)),
             word(&pack["place"]),
         ));
+    }
+    match report["planner"]["shares_text_encoder"].as_bool() {
+        Some(true) => lines.push("planner   the text encoder, loaded once for both".to_owned()),
+        Some(false) => {
+            let folder = word(&report["planner"]["folder"]);
+            lines.push(format!("planner   {folder}: other weights, loaded beside the editor's"));
+        }
+        None => {}
     }
     lines.join("\n") + "\n"
 }

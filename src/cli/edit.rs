@@ -1,17 +1,18 @@
 //! `pentimento edit`
 
-use std::path::Path;
+use std::{collections::BTreeMap, path::Path};
 
 use pentimento::{
-    EditOutcome, EditRequest, Engine, Error, Result, StageReport, Strategy,
+    EditOutcome, EditRequest, Engine, Event, HandOver, Observer, Result,
     pixels::{self, EditRecord, Format, ModelRecord, Overwrite, RECORD_VERSION},
 };
 use serde_json::json;
 
 use super::{
-    args::{EditArgs, StrategyArg},
-    model,
+    args::{EditArgs, HandOverArg},
+    model, plan,
     progress::Bar,
+    steps::KeptSteps,
 };
 
 pub(crate) fn run(args: EditArgs) -> Result<()> {
@@ -22,15 +23,27 @@ pub(crate) fn run(args: EditArgs) -> Result<()> {
         pixels::check_output(&args.output, overwrite)?;
     }
     let request = request(&args)?;
+    let kept = args.keep_steps.as_deref().map(|folder| KeptSteps::new(folder, overwrite));
+    let kept = kept.transpose()?;
     let bar = Bar::new(args.report.quiet);
     for note in request.pictures.iter().flat_map(|picture| &picture.notes) {
         bar.note(note);
     }
-    let options = model::options(&args.model, &request.cancel)?;
+    let mut options = model::options(&args.model, &request.cancel)?;
+    options.planner = plan::source(&args.planner)?;
+    let observer = |event: &Event<'_>| {
+        bar.event(event);
+        if let Some(kept) = &kept {
+            kept.event(event);
+        }
+    };
     let result = Engine::open(&model::source(&args.model), &options, &bar)
-        .and_then(|engine| Ok((engine.edit(&request, &bar)?, engine)));
+        .and_then(|engine| Ok((engine.edit(&request, &observer)?, engine)));
     bar.clear();
     let (outcome, engine) = result?;
+    for note in kept.map(KeptSteps::finish).transpose()?.into_iter().flatten() {
+        bar.note(&note);
+    }
     let record = (!args.no_metadata).then(|| record(&engine, &request, &outcome));
 
     if to_stdout {
@@ -55,10 +68,23 @@ pub(crate) fn run(args: EditArgs) -> Result<()> {
 }
 
 fn request(args: &EditArgs) -> Result<EditRequest> {
-    let prompt = match (&args.prompt, &args.prompt_words, &args.prompt_file) {
-        (Some(prompt), ..) | (None, Some(prompt), _) => prompt.clone(),
-        (None, None, Some(file)) => prompt_from_file(file)?,
-        (None, None, None) => String::new(), // clap asks for one of them
+    let stdin = args.images.iter().chain(&args.plan).filter(|path| path.as_os_str() == "-");
+    if stdin.count() > 1 {
+        return Err(pentimento::RequestError::Field {
+            field: "--plan",
+            found: "`-` for the plan and for a picture".to_owned(),
+            expected: "stdin at most once".to_owned(),
+        }
+        .into());
+    }
+    let plan = args.plan.as_deref().map(plan::read).transpose()?;
+    let prompt = match plan::prompt(&args.prompt)? {
+        Some(prompt) => prompt,
+        None if plan.is_some() => String::new(),
+        None => {
+            let expected = "a sentence that says what should change, --prompt-file or --plan";
+            return Err(plan::no_prompt(expected));
+        }
     };
     let mut pictures = model::pictures(&args.images)?;
     let first = pictures.remove(0); // clap asks for at least one
@@ -71,22 +97,23 @@ fn request(args: &EditArgs) -> Result<EditRequest> {
     request.cfg_scale = args.cfg_scale;
     (request.width, request.height) = (args.width, args.height);
     (request.area, request.vl_area) = (args.area, args.vl_area);
-    request.strategy = match args.strategy {
-        StrategyArg::Direct => Strategy::Direct,
+    request.strategy = args.strategy.strategy();
+    request.hand_over = match args.hand_over {
+        HandOverArg::Latents => HandOver::Latents,
+        HandOverArg::Pixels => HandOver::Pixels,
     };
+    request.plan = plan;
+    request.planner = plan::options(&args.planner);
     request.cancel = super::cancel_on_interrupt()?;
     Ok(request)
 }
 
-fn prompt_from_file(file: &Path) -> Result<String> {
-    let text = String::from_utf8(fs_err::read(file)?).map_err(|error| {
-        Error::from(pentimento::RequestError::Field {
-            field: "--prompt-file",
-            found: format!("{}: {error}", file.display()),
-            expected: "UTF-8 text".to_owned(),
-        })
-    })?;
-    Ok(text.trim_end_matches(['\r', '\n']).to_owned())
+/// What was asked for, in words: the prompt, or the request of the plan that was given.
+fn asked<'a>(request: &'a EditRequest, outcome: &'a EditOutcome) -> &'a str {
+    match &outcome.plan {
+        Some(plan) if request.prompt.is_empty() => &plan.request,
+        _ => &request.prompt,
+    }
 }
 
 fn record(engine: &Engine, request: &EditRequest, outcome: &EditOutcome) -> EditRecord {
@@ -94,14 +121,18 @@ fn record(engine: &Engine, request: &EditRequest, outcome: &EditOutcome) -> Edit
     EditRecord {
         version: RECORD_VERSION,
         program: EditRecord::this_program(),
-        prompt: request.prompt.clone(),
+        prompt: asked(request, outcome).to_owned(),
         negative_prompt: request.negative_prompt.clone(),
         seed: outcome.seed,
         rng: request.rng.name().to_owned(),
         steps: outcome.steps,
         sampler: "Euler".to_owned(),
         cfg_scale: outcome.cfg_scale,
-        strategy: request.strategy.name().to_owned(),
+        strategy: outcome.strategy.name().to_owned(),
+        sub_requests: match &outcome.plan {
+            Some(plan) => plan.steps.iter().map(|step| step.prompt.clone()).collect(),
+            None => Vec::new(),
+        },
         model: ModelRecord {
             name: model.name.clone(),
             class: model.class.to_owned(),
@@ -109,13 +140,18 @@ fn record(engine: &Engine, request: &EditRequest, outcome: &EditOutcome) -> Edit
         },
         working_size: outcome.working_size,
         input_sizes: request.pictures.iter().map(pixels::Picture::size).collect(),
-        timings_ms: outcome.stages.iter().map(timing).collect(),
+        timings_ms: timings(outcome),
     }
 }
 
-fn timing(report: &StageReport) -> (String, u64) {
-    let elapsed_ms = u64::try_from(report.elapsed.as_millis()).unwrap_or(u64::MAX);
-    (report.stage.name().to_owned(), elapsed_ms)
+/// Milliseconds per stage, over all passes.
+fn timings(outcome: &EditOutcome) -> BTreeMap<String, u64> {
+    let mut timings = BTreeMap::new();
+    for report in &outcome.stages {
+        let elapsed_ms = u64::try_from(report.elapsed.as_millis()).unwrap_or(u64::MAX);
+        *timings.entry(report.stage.name().to_owned()).or_insert(0) += elapsed_ms;
+    }
+    timings
 }
 
 fn summary(
@@ -133,13 +169,18 @@ fn summary(
         "width": size.width,
         "height": size.height,
         "working_size": outcome.working_size,
-        "prompt": request.prompt,
+        "prompt": asked(request, outcome),
         "negative_prompt": request.negative_prompt,
         "seed": outcome.seed,
         "rng": request.rng.name(),
         "steps": outcome.steps,
         "cfg_scale": outcome.cfg_scale,
-        "strategy": request.strategy,
+        "strategy": outcome.strategy,
+        "plan": outcome.plan,
+        "planned_by": outcome.planned_by,
+        "prompts": outcome.prompts,
+        "planner": { "shares_text_encoder": engine.planner_is_shared() },
+        "weights": engine.weights(),
         "model": {
             "name": engine.model().name,
             "version": engine.model().version,

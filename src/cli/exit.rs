@@ -7,7 +7,7 @@ use pentimento::{Error, RequestError};
 /// The exit code that an error's group asks for.
 pub(crate) fn code(error: &Error) -> u8 {
     match error {
-        Error::Request(RequestError::Field { .. }) => 2,
+        Error::Request(RequestError::Field { .. } | RequestError::Plan { .. }) => 2,
         Error::Model(_) => 3,
         Error::OutOfMemory { .. } => 4,
         Error::Cancelled => 130,

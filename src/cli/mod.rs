@@ -4,10 +4,13 @@ mod args;
 mod ask;
 mod doctor;
 mod edit;
+mod eval;
 mod exit;
 mod info;
 mod model;
+mod plan;
 mod progress;
+mod steps;
 
 use std::{
     process::ExitCode,
@@ -17,7 +20,7 @@ use std::{
 use clap::CommandFactory;
 use pentimento::{CancelToken, Error, Result};
 
-use self::args::{Cli, Command};
+use self::args::{Cli, Command, EvalCommand};
 
 /// Runs the program.
 pub(crate) fn run() -> ExitCode {
@@ -40,7 +43,10 @@ pub(crate) fn run() -> ExitCode {
 fn dispatch(command: Command) -> Result<()> {
     match command {
         Command::Edit(args) => edit::run(*args),
+        Command::Plan(args) => plan::run(&args),
         Command::Ask(args) => ask::run(args),
+        Command::Eval { what: EvalCommand::Scenes(args) } => eval::scenes(&args),
+        Command::Eval { what: EvalCommand::Drift(args) } => eval::drift(&args),
         Command::Info(args) => info::run(&args),
         Command::Doctor(args) => doctor::run(&args),
         Command::Completions { shell } => {
@@ -103,7 +109,10 @@ impl Command {
     fn json(&self) -> bool {
         match self {
             Self::Edit(args) => args.report.json,
+            Self::Plan(args) => args.report.json,
             Self::Ask(args) => args.report.json,
+            Self::Eval { what: EvalCommand::Scenes(args) } => args.report.json,
+            Self::Eval { what: EvalCommand::Drift(args) } => args.report.json,
             Self::Info(args) => args.json,
             Self::Doctor(args) => args.json,
             Self::Completions { .. } => false,
@@ -113,7 +122,10 @@ impl Command {
     fn verbose(&self) -> u8 {
         match self {
             Self::Edit(args) => args.report.verbose,
+            Self::Plan(args) => args.report.verbose,
             Self::Ask(args) => args.report.verbose,
+            Self::Eval { what: EvalCommand::Scenes(args) } => args.report.verbose,
+            Self::Eval { what: EvalCommand::Drift(args) } => args.report.verbose,
             _ => 0,
         }
     }

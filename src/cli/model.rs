@@ -3,7 +3,7 @@
 use std::{io::Read, path::Path};
 
 use pentimento::{
-    CancelToken, Device, EngineOptions, ModelParts, ModelSource, Result,
+    CancelToken, Device, EngineOptions, ModelParts, ModelSource, PlannerSource, Result,
     memory::Budget,
     pixels::{Limits, Picture},
     weights::Storage,
@@ -44,6 +44,7 @@ pub(crate) fn options(args: &ModelArgs, cancel: &CancelToken) -> Result<EngineOp
             DtypeArg::Q8_0 => Some(Storage::Q8_0),
         },
         budget: Budget { bytes_max: args.max_ram },
+        planner: PlannerSource::default(),
         cancel: cancel.clone(),
     })
 }

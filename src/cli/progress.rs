@@ -1,21 +1,27 @@
 //! The progress bar on stderr.
 
-use std::{sync::Mutex, time::Duration};
+use std::{
+    sync::{Mutex, PoisonError},
+    time::Duration,
+};
 
 use indicatif::{ProgressBar, ProgressStyle};
-use pentimento::{Event, Observer, Stage};
+use pentimento::{Event, Observer, Plan, Stage};
 
 /// Shows stages and steps to a person; silent when asked to be.
 pub(crate) struct Bar {
     bar: ProgressBar,
     stage: Mutex<Option<Stage>>,
+    /// The pass of several that runs, as it stands before the stage.
+    sub_request: Mutex<String>,
     notes: bool,
 }
 
 impl Bar {
     pub(crate) fn new(quiet: bool) -> Self {
         let bar = if quiet { ProgressBar::hidden() } else { ProgressBar::no_length() };
-        Self { bar, stage: Mutex::new(None), notes: !quiet }
+        let sub_request = Mutex::new(String::new());
+        Self { bar, stage: Mutex::new(None), sub_request, notes: !quiet }
     }
 
     /// Takes the bar off the screen.
@@ -31,14 +37,23 @@ impl Bar {
         }
     }
 
+    /// Shows a plan before it is carried out.
+    #[expect(clippy::print_stderr, reason = "the plan is for the person at the terminal")]
+    fn plan(&self, plan: &Plan) {
+        if self.notes {
+            self.bar.suspend(|| eprint!("{}", super::plan::text(plan)));
+        }
+    }
+
     fn step(&self, stage: Stage, step: usize, of: usize) {
-        let mut current = self.stage.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
+        let mut current = self.stage.lock().unwrap_or_else(PoisonError::into_inner);
         if *current != Some(stage) {
             *current = Some(stage);
             self.bar.reset();
             self.bar.set_style(style(of));
             self.bar.set_length(of as u64);
-            self.bar.set_message(stage.label());
+            let before = self.sub_request.lock().unwrap_or_else(PoisonError::into_inner);
+            self.bar.set_message(format!("{before}{}", stage.label()));
             self.bar.enable_steady_tick(Duration::from_millis(200));
         }
         self.bar.set_position(step as u64);
@@ -59,6 +74,11 @@ impl Observer for Bar {
         match *event {
             Event::Step { stage, step, of, .. } => self.step(stage, step, of),
             Event::Note(note) => self.note(note),
+            Event::Planned(plan) => self.plan(plan),
+            Event::StepStarted { index, of, prompt } => {
+                *self.sub_request.lock().unwrap_or_else(PoisonError::into_inner) =
+                    format!("{}/{of} {prompt}: ", index + 1);
+            }
             _ => {}
         }
     }

@@ -74,7 +74,7 @@ impl Denoise<'_> {
         };
         for (chunk, timesteps) in self.schedule.timesteps().chunks(STEPS_TOGETHER).enumerate() {
             let times: Vec<f32> = timesteps.iter().map(|t| t / TIMESTEP_SCALE).collect();
-            let contexts = model.contexts(&times, cancel)?;
+            let contexts = model.kept_contexts(&times, cancel)?;
             for (i, context) in contexts.iter().enumerate() {
                 let step = chunk * STEPS_TOGETHER + i;
                 let elapsed = begin.elapsed();

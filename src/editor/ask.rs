@@ -1,6 +1,6 @@
 //! A question about pictures.
 
-use super::{edit::random_seed, stages::Stages};
+use super::{checked::random_seed, stages::Stages};
 use crate::{
     error::{Error, Result},
     progress::{Event, Observer, Stage},

@@ -1,40 +1,49 @@
 //! How much memory a piece of work will take, said before anything is allocated.
 
 use super::inspect::PARTS;
+use crate::request::WeightShare;
 use crate::{
     error::Result,
     memory::Budget,
     weights::{ModelFiles, Precision, Storage},
 };
 
+/// What a model's weights take in memory, part by part.
+pub(super) fn weights(files: &ModelFiles, precision: &Precision) -> Result<Vec<WeightShare>> {
+    let share = |(part, stem)| {
+        let checkpoint = files.checkpoint(part, stem)?;
+        let bytes = match part {
+            // The autoencoder's convolutions are not quantized.
+            "vae" => checkpoint.elements() * size_of::<f32>() as u64,
+            _ => checkpoint.kept_bytes(precision),
+        };
+        Ok(WeightShare { part, bytes })
+    };
+    PARTS.into_iter().map(share).collect()
+}
+
 /// Checks that a model's weights fit.
 pub(super) fn check_weights(
-    files: &ModelFiles,
+    shares: &[WeightShare],
     name: &str,
     precision: &Precision,
     budget: Budget,
 ) -> Result<()> {
-    let mut bytes = 0;
-    for (folder, stem) in PARTS {
-        bytes += match folder {
-            // The autoencoder's convolutions are not quantized.
-            "vae" => files.checkpoint(folder, stem)?.elements() * size_of::<f32>() as u64,
-            _ => files.checkpoint(folder, stem)?.kept_bytes(precision),
-        };
-    }
+    let bytes = shares.iter().map(|share| share.bytes).sum();
     check(&format!("the weights of {name}"), bytes, precision, budget)
 }
 
-/// Checks that one part of a model fits.
+/// Checks that one part of a model fits; returns what it takes in bytes.
 pub(super) fn check_part(
     files: &ModelFiles,
     folder: &str,
     stem: &str,
     precision: &Precision,
     budget: Budget,
-) -> Result<()> {
+) -> Result<u64> {
     let bytes = files.checkpoint(folder, stem)?.kept_bytes(precision);
-    check(&format!("the weights in {folder}"), bytes, precision, budget)
+    check(&format!("the weights in {}", files.describe(folder)), bytes, precision, budget)?;
+    Ok(bytes)
 }
 
 fn check(what: &str, bytes: u64, precision: &Precision, budget: Budget) -> Result<()> {

@@ -2,28 +2,46 @@
 
 mod ask;
 mod assemble;
+mod checked;
 mod edit;
 mod estimate;
 mod inspect;
+mod memo;
+mod pass;
 mod pipeline;
 mod plan_sizes;
+mod planning;
 mod source;
 mod stages;
 
 use std::time::Duration;
 
+use image::RgbImage;
+
 pub use self::{
     inspect::{ModelInfo, PartInfo},
     pipeline::Kind,
+    planning::PlannerSource,
     source::{ModelParts, ModelSource},
 };
-use self::{pipeline::Pipeline, stages::Stages};
+use self::{
+    inspect::PARTS,
+    memo::Memo,
+    pipeline::Pipeline,
+    plan_sizes::Sizes,
+    planning::{ENCODER, PlanWork, PlannerParts},
+    stages::Stages,
+};
 use crate::{
     diffusion::DiffusionModel,
-    error::Result,
+    error::{Error, Result},
     memory::{Budget, Device},
+    pixels::Size,
     progress::{CancelToken, Event, Observer, Stage},
-    request::{AskOutcome, AskRequest, EditOutcome, EditRequest, StageReport},
+    request::{
+        AskOutcome, AskRequest, EditOutcome, EditRequest, PlanOutcome, PlanRequest, StageReport,
+        WeightShare,
+    },
     vlm::VisionLanguageModel,
     weights::{ModelFiles, Precision, Storage},
 };
@@ -37,6 +55,8 @@ pub struct EngineOptions {
     pub storage: Option<Storage>,
     /// A ceiling for host memory.
     pub budget: Budget,
+    /// Which model plans, where it is not the editor's own.
+    pub planner: PlannerSource,
     /// Stops the loading of weights.
     pub cancel: CancelToken,
 }
@@ -61,6 +81,7 @@ impl EngineOptions {
 /// request.seed = Some(1);
 /// request.steps = Some(2);
 /// let outcome = engine.edit(&request, &())?;
+/// assert_eq!(outcome.plan.unwrap().steps.len(), 1);
 /// assert_eq!(outcome.picture.rgb.dimensions(), (64, 64));
 /// assert_eq!(outcome.seed, 1);
 /// # Ok::<(), pentimento::Error>(())
@@ -70,8 +91,11 @@ pub struct Engine {
     pipeline: Pipeline,
     info: ModelInfo,
     vlm: VisionLanguageModel,
+    planner: PlannerParts,
     diffusion: DiffusionModel,
+    memo: Memo,
     budget: Budget,
+    weights: Vec<WeightShare>,
     load: StageReport,
 }
 
@@ -87,6 +111,7 @@ impl Engine {
         observer: &dyn Observer,
     ) -> Result<Self> {
         let files = source.files()?;
+        files.require_parts(&PARTS.map(|(part, _)| part))?;
         let pipeline = Pipeline::read(&files)?;
         let info = ModelInfo::from_pipeline(&files, &pipeline)?;
         if info.untrained {
@@ -98,16 +123,22 @@ impl Engine {
         }
         let precision = options.precision()?;
         note_files(&files, observer, &info, &precision);
-        estimate::check_weights(&files, &info.name, &precision, options.budget)?;
+        let mut weights = estimate::weights(&files, &precision)?;
+        estimate::check_weights(&weights, &info.name, &precision, options.budget)?;
         let mut stages = Stages::new(observer);
-        let (vlm, diffusion) = stages.run(Stage::Load, || {
+        let (vlm, planner, diffusion) = stages.run(Stage::Load, || {
             let vlm = load_vlm(&files, &precision)?;
-            Ok((vlm, DiffusionModel::load(&files, &precision)?))
+            let room = (&precision, options.budget);
+            let planner = PlannerParts::load(&options.planner, &files, &vlm, room, observer)?;
+            Ok((vlm, planner, DiffusionModel::load(&files, &precision)?))
         })?;
         let load =
             StageReport { stage: Stage::Load, elapsed: Duration::ZERO, peak_resident_bytes: None };
         let load = stages.finish().pop().unwrap_or(load);
-        Ok(Self { pipeline, info, vlm, diffusion, budget: options.budget, load })
+        let (budget, memo) = (options.budget, Memo::default());
+        weights
+            .extend(planner.own_weight_bytes().map(|bytes| WeightShare { part: "planner", bytes }));
+        Ok(Self { pipeline, info, vlm, planner, diffusion, memo, budget, weights, load })
     }
 
     /// What was opened.
@@ -122,6 +153,24 @@ impl Engine {
         self.load
     }
 
+    /// Whether the text encoder plans as well, so that its weights are in memory once.
+    #[must_use]
+    pub fn planner_is_shared(&self) -> bool {
+        self.planner.own_weight_bytes().is_none()
+    }
+
+    /// Who holds how much memory for weights. A planner that shares the text encoder holds none.
+    #[must_use]
+    pub fn weights(&self) -> &[WeightShare] {
+        &self.weights
+    }
+
+    /// Drops what is kept of earlier requests: tokens and latents of their pictures, and their
+    /// prompts as the editor reads them. Results do not change, only the time of the next request.
+    pub fn forget(&self) {
+        self.memo.clear();
+    }
+
     /// Carries out one edit.
     ///
     /// # Errors
@@ -129,6 +178,24 @@ impl Engine {
     /// not finite.
     pub fn edit(&self, request: &EditRequest, observer: &dyn Observer) -> Result<EditOutcome> {
         edit::run(self, request, observer)
+    }
+
+    /// The decomposition agent's reply to a request, word for word: what
+    /// [`Score`](crate::plan::Score) compares with an annotation.
+    ///
+    /// # Errors
+    /// A request without text or pictures, a reply that is not finished at the limit of tokens, or
+    /// cancellation.
+    pub fn decompose(&self, request: &PlanRequest, observer: &dyn Observer) -> Result<String> {
+        let pictures = plan_pictures(&self.pipeline, request)?;
+        let work = PlanWork {
+            request: &request.prompt,
+            pictures: &pictures,
+            seen: &self.vlm.look(&pictures)?,
+            options: &request.planner,
+            cancel: &request.cancel,
+        };
+        self.planner.decompose(&self.vlm, &work, &mut Stages::new(observer))
     }
 
     /// Answers a question about pictures with the editor's own vision-language model.
@@ -140,7 +207,8 @@ impl Engine {
     }
 }
 
-/// A vision-language model alone, for questions; it loads nothing of the editor.
+/// A model folder's vision-language model alone, for questions and plans; it loads nothing of the
+/// editor.
 ///
 /// ```
 /// use pentimento::{Assistant, AskRequest, EngineOptions, ModelSource, pixels::Picture};
@@ -155,7 +223,9 @@ impl Engine {
 /// ```
 #[derive(Debug)]
 pub struct Assistant {
+    pipeline: Pipeline,
     vlm: VisionLanguageModel,
+    planner: PlannerParts,
 }
 
 impl Assistant {
@@ -169,10 +239,16 @@ impl Assistant {
         observer: &dyn Observer,
     ) -> Result<Self> {
         let files = source.files()?;
+        let pipeline = Pipeline::read(&files)?;
         let precision = options.precision()?;
-        estimate::check_part(&files, "text_encoder", "model", &precision, options.budget)?;
-        let vlm = Stages::new(observer).run(Stage::Load, || load_vlm(&files, &precision))?;
-        Ok(Self { vlm })
+        estimate::check_part(&files, ENCODER, "model", &precision, options.budget)?;
+        let (vlm, planner) = Stages::new(observer).run(Stage::Load, || {
+            let vlm = load_vlm(&files, &precision)?;
+            let room = (&precision, options.budget);
+            let planner = PlannerParts::load(&options.planner, &files, &vlm, room, observer)?;
+            Ok((vlm, planner))
+        })?;
+        Ok(Self { pipeline, vlm, planner })
     }
 
     /// Answers a question about pictures.
@@ -182,6 +258,54 @@ impl Assistant {
     pub fn ask(&self, request: &AskRequest, observer: &dyn Observer) -> Result<AskOutcome> {
         ask::run(&self.vlm, request, observer)
     }
+
+    /// Plans an edit: the plan that [`Engine::edit`] would carry out.
+    ///
+    /// ```
+    /// use pentimento::{Assistant, EngineOptions, ModelSource, PlanRequest, pixels::Picture};
+    ///
+    /// let assistant = Assistant::open(&ModelSource::Mini, &EngineOptions::default(), &())?;
+    /// let picture = Picture::from_rgb(image::RgbImage::from_pixel(64, 64, image::Rgb([90, 140, 200])));
+    /// let request = PlanRequest::new(vec![picture], "make it night");
+    /// let outcome = assistant.plan(&request, &())?;
+    /// assert_eq!(outcome.plan.steps[0].goal, "night");
+    /// # Ok::<(), pentimento::Error>(())
+    /// ```
+    ///
+    /// # Errors
+    /// A request without text or pictures, a reply that is not finished at the limit of tokens, or
+    /// cancellation.
+    pub fn plan(&self, request: &PlanRequest, observer: &dyn Observer) -> Result<PlanOutcome> {
+        let pictures = plan_pictures(&self.pipeline, request)?;
+        let work = PlanWork {
+            request: &request.prompt,
+            pictures: &pictures,
+            seen: &self.vlm.look(&pictures)?,
+            options: &request.planner,
+            cancel: &request.cancel,
+        };
+        let mut stages = Stages::new(observer);
+        let planning = self.planner.plan(&self.vlm, &work, &mut stages)?;
+        observer.event(&Event::Planned(&planning.plan));
+        Ok(PlanOutcome {
+            plan: planning.plan,
+            planned_by: planning.planned_by,
+            reply: planning.reply,
+            tokens: planning.tokens,
+            stages: stages.finish(),
+        })
+    }
+}
+
+/// A request's pictures in the size in which the planner sees them.
+fn plan_pictures(pipeline: &Pipeline, request: &PlanRequest) -> Result<Vec<RgbImage>> {
+    if request.pictures.is_empty() {
+        return Err(Error::field("pictures", "none", "at least one"));
+    }
+    let inputs: Vec<Size> = request.pictures.iter().map(|p| Size::of(&p.rgb)).collect();
+    let sizes = Sizes::vision(pipeline, &inputs, request.area, request.vl_area)?;
+    let sized = request.pictures.iter().zip(sizes);
+    sized.map(|(picture, size)| pass::resized(&picture.rgb, size)).collect()
 }
 
 /// What the user should know about the files and what becomes of their types.
@@ -208,5 +332,5 @@ fn note_files(
 }
 
 fn load_vlm(files: &ModelFiles, precision: &Precision) -> Result<VisionLanguageModel> {
-    VisionLanguageModel::load(files, "text_encoder", precision)
+    VisionLanguageModel::load(files, ENCODER, precision)
 }

@@ -2,7 +2,6 @@
 
 use serde::Deserialize;
 
-use super::inspect::PARTS;
 use crate::{
     error::{ModelError, Result},
     weights::ModelFiles,
@@ -19,6 +18,9 @@ const PICTURE: &str = "<|vision_start|><|image_pad|><|vision_end|>";
 const AREA_PUBLISHED: u64 = 1024 * 1024;
 /// The area at which [`Kind::Plus`] shows pictures to the vision-language model.
 const VL_AREA_PLUS: u64 = 384 * 384;
+
+/// Published checkpoints were trained on sentences.
+const MERGE_PUBLISHED: &str = ". ";
 
 /// The pipelines that are supported.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -38,6 +40,8 @@ pub(crate) struct Pipeline {
     pub(crate) vl_area: u64,
     pub(crate) steps: usize,
     pub(crate) cfg_scale: f64,
+    /// What stands between sub-requests in one prompt.
+    pub(crate) merge: String,
     pub(crate) untrained: bool,
 }
 
@@ -57,6 +61,7 @@ struct PackSettings {
     vl_area: Option<u64>,
     steps: Option<usize>,
     cfg_scale: Option<f64>,
+    merge: Option<String>,
     #[serde(default)]
     untrained: bool,
 }
@@ -77,7 +82,6 @@ impl Pipeline {
     pub(crate) fn read(files: &ModelFiles) -> Result<Self> {
         const INDEX: &str = "model_index.json";
         const SETTINGS: &str = "pentimento.json";
-        files.require_parts(&PARTS.map(|(part, _)| part))?;
         let index: ModelIndex = files.read_json(INDEX)?;
         let class = index.class_name.unwrap_or_else(|| "(no _class_name)".to_owned());
         let kinds = [Kind::Edit, Kind::Plus];
@@ -104,7 +108,8 @@ impl Pipeline {
             Kind::Plus => VL_AREA_PLUS,
         };
         let (area, steps, cfg_scale, untrained) = (AREA_PUBLISHED, 50, 4.0, false);
-        Self { kind, name: files.name(), area, vl_area, steps, cfg_scale, untrained }
+        let merge = MERGE_PUBLISHED.to_owned();
+        Self { kind, name: files.name(), area, vl_area, steps, cfg_scale, merge, untrained }
     }
 
     fn apply(&mut self, settings: PackSettings) {
@@ -113,6 +118,7 @@ impl Pipeline {
         self.vl_area = settings.vl_area.unwrap_or(self.vl_area);
         self.steps = settings.steps.unwrap_or(self.steps);
         self.cfg_scale = settings.cfg_scale.unwrap_or(self.cfg_scale);
+        self.merge = settings.merge.unwrap_or_else(|| std::mem::take(&mut self.merge));
         self.untrained = settings.untrained;
     }
 

@@ -30,12 +30,6 @@ impl Sizes {
         let inputs: Vec<Size> =
             request.pictures.iter().map(|picture| Size::of(&picture.rgb)).collect();
         let area = request.area.unwrap_or(pipeline.area);
-        let vl_area = match (request.vl_area, pipeline.kind) {
-            (Some(area), _) => area,
-            // The first version shows the vision-language model what the autoencoder sees.
-            (None, Kind::Edit) => request.area.unwrap_or(pipeline.vl_area),
-            (None, Kind::Plus) => pipeline.vl_area,
-        };
         let first = inputs[0];
         let asked = (request.width, request.height);
         let calculated = match asked {
@@ -52,10 +46,25 @@ impl Sizes {
         for &input in &inputs[1..] {
             latent.push(Size::for_area(area, input)?);
         }
-        let vision =
-            inputs.iter().map(|&input| Size::for_area(vl_area, input)).collect::<Result<_>>()?;
+        let vision = Self::vision(pipeline, &inputs, request.area, request.vl_area)?;
         let output = if asked == (None, None) { first } else { working };
         Ok(Self { working, output, latent, vision })
+    }
+
+    /// What the vision-language model sees of each picture, which does not depend on the editor.
+    pub(super) fn vision(
+        pipeline: &Pipeline,
+        inputs: &[Size],
+        area: Option<u64>,
+        vl_area: Option<u64>,
+    ) -> Result<Vec<Size>> {
+        let vl_area = match (vl_area, pipeline.kind) {
+            (Some(area), _) => area,
+            // The first version shows the vision-language model what the autoencoder sees.
+            (None, Kind::Edit) => area.unwrap_or(pipeline.vl_area),
+            (None, Kind::Plus) => pipeline.vl_area,
+        };
+        inputs.iter().map(|&input| Size::for_area(vl_area, input)).collect()
     }
 }
 

@@ -1,6 +1,10 @@
 //! Operations together with the weights they read from a checkpoint.
 
+mod low_rank;
+
 use candle_core::{Result as TensorResult, Tensor};
+
+pub use low_rank::LowRank;
 
 use crate::{
     error::Result,

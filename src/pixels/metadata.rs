@@ -47,6 +47,9 @@ pub struct EditRecord {
     pub cfg_scale: f64,
     /// How the request was carried out, for example `direct`.
     pub strategy: String,
+    /// The plan's sub-requests, in their order; none where the prompt went to the editor as it was.
+    #[serde(default)]
+    pub sub_requests: Vec<String>,
     /// The model.
     pub model: ModelRecord,
     /// The size that the model worked at.

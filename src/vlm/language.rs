@@ -6,6 +6,7 @@
 use candle_core::{DType, Device, Tensor};
 
 use super::{
+    adapter::{Call, LayerAdapter},
     cache::Cache,
     config::TextConfig,
     positions::Position,
@@ -13,9 +14,8 @@ use super::{
 };
 use crate::{
     error::Result,
-    layers::{Linear, RmsNorm},
+    layers::{Linear, LowRank, RmsNorm},
     ops::{self, LinearWeight, Mask},
-    progress::CancelToken,
     weights::{Storage, Weights},
 };
 
@@ -60,20 +60,24 @@ impl LanguageModel {
 
     /// Hidden states after the final norm `[1, n, hidden]` for the embeddings of new tokens
     /// `[1, n, hidden]`; with a cache, the tokens in it come before them.
+    ///
+    /// # Errors
+    /// Cancellation, an adapter of another model, or a failure of the device.
     pub(super) fn forward(
         &self,
         embeddings: &Tensor,
         positions: &[Position],
         mut cache: Option<&mut Cache>,
-        cancel: &CancelToken,
+        call: Call<'_>,
     ) -> Result<Tensor> {
+        let adapter = call.adapter.map(|adapter| adapter.check(&self.config)).transpose()?;
         let angles = self.angles(positions)?;
         let offset = cache.as_ref().map_or(0, |cache| cache.len());
         let mut x = embeddings.clone();
         for (index, layer) in self.layers.iter().enumerate() {
-            cancel.check()?;
+            call.cancel.check()?;
             let past = Past { index, offset, cache: cache.as_deref_mut() };
-            x = layer.forward(&x, &angles, past)?;
+            x = layer.forward(&x, &angles, past, adapter.map(|layers| &layers[index]))?;
         }
         Ok(self.norm.forward(&x)?)
     }
@@ -149,13 +153,30 @@ impl Layer {
     }
 
     /// `x: [1, n, hidden]` → the same shape.
-    fn forward(&self, x: &Tensor, angles: &Angles, past: Past<'_>) -> Result<Tensor> {
-        let x = (x + self.attention.forward(&self.input_layernorm.forward(x)?, angles, past)?)?;
+    fn forward(
+        &self,
+        x: &Tensor,
+        angles: &Angles,
+        past: Past<'_>,
+        adapter: Option<&LayerAdapter>,
+    ) -> Result<Tensor> {
+        let normed = self.input_layernorm.forward(x)?;
+        let x = (x + self.attention.forward(&normed, angles, past, adapter)?)?;
         let normed = self.post_attention_layernorm.forward(&x)?;
-        let inner =
-            ops::swiglu(&self.gate_proj.forward(&normed)?, &self.up_proj.forward(&normed)?)?;
-        Ok((x + self.down_proj.forward(&inner)?)?)
+        let gate = self.gate_proj.forward_changed(&normed, change(adapter, |a| &a.gate_proj))?;
+        let up = self.up_proj.forward_changed(&normed, change(adapter, |a| &a.up_proj))?;
+        let inner = ops::swiglu(&gate, &up)?;
+        let down = self.down_proj.forward_changed(&inner, change(adapter, |a| &a.down_proj))?;
+        Ok((x + down)?)
     }
+}
+
+/// An adapter's change of one matrix, where there is one.
+fn change(
+    adapter: Option<&LayerAdapter>,
+    of: impl Fn(&LayerAdapter) -> &Option<LowRank>,
+) -> Option<&LowRank> {
+    of(adapter?).as_ref()
 }
 
 #[derive(Debug)]
@@ -184,12 +205,21 @@ impl Attention {
     }
 
     /// `x: [1, n, hidden]` → the same shape.
-    fn forward(&self, x: &Tensor, angles: &Angles, past: Past<'_>) -> Result<Tensor> {
+    fn forward(
+        &self,
+        x: &Tensor,
+        angles: &Angles,
+        past: Past<'_>,
+        adapter: Option<&LayerAdapter>,
+    ) -> Result<Tensor> {
         let (b, n, width) = x.dims3()?;
         let split = |x: Tensor, heads| x.reshape((b, n, heads, self.head_dim)); // (b, n, h, d)
-        let q = angles.rotate(&split(self.q_proj.forward(x)?, self.heads)?)?;
-        let k = angles.rotate(&split(self.k_proj.forward(x)?, self.kv_heads)?)?;
-        let v = split(self.v_proj.forward(x)?, self.kv_heads)?;
+        let q = self.q_proj.forward_changed(x, change(adapter, |a| &a.q_proj))?;
+        let k = self.k_proj.forward_changed(x, change(adapter, |a| &a.k_proj))?;
+        let v = self.v_proj.forward_changed(x, change(adapter, |a| &a.v_proj))?;
+        let q = angles.rotate(&split(q, self.heads)?)?;
+        let k = angles.rotate(&split(k, self.kv_heads)?)?;
+        let v = split(v, self.kv_heads)?;
         let (k, v) = match past.cache {
             Some(cache) => cache.append(past.index, &k, &v)?,
             None => (k, v),
@@ -197,6 +227,7 @@ impl Attention {
         #[expect(clippy::cast_precision_loss, reason = "a head is narrow")]
         let scale = (self.head_dim as f32).sqrt().recip();
         let y = ops::attention(&q, &k, &v, scale, Mask::Causal { offset: past.offset })?;
-        Ok(self.o_proj.forward(&y.reshape((b, n, width))?)?) // (b, n, hidden)
+        let y = y.reshape((b, n, width))?;
+        Ok(self.o_proj.forward_changed(&y, change(adapter, |a| &a.o_proj))?) // (b, n, hidden)
     }
 }

@@ -5,9 +5,12 @@
 //! [`logits`](VisionLanguageModel::logits), or an answer by
 //! [`generate`](VisionLanguageModel::generate).
 
+pub mod adapter;
+mod adapter_config;
 mod cache;
 pub mod config;
 mod config_keys;
+pub mod constraint;
 pub mod generate;
 pub(crate) mod gguf;
 mod language;
@@ -18,16 +21,20 @@ pub mod preprocess;
 pub(crate) mod published;
 mod rotary;
 pub mod sampling;
+pub mod seen;
 pub mod template;
 pub mod tokenizer;
 mod vision;
 
+pub use adapter::{Adapter, Call};
 pub use config::{Config, TextConfig, VisionConfig};
+pub use constraint::{Allowed, Constraint};
 pub use generate::{Finish, GenerateOptions, Generation};
 pub use model::{IMAGE_PLACEHOLDER, Inputs, VisionLanguageModel};
 pub use names::canonical_name;
 pub use positions::{Position, Positions};
 pub use preprocess::{PatchGrid, Patches, Preprocessor};
 pub use sampling::Sampling;
+pub use seen::Seen;
 pub use template::{ChatTemplate, Message, Part};
 pub use tokenizer::{TextStream, Tokenizer};

@@ -1,18 +1,24 @@
 //! The whole model: text and pictures in; hidden states, logits or an answer out.
 
-use std::{ops::Range, sync::OnceLock};
+use std::{
+    ops::Range,
+    sync::{Arc, OnceLock},
+};
 
 use candle_core::{DType, Tensor};
 use image::RgbImage;
 
 use super::{
+    adapter::{Adapter, Call},
     cache::Cache,
     config::Config,
+    constraint::{Constraint, Vocabulary},
     generate::{Finish, GenerateOptions, Generation},
     language::LanguageModel,
     names,
     positions::{Positions, small},
     preprocess::{PatchGrid, Patches, Preprocessor},
+    seen::Seen,
     template::{ChatTemplate, Message},
     tokenizer::Tokenizer,
     vision::VisionTower,
@@ -39,7 +45,7 @@ const EMBEDDING: &str = "model.embed_tokens.weight";
 pub struct Inputs {
     tokens: Vec<u32>,
     positions: Positions,
-    patches: Option<Patches>,
+    seen: Seen,
     /// The tokens that each picture takes.
     spans: Vec<Range<usize>>,
 }
@@ -60,7 +66,7 @@ impl Inputs {
     /// The pictures' patches; `None` without a picture.
     #[must_use]
     pub fn patches(&self) -> Option<&Patches> {
-        self.patches.as_ref()
+        self.seen.patches()
     }
 
     /// The same inputs with the tokens of an answer after them, for judging an answer that is known.
@@ -99,6 +105,9 @@ pub struct VisionLanguageModel {
     language: LanguageModel,
     weights: Weights,
     head: OnceLock<Linear>,
+    vocabulary: OnceLock<Vocabulary>,
+    /// Tells pictures that this model has looked at from those of another.
+    identity: Arc<()>,
 }
 
 impl VisionLanguageModel {
@@ -129,9 +138,19 @@ impl VisionLanguageModel {
             language,
             weights,
             head: OnceLock::new(),
+            vocabulary: OnceLock::new(),
+            identity: Arc::new(()),
         };
         model.check_head()?;
         Ok(model)
+    }
+
+    /// Reads a low-rank adapter of the language model, to be named in the [`Call`]s that it is for.
+    ///
+    /// # Errors
+    /// As [`Adapter::load`].
+    pub fn load_adapter(&self, files: &ModelFiles, folder: &str) -> Result<Adapter> {
+        Adapter::load(files, folder, &self.config.text, self.weights.precision())
     }
 
     /// The model's dimensions.
@@ -166,6 +185,23 @@ impl VisionLanguageModel {
         self.template.render(messages)
     }
 
+    /// Cuts `pictures` into patches, for any number of prompts about them; their tokens are
+    /// computed when the first prompt needs them, and once.
+    ///
+    /// # Errors
+    /// A picture that cannot be resized.
+    pub fn look(&self, pictures: &[RgbImage]) -> Result<Seen> {
+        let merge = self.config.vision.merge_size;
+        let grids: Result<Vec<PatchGrid>> = pictures
+            .iter()
+            .map(|picture| {
+                let grid = self.preprocessor.grid(picture.width(), picture.height())?;
+                Ok(grid.merged(merge))
+            })
+            .collect();
+        Ok(Seen::new(&self.identity, grids?, self.preprocessor.patches(pictures)?))
+    }
+
     /// Tokenizes `text` and cuts `pictures` into patches. Each [`IMAGE_PLACEHOLDER`] in `text`
     /// stands for the next picture.
     ///
@@ -173,31 +209,36 @@ impl VisionLanguageModel {
     /// A text without tokens, more or fewer placeholders than pictures, a picture that cannot be
     /// resized, or more tokens than the model has positions.
     pub fn prepare(&self, text: &str, pictures: &[RgbImage]) -> Result<Inputs> {
+        self.prepare_seen(text, &self.look(pictures)?)
+    }
+
+    /// [`Self::prepare`] for pictures that this model has looked at before.
+    ///
+    /// # Errors
+    /// As [`Self::prepare`], and pictures that another model has looked at.
+    pub fn prepare_seen(&self, text: &str, seen: &Seen) -> Result<Inputs> {
+        if !seen.is_of(&self.identity) {
+            return Err(Error::field("pictures", "seen by another model", "this model's"));
+        }
         let written = self.tokenizer.encode(text)?;
         if written.is_empty() {
             return Err(Error::field("prompt", "no text", "at least one character"));
         }
         let image_token = self.config.image_token_id;
         let placeholders = written.iter().filter(|token| **token == image_token).count();
-        if placeholders != pictures.len() {
+        if placeholders != seen.grids().len() {
             let found = format!("{placeholders} × {IMAGE_PLACEHOLDER}");
-            let expected = format!("one for each of the {} pictures", pictures.len());
+            let expected = format!("one for each of the {} pictures", seen.grids().len());
             return Err(Error::field("prompt", found, expected));
         }
-        let merge = self.config.vision.merge_size;
-        let grids: Result<Vec<PatchGrid>> = pictures
-            .iter()
-            .map(|picture| self.preprocessor.grid(picture.width(), picture.height()))
-            .collect();
-        let merged: Vec<PatchGrid> = grids?.iter().map(|grid| grid.merged(merge)).collect();
-        let picture_tokens: usize = merged.iter().map(|grid| grid.patches()).sum();
+        let picture_tokens: usize = seen.grids().iter().map(|grid| grid.patches()).sum();
         let count = written.len() - placeholders + picture_tokens;
         self.check_length(count, picture_tokens)?;
-        let (tokens, spans) = expand(&written, image_token, &merged);
-        let spans_and_grids: Vec<_> = spans.iter().cloned().zip(merged).collect();
+        let (tokens, spans) = expand(&written, image_token, seen.grids());
+        let spans_and_grids: Vec<_> =
+            spans.iter().cloned().zip(seen.grids().iter().copied()).collect();
         let positions = Positions::multimodal(tokens.len(), &spans_and_grids);
-        let patches = self.preprocessor.patches(pictures)?;
-        Ok(Inputs { tokens, positions, patches, spans })
+        Ok(Inputs { tokens, positions, seen: seen.clone(), spans })
     }
 
     /// Tokens of the pictures `[tokens, hidden]`, one picture after the other; `None` without a
@@ -210,7 +251,7 @@ impl VisionLanguageModel {
         inputs: &Inputs,
         cancel: &CancelToken,
     ) -> Result<Option<Tensor>> {
-        let Some(patches) = &inputs.patches else { return Ok(None) };
+        let Some(patches) = inputs.patches() else { return Ok(None) };
         Ok(Some(self.vision.forward(patches, cancel)?.squeeze(0)?))
     }
 
@@ -218,30 +259,65 @@ impl VisionLanguageModel {
     /// `hidden_states`.
     ///
     /// # Errors
-    /// Cancellation, or a failure of the device.
-    pub fn hidden_states(&self, inputs: &Inputs, cancel: &CancelToken) -> Result<Tensor> {
-        self.prefill(inputs, None, cancel)
+    /// Cancellation, an adapter of another model, or a failure of the device.
+    pub fn hidden_states<'a>(&self, inputs: &Inputs, call: impl Into<Call<'a>>) -> Result<Tensor> {
+        self.prefill(inputs, None, call.into())
     }
 
     /// Logits of every token, `[1, n, vocabulary]`.
     ///
     /// # Errors
-    /// Cancellation, or a failure of the device.
-    pub fn logits(&self, inputs: &Inputs, cancel: &CancelToken) -> Result<Tensor> {
-        let hidden = self.hidden_states(inputs, cancel)?;
+    /// Cancellation, an adapter of another model, or a failure of the device.
+    pub fn logits<'a>(&self, inputs: &Inputs, call: impl Into<Call<'a>>) -> Result<Tensor> {
+        let hidden = self.hidden_states(inputs, call)?;
         Ok(self.head()?.forward(&hidden)?)
+    }
+
+    /// A constraint that lets an answer be only what `grammar` derives: Lark in llguidance's
+    /// dialect, <https://github.com/guidance-ai/llguidance/blob/v1.9.1/docs/syntax.md>.
+    ///
+    /// # Errors
+    /// A grammar that cannot be parsed.
+    pub fn constraint(&self, grammar: &str) -> Result<Constraint> {
+        let vocabulary = match self.vocabulary.get() {
+            Some(vocabulary) => vocabulary,
+            None => {
+                let built = Vocabulary::new(
+                    &self.tokenizer,
+                    self.config.text.vocab_size,
+                    &self.defaults.stop_tokens,
+                )?;
+                self.vocabulary.get_or_init(|| built)
+            }
+        };
+        vocabulary.constraint(grammar)
     }
 
     /// Writes an answer; `on_text` hears each piece of text as soon as its characters are whole.
     ///
     /// # Errors
-    /// Options outside their range, cancellation (looked at before each layer of each token),
-    /// logits that are not finite, or a failure of the device.
-    pub fn generate(
+    /// Options outside their range, cancellation (looked at before each layer of each token), an
+    /// adapter of another model, logits that are not finite, or a failure of the device.
+    pub fn generate<'a>(
         &self,
         inputs: &Inputs,
         options: &GenerateOptions,
-        cancel: &CancelToken,
+        call: impl Into<Call<'a>>,
+        on_text: &mut dyn FnMut(&str),
+    ) -> Result<Generation> {
+        self.generate_within(inputs, options, None, call.into(), on_text)
+    }
+
+    /// [`Self::generate`] where each token is chosen among those that the constraint allows.
+    ///
+    /// # Errors
+    /// As [`Self::generate`], and a constraint of another vocabulary.
+    pub fn generate_within(
+        &self,
+        inputs: &Inputs,
+        options: &GenerateOptions,
+        mut constraint: Option<&mut Constraint>,
+        call: Call<'_>,
         on_text: &mut dyn FnMut(&str),
     ) -> Result<Generation> {
         let mut sampler = options.sampler()?;
@@ -249,12 +325,16 @@ impl VisionLanguageModel {
         let room = self.config.text.max_position_embeddings.saturating_sub(seen.len());
         let steps = options.max_new_tokens.min(room);
         let mut cache = self.language.cache(seen.len() + steps.min(CACHE_TOKENS));
-        let mut hidden = self.prefill(inputs, Some(&mut cache), cancel)?;
+        let mut hidden = self.prefill(inputs, Some(&mut cache), call)?;
         let mut text = String::new();
         let mut stream = self.tokenizer.stream();
         let mut finish = Finish::Length;
         for step in 0..steps {
-            let token = sampler.choose(self.next_logits(&hidden)?, &seen)?;
+            let allowed = match &mut constraint {
+                Some(constraint) => Some(constraint.allowed()?),
+                None => None,
+            };
+            let token = sampler.choose(self.next_logits(&hidden)?, &seen, allowed.as_ref())?;
             seen.push(token);
             if options.stop_tokens.contains(&token) {
                 finish = Finish::Stop;
@@ -262,10 +342,17 @@ impl VisionLanguageModel {
             }
             let piece = stream.push(token)?;
             hear(&piece, &mut text, on_text);
+            if let Some(constraint) = &mut constraint {
+                constraint.accept(token)?;
+                if constraint.is_complete() {
+                    finish = Finish::Stop; // nothing may follow but the end
+                    break;
+                }
+            }
             if step + 1 < steps {
                 let at = inputs.positions.next + small(step);
                 let embedding = self.language.embed(&[token])?;
-                hidden = self.language.forward(&embedding, &[[at; 3]], Some(&mut cache), cancel)?;
+                hidden = self.language.forward(&embedding, &[[at; 3]], Some(&mut cache), call)?;
             }
         }
         hear(&stream.finish()?, &mut text, on_text);
@@ -277,14 +364,14 @@ impl VisionLanguageModel {
         &self,
         inputs: &Inputs,
         cache: Option<&mut Cache>,
-        cancel: &CancelToken,
+        call: Call<'_>,
     ) -> Result<Tensor> {
-        let vision = self.vision_embeddings(inputs, cancel)?;
+        let vision = inputs.seen.embeddings(|| self.vision_embeddings(inputs, call.cancel))?;
         let mut embeddings = self.language.embed(&inputs.tokens)?;
         if let Some(vision) = vision {
             embeddings = insert(&embeddings, &vision.unsqueeze(0)?, &inputs.spans)?;
         }
-        self.language.forward(&embeddings, &inputs.positions.tokens, cache, cancel)
+        self.language.forward(&embeddings, &inputs.positions.tokens, cache, call)
     }
 
     /// Logits after the last token, on the host.

@@ -6,7 +6,11 @@
 
 use rand_mt::Mt64;
 
+use super::constraint::Allowed;
 use crate::error::{Error, Result};
+
+/// The logit of a token that may not come next: finite, and without a share in any sum.
+const FORBIDDEN: f32 = -1e30;
 
 /// How a token is chosen.
 #[derive(Debug, Clone, Copy, PartialEq)]
@@ -61,14 +65,22 @@ impl Sampler {
         Ok(Self { sampling, repetition_penalty, random: Mt64::new(seed) })
     }
 
-    /// The next token after `seen` (prompt and answer so far).
-    pub(super) fn choose(&mut self, mut logits: Vec<f32>, seen: &[u32]) -> Result<u32> {
+    /// The next token after `seen` (prompt and answer so far), one of the `allowed` ones.
+    pub(super) fn choose(
+        &mut self,
+        mut logits: Vec<f32>,
+        seen: &[u32],
+        allowed: Option<&Allowed>,
+    ) -> Result<u32> {
         let count = logits.iter().filter(|logit| !logit.is_finite()).count();
         if count > 0 {
             let hint = "the weights may be damaged, or too large for this type; try --dtype f32";
             return Err(Error::NotFinite { stage: "logits", count, total: logits.len(), hint });
         }
         penalize(&mut logits, seen, self.repetition_penalty);
+        if let Some(allowed) = allowed {
+            forbid(&mut logits, allowed);
+        }
         let token = match self.sampling {
             Sampling::Greedy => likeliest(&logits),
             Sampling::Random { temperature, top_k, top_p } => {
@@ -84,6 +96,15 @@ impl Sampler {
         #[expect(clippy::cast_precision_loss, reason = "53 bits are exact in f64")]
         let bits = (self.random.next_u64() >> 11) as f64;
         bits / (1_u64 << 53) as f64
+    }
+}
+
+/// Leaves only the allowed tokens a chance.
+fn forbid(logits: &mut [f32], allowed: &Allowed) {
+    for (token, logit) in logits.iter_mut().enumerate() {
+        if !allowed.contains(super::positions::small(token)) {
+            *logit = FORBIDDEN;
+        }
     }
 }
 
@@ -188,7 +209,7 @@ mod tests {
         let sampling = Sampling::Random { temperature: 1.0, top_k: None, top_p: 1.0 };
         let run = |seed| -> Vec<u32> {
             let mut sampler = Sampler::new(sampling, 1.0, seed).unwrap();
-            (0..4000).map(|_| sampler.choose(LOGITS.to_vec(), &[]).unwrap()).collect()
+            (0..4000).map(|_| sampler.choose(LOGITS.to_vec(), &[], None).unwrap()).collect()
         };
         let drawn = run(7);
         let share = drawn.iter().filter(|token| **token == 1).count();
@@ -207,7 +228,7 @@ mod tests {
         assert!(error(random(1.0, None, 1.5), 1.0).contains("top_p"));
         assert!(error(Sampling::Greedy, 0.0).contains("repetition_penalty"));
         let mut sampler = Sampler::new(Sampling::Greedy, 1.0, 0).unwrap();
-        let error = sampler.choose(vec![0.0, f32::NAN], &[]).unwrap_err();
+        let error = sampler.choose(vec![0.0, f32::NAN], &[], None).unwrap_err();
         assert!(matches!(error, Error::NotFinite { count: 1, total: 2, .. }), "{error}");
     }
 

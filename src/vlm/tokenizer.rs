@@ -28,6 +28,15 @@ const TEXT_BYTES_MAX: usize = 4 << 20;
 /// What stands for bytes that are not UTF-8 (yet).
 const REPLACEMENT: char = '\u{fffd}';
 
+/// What a token stands for, as bytes.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(super) enum Piece {
+    /// A piece of text, which need not be whole characters.
+    Text(Vec<u8>),
+    /// A token that is not text, as it is written.
+    Special(Vec<u8>),
+}
+
 /// A vocabulary with its merges and special tokens.
 #[derive(Debug, Clone)]
 pub struct Tokenizer(Bpe);
@@ -137,6 +146,22 @@ impl Tokenizer {
         self.0.token_to_id(token)
     }
 
+    /// What each of the first `count` ids stands for; nothing for an id without a token.
+    pub(super) fn pieces(&self, count: u32) -> Vec<Piece> {
+        let added = self.0.get_added_tokens_decoder();
+        let bytes = bytes_by_character();
+        let piece = |id| {
+            if let Some(token) = added.get(&id) {
+                let content = token.content.clone().into_bytes();
+                return if token.special { Piece::Special(content) } else { Piece::Text(content) };
+            }
+            let written = self.0.id_to_token(id).unwrap_or_default();
+            let text: Option<Vec<u8>> = written.chars().map(|c| bytes.get(&c).copied()).collect();
+            Piece::Text(text.unwrap_or_default())
+        };
+        (0..count).map(piece).collect()
+    }
+
     /// One more than the largest id.
     #[must_use]
     pub fn id_end(&self) -> u32 {
@@ -206,6 +231,15 @@ impl TextStream<'_> {
     }
 }
 
+/// The byte that each character of a byte-level vocabulary stands for: printable Latin-1 characters
+/// stand for themselves, the other bytes follow from U+0100 on.
+fn bytes_by_character() -> BTreeMap<char, u8> {
+    let plain = |byte: &u8| matches!(byte, b'!'..=b'~' | 0xa1..=0xac | 0xae..=0xff);
+    let (plain, other): (Vec<u8>, Vec<u8>) = (0..=u8::MAX).partition(plain);
+    let later = ('\u{100}'..).zip(other);
+    plain.into_iter().map(|byte| (char::from(byte), byte)).chain(later).collect()
+}
+
 /// `merges.txt`: a pair of tokens on each line.
 fn merges(files: &ModelFiles, path: &str) -> Result<Vec<(String, String)>> {
     let text = files.read_text(path)?;
@@ -250,4 +284,17 @@ fn added_tokens(files: &ModelFiles, folder: &str) -> Result<BTreeMap<u32, AddedT
         }
     }
     Ok(added)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_byte_has_one_character() {
+        let bytes = bytes_by_character();
+        assert_eq!(bytes.len(), 256);
+        assert_eq!((bytes[&'A'], bytes[&'Ġ'], bytes[&'Ċ']), (b'A', b' ', b'\n'));
+        assert_eq!(bytes[&'\u{143}'], 0xad); // the last of those that follow
+    }
 }

@@ -64,6 +64,8 @@ fn quick<'a>(input: &'a str, output: &'a str, model: &'a str) -> Vec<&'a str> {
         "2",
         "-s",
         "7",
+        "--strategy",
+        "direct",
     ]
 }
 
@@ -76,7 +78,7 @@ fn edits_from_file_to_file_are_the_references() {
             let out = folder.path().join(format!("{}-{tag}.png", reference.name()));
             let cases = reference.folder.join("cases");
             let mut command = pentimento();
-            command.args(["edit", "--quiet", "--device", "cpu"]);
+            command.args(["edit", "--quiet", "--device", "cpu", "--strategy", "direct"]);
             command.arg("-i").arg(cases.join("edit_in.png"));
             if tag == "pipe.two" {
                 command.arg("-i").arg(cases.join("edit_in2.png"));
@@ -267,7 +269,11 @@ fn usage_is_2_and_model_files_are_3_and_memory_is_4() {
         stderr_of(&arguments, code, words);
     };
     check(&["--no-such-flag"], 2, &["--no-such-flag"]);
-    check(&["--strategy", "sequential"], 2, &["direct"]);
+    stderr_of(
+        &["edit", "-i", &sample, "-o", &out, "-p", "x", "--strategy", "guess"],
+        2,
+        &["single", "sequential", "direct", "auto"],
+    );
     check(&["--device", "tpu"], 2, &["--device", "tpu", "cuda:N"]);
     check(&["-W", "100"], 2, &["width", "100", "96 or 112"]);
     check(&["--threads", "0"], 2, &["--threads"]);
@@ -295,12 +301,24 @@ fn prompts_come_from_files_and_words_too() {
     fs_err::write(folder.path().join("prompt.txt"), "make it night\n").unwrap();
     let (a, b, c, prompt) = (path("a.png"), path("b.png"), path("c.png"), path("prompt.txt"));
     run(&quick(&sample, &a, &model), 0);
-    let common = ["--model", &model, "--area", "64x64", "--steps", "2", "-s", "7", "-i", &sample];
+    let common = [
+        "--model",
+        &model,
+        "--area",
+        "64x64",
+        "--steps",
+        "2",
+        "-s",
+        "7",
+        "-i",
+        &sample,
+        "--strategy",
+        "direct",
+    ];
     run(&[&["edit", "--prompt-file", &prompt, "-o", &b], common.as_slice()].concat(), 0);
     run(&[&["edit", "make it night", "-o", &c], common.as_slice()].concat(), 0);
     let open = |name: &str| image::open(name).unwrap();
-    assert_eq!(open(&a), open(&b));
-    assert_eq!(open(&a), open(&c));
+    assert!(open(&a) == open(&b) && open(&a) == open(&c));
 }
 
 #[test]
@@ -377,4 +395,147 @@ fn ask_answers_and_info_and_doctor_tell() {
     for shell in ["bash", "zsh", "fish"] {
         assert!(text(&run(&["completions", shell], 0).stdout).contains("pentimento"));
     }
+}
+
+#[test]
+fn a_plan_is_shown_changed_and_carried_out() {
+    let folder = tempfile::tempdir().unwrap();
+    let at = |name: &str| folder.path().join(name).display().to_string();
+    let street = street();
+    let request = "paint the house blue, take away the car and make it night";
+    let shown = text(&run(&["plan", "-i", &street, "-p", request], 0).stdout);
+    for word in ["request   paint", "actions   recolor; delete", "step 3"] {
+        assert!(shown.contains(word), "{shown}");
+    }
+    let output = run(&["plan", "-i", &street, request, "--json"], 0);
+    let mut plan: serde_json::Value = serde_json::from_slice(&output.stdout).unwrap();
+    assert_eq!((plan["version"].as_u64(), plan["steps"].as_array().unwrap().len()), (Some(1), 3));
+
+    // A step less, by hand; the plan comes through stdin.
+    plan["steps"].as_array_mut().unwrap().remove(1);
+    let mut child = pentimento()
+        .args(["edit", "-i", &street, "--plan", "-", "-o", &at("out.png"), "--json", "-s", "3"])
+        .args(["--strategy", "sequential", "--keep-steps", &at("steps")])
+        .stdin(Stdio::piped())
+        .stdout(Stdio::piped())
+        .stderr(Stdio::piped())
+        .spawn()
+        .unwrap();
+    std::io::Write::write_all(child.stdin.as_mut().unwrap(), plan.to_string().as_bytes()).unwrap();
+    let output = child.wait_with_output().unwrap();
+    let stderr = text(&output.stderr);
+    assert!(output.status.success(), "{stderr}");
+    assert!(stderr.contains("step 2    change the background to night"), "{stderr}");
+    let report: serde_json::Value = serde_json::from_slice(&output.stdout).unwrap();
+    assert_eq!((&report["strategy"], &report["plan"]), (&"sequential".into(), &plan));
+    assert_eq!(report["prompt"], request);
+    assert_eq!(report["planner"]["shares_text_encoder"], true);
+    let picture = |name: &str| image::open(at(name)).unwrap().into_rgb8();
+    assert!(picture("steps/step-2.png") == picture("out.png"));
+    assert!(picture("steps/step-1.png") != picture("out.png"));
+    assert!(!folder.path().join("steps/step-3.png").exists());
+
+    // Kept steps are not overwritten, which is said before any work.
+    let again = [
+        "edit",
+        "-i",
+        &street,
+        "-p",
+        request,
+        "-o",
+        &at("b.png"),
+        "--strategy",
+        "sequential",
+        "--keep-steps",
+        &at("steps"),
+    ];
+    stderr_of(&again, 1, &["step-1.png", "--force"]);
+}
+
+#[test]
+fn bad_plans_are_wrong_usage() {
+    let folder = tempfile::tempdir().unwrap();
+    let (out, file) = (folder.path().join("o.png"), folder.path().join("plan.json"));
+    let (out, plan) = (out.display().to_string(), file.display().to_string());
+    let street = street();
+    let edit = ["edit", "-i", &street, "--plan", &plan, "-o", &out];
+    let step = |action: &str, goal: &str| {
+        format!(r#"{{"action":"{action}","subject":"car","goal":"{goal}","prompt":"{goal}"}}"#)
+    };
+    for (json, words) in [
+        ("{", vec!["plan, line 1, column 1"]),
+        (r#"{"version":7,"steps":[]}"#, vec!["version: 7, expected 1"]),
+        (r#"{"version":1,"steps":[]}"#, vec!["steps: 0 steps"]),
+        (
+            &format!(
+                r#"{{"version":1,"steps":[{},{}]}}"#,
+                step("recolor", "red"),
+                step("recolor", "blue")
+            ),
+            vec!["steps[1]", "steps[0]", "contradiction"],
+        ),
+    ] {
+        fs_err::write(&file, json).unwrap();
+        stderr_of(&edit, 2, &words);
+    }
+    fs_err::write(&file, b"\xff").unwrap();
+    stderr_of(&edit, 2, &["byte 0", "UTF-8"]);
+    stderr_of(&["edit", "-i", "-", "--plan", "-", "-o", &out], 2, &["stdin at most once"]);
+    let prompts = folder.path().join("prompts.txt").display().to_string();
+    fs_err::write(&prompts, "[decompose.user]\nno place for it\n").unwrap();
+    let planned = ["plan", "-i", &street, "-p", "x", "--planner-prompt", &prompts];
+    stderr_of(&planned, 2, &["planner prompt", "{request}"]);
+    stderr_of(&["plan", "-i", &street], 2, &["--prompt"]);
+    let short = ["plan", "-i", &street, "-p", "make it night", "--planner-tokens", "4"];
+    stderr_of(&short, 1, &["not finished after 4 tokens", "<action>", "--planner-tokens"]);
+    assert!(!Path::new(&out).exists());
+}
+
+fn street() -> String {
+    let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("models/mini/samples");
+    folder.join("street.png").display().to_string()
+}
+
+#[test]
+fn scenes_are_measured_and_shown() {
+    let output = run(&["eval", "scenes", "--count", "1", "--only", "single", "--json", "-q"], 0);
+    let value: serde_json::Value = serde_json::from_slice(&output.stdout).unwrap();
+    assert_eq!((&value["version"], &value["seed"]), (&1.into(), &7.into()));
+    assert_eq!(value["model"]["name"], "mini");
+    assert_eq!(value["single"]["rows"].as_array().unwrap().len(), 7);
+    assert_eq!((&value["single"]["all"]["of"], &value["many"]), (&7.into(), &().into()));
+    let table = run(&["eval", "scenes", "--count", "1", "--only", "wordings,single", "-s", "3"], 0);
+    let table = text(&table.stdout);
+    assert!(table.contains("pointing, held out") && table.contains("recolor"), "{table}");
+
+    let folder = tempfile::tempdir().unwrap();
+    let sheet = folder.path().join("sheet.png").display().to_string();
+    let arguments = ["eval", "scenes", "--contact-sheet", &sheet, "-N", "2", "-q"];
+    let lines = text(&run(&arguments, 0).stdout);
+    assert!(lines.starts_with("  1  ") && lines.ends_with(&format!("{sheet}\n")), "{lines}");
+    assert_eq!(image::image_dimensions(&sheet).unwrap(), (2 * 408 + 18, 228));
+    stderr_of(&arguments, 1, &["already exists"]);
+    run(&[&arguments[..], &["--force"]].concat(), 0);
+    stderr_of(&["eval", "scenes", "--count", "0"], 2, &["count", "0", "1 to 10000"]);
+    stderr_of(&["eval", "scenes", "--only", "everything"], 2, &["everything", "wordings"]);
+    stderr_of(&["eval", "scenes", "--force"], 2, &["--contact-sheet"]);
+}
+
+#[test]
+fn drift_is_measured_for_both_ways_of_handing_on() {
+    let drift = ["eval", "drift", "-N", "1", "--passes", "4", "--json", "-q"];
+    let value: serde_json::Value = serde_json::from_slice(&run(&drift, 0).stdout).unwrap();
+    let ways = value["ways"].as_array().unwrap();
+    assert_eq!(
+        (&ways[0]["hand_over"], &ways[1]["hand_over"]),
+        (&"latents".into(), &"pixels".into())
+    );
+    for way in ways {
+        let rows = way["rows"].as_array().unwrap();
+        assert_eq!((&rows[0]["passes"], &rows[1]["passes"]), (&2.into(), &4.into()));
+        assert!(rows.iter().all(|row| row["psnr_db"].as_f64().unwrap() > 10.0), "{value}");
+    }
+    assert_ne!(ways[0]["rows"], ways[1]["rows"]);
+    stderr_of(&["eval", "drift", "--passes", "3"], 2, &["passes", "even number"]);
+    stderr_of(&["eval", "drift", "-N", "0"], 2, &["count"]);
 }

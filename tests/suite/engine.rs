@@ -5,7 +5,7 @@ use std::{cell::RefCell, path::Path, time::Instant};
 use candle_core::{DType, Device, Tensor};
 use image::RgbImage;
 use pentimento::{
-    CancelToken, EditRequest, Engine, EngineOptions, Error, Event, ModelSource, Stage,
+    CancelToken, EditRequest, Engine, EngineOptions, Error, Event, ModelSource, Stage, Strategy,
     memory::Budget,
     pixels::{Limits, Picture},
     weights::Storage,
@@ -18,6 +18,13 @@ const VL_AREA_PLUS: u64 = 112 * 112;
 
 fn options() -> EngineOptions {
     EngineOptions { device: pentimento::Device::Cpu, ..EngineOptions::default() }
+}
+
+/// A request that needs no planner: the reference checkpoints' weights are random.
+pub(crate) fn direct(picture: Picture, prompt: &str) -> EditRequest {
+    let mut request = EditRequest::new(picture, prompt);
+    request.strategy = Strategy::Direct;
+    request
 }
 
 fn open(reference: &Reference) -> Engine {
@@ -38,6 +45,7 @@ pub(crate) fn request(reference: &Reference, tag: &str) -> EditRequest {
         request.pictures.push(picture(&cases.join("edit_in2.png")));
     }
     let number = |field: &str| facts[field].as_u64().unwrap();
+    request.strategy = Strategy::Direct;
     request.negative_prompt = facts["negative_prompt"].as_str().map(str::to_owned);
     request.cfg_scale = facts["true_cfg_scale"].as_f64();
     request.steps = Some(number("steps").try_into().unwrap());
@@ -101,7 +109,7 @@ fn the_shipped_pack_makes_its_sample_pictures() {
     for sample in samples {
         let field = |name: &str| sample[name].as_str().unwrap().to_owned();
         let input = picture(&folder.join(field("input")));
-        let mut request = EditRequest::new(input, field("prompt"));
+        let mut request = direct(input, &field("prompt"));
         request.seed = Some(0);
         let outcome = engine.edit(&request, &()).unwrap();
         let expected = picture(&folder.join(field("expected"))).rgb;
@@ -114,7 +122,10 @@ fn the_same_seed_gives_the_same_picture_on_any_number_of_threads() {
     let reference = Reference::open("tiny-qwen-2511");
     let engine = open(&reference);
     let request = request(&reference, "pipe.two");
-    let edit = || engine.edit(&request, &()).unwrap().picture.rgb;
+    let edit = || {
+        engine.forget();
+        engine.edit(&request, &()).unwrap().picture.rgb
+    };
     let first = edit();
     for threads in [1, 3] {
         let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build().unwrap();
@@ -130,7 +141,7 @@ fn the_result_has_the_inputs_size_alpha_and_profile() {
         Picture::from_rgb(RgbImage::from_fn(75, 50, |x, y| image::Rgb([x as u8, y as u8, 9])));
     input.alpha = Some(image::GrayImage::from_fn(75, 50, |x, _| image::Luma([x as u8])));
     input.icc = Some(b"a profile".to_vec());
-    let mut request = EditRequest::new(input.clone(), "make it night");
+    let mut request = direct(input.clone(), "make it night");
     (request.area, request.steps, request.seed) = (Some(64 * 64), Some(2), Some(3));
     let outcome = engine.edit(&request, &()).unwrap();
     assert_eq!(outcome.picture.rgb.dimensions(), (75, 50));
@@ -144,8 +155,7 @@ fn a_picture_of_one_pixel_and_a_ribbon_are_edited() {
     let reference = Reference::open("tiny-qwen-edit");
     let engine = open(&reference);
     for (width, height) in [(1, 1), (300, 2)] {
-        let mut request =
-            EditRequest::new(Picture::from_rgb(RgbImage::new(width, height)), "brighter");
+        let mut request = direct(Picture::from_rgb(RgbImage::new(width, height)), "brighter");
         (request.area, request.steps, request.seed) = (Some(64 * 64), Some(2), Some(3));
         let outcome = engine.edit(&request, &()).unwrap();
         assert_eq!(outcome.picture.rgb.dimensions(), (width, height));

@@ -467,3 +467,20 @@ fn the_program_takes_single_files() {
     assert_eq!(info["tensors"]["blk.0.attn_q.bias"]["type"], "F32");
     assert_eq!(info["model"], "a language model, GGUF names");
 }
+
+#[test]
+fn a_language_model_alone_answers() {
+    let reference = Reference::open(NAME);
+    let folder = tempfile::tempdir().unwrap();
+    let all = parts::write_all(&reference, folder.path(), all_f32);
+    let source = ModelSource::Files(ModelParts { llm: all.llm, ..ModelParts::default() });
+    let answer = |source: &ModelSource| {
+        let assistant = pentimento::Assistant::open(source, &options(None), &()).unwrap();
+        let picture = engine::request(&reference, CASE).pictures.remove(0);
+        let mut request = pentimento::AskRequest::new(vec![picture], "what is it?");
+        request.tokens_max = 6;
+        let outcome = assistant.ask(&request, &()).unwrap();
+        (outcome.answer, outcome.prompt_tokens)
+    };
+    assert_eq!(answer(&source), answer(&ModelSource::Folder(reference.folder.clone())));
+}

@@ -1,5 +1,6 @@
 //! The vision-language model against the reference, and against itself.
 
+mod adapter;
 mod bad_input;
 mod tokens;
 

@@ -149,7 +149,7 @@ def main(pack_folder, count):
     pack_folder, started = Path(pack_folder), time.time()
     pack = Pack(pack_folder)
     write_samples(pack, pack_folder / "samples")
-    single, outside = one_wish(pack, count)
+    single, outside = one_wish(pack, 2 * count)
     results = dict(seed=SEED, cases=count, autoencoder=autoencoder(pack, 4 * count), readout_accepts=wrong_pictures(count),
                    decomposition=decomposition(pack, count), one_wish=single, outside_error=outside, other_wordings=styles(pack, count),
                    many_wishes=many_wishes(pack, max(1, count * 2 // 3)))

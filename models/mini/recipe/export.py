@@ -17,7 +17,8 @@ import world
 from train_dit import Frozen
 
 AREA = 64 * 64
-FACTS = {"format": 1, "name": "mini", "area": AREA, "vl_area": AREA, "steps": dit.STEPS, "cfg_scale": 1.0, "untrained": False}
+FACTS = {"format": 1, "name": "mini", "area": AREA, "vl_area": AREA, "steps": dit.STEPS, "cfg_scale": 1.0,
+         "merge": world.WORLD["merge"], "untrained": False}
 
 
 def fast_tokenizer(tok):
@@ -54,7 +55,8 @@ def compare_with_stock(pipe):
     case = world.sample_case(0)
     ids = train_lm.spread(pipe.tokenizer.encode(words.body(case.request)), pipe.tokenizer.image_token_id)
     pixels = torch.from_numpy(world.render(case.scene))[None]
-    lm.check_equal(pipe.text_encoder, frozen_prefix, torch.tensor([ids]), pixels)
+    for sequential in (True, False):
+        lm.check_equal(pipe.text_encoder, frozen_prefix, torch.tensor([ids]), pixels, sequential)
     dit.check_equal(pipe.transformer, torch.randn(1, 20, lm.HIDDEN, generator=torch.Generator().manual_seed(1)))
 
 

@@ -88,8 +88,14 @@ def picture_tokens(model, pixels):
     return tower.merger.mlp(x)
 
 
-def positions(prefix, length):
-    """Rotary positions `[3, prefix + length]` of prompt, vision start, 16 picture tokens and text."""
+def positions(prefix, length, sequential):
+    """Rotary positions `[3, prefix + length]` of prompt, vision start, 16 picture tokens and text.
+
+    The stock editing pipeline leaves out the token types, so its text encoder counts every token, the picture's too,
+    one after the other (`sequential`); `generate` passes them, so the planning agents see rows and columns.
+    """
+    if sequential:
+        return torch.arange(prefix + length).expand(3, -1)
     text = torch.arange(prefix + 1)
     start = prefix + 1
     rows = start + torch.arange(GRID).repeat_interleave(GRID)
@@ -99,10 +105,10 @@ def positions(prefix, length):
     return torch.cat([text.expand(3, -1), picture, rest.expand(3, -1)], 1)
 
 
-def text_rotary(prefix, length):
+def text_rotary(prefix, length, sequential):
     """cos and sin, each `[prefix + length, head]`."""
     frequency = 1.0 / THETA ** (torch.arange(0, HEAD, 2).float() / HEAD)
-    angles = positions(prefix, length)[..., None].float() * frequency
+    angles = positions(prefix, length, sequential)[..., None].float() * frequency
     parts = angles.split(SECTIONS, -1)
     angles = torch.cat([part[i] for i, part in enumerate(parts)], -1)
     angles = torch.cat([angles, angles], -1)
@@ -134,15 +140,15 @@ def feed(layer, x):
     return x + layer.mlp.down_proj(F.silu(layer.mlp.gate_proj(h)) * layer.mlp.up_proj(h))
 
 
-def hidden_states(model, prefix_ids, ids, pictures, tap=None):
+def hidden_states(model, prefix_ids, ids, pictures, sequential, tap=None):
     """Last hidden states `[b, n, hidden]` of the text after a shared prompt; with `tap`, also those after that many layers.
 
     `prefix_ids: [p]`, `ids: [b, n]` padded on the right and starting with vision start and one pad token per
-    picture token, `pictures: [b, 16, hidden]`.
+    picture token, `pictures: [b, 16, hidden]`; `sequential` as in `positions`.
     """
     stack = model.model.language_model
     p, n = len(prefix_ids), ids.shape[1]
-    cos, sin = text_rotary(p, n)
+    cos, sin = text_rotary(p, n, sequential)
     x = stack.embed_tokens(ids)
     x = torch.cat([x[:, :1], pictures, x[:, 1 + GRID * GRID:]], 1)
     prompt = stack.embed_tokens(prefix_ids)[None]
@@ -162,14 +168,14 @@ def hidden_states(model, prefix_ids, ids, pictures, tap=None):
 
 
 @torch.no_grad()
-def check_equal(model, prefix_ids, ids, pixels, tolerance=1e-4):
+def check_equal(model, prefix_ids, ids, pixels, sequential, tolerance=1e-4):
     """Raises unless the stock forward of one sample gives the same last hidden states."""
-    ours = hidden_states(model, prefix_ids, ids, picture_tokens(model, pixels))
+    ours = hidden_states(model, prefix_ids, ids, picture_tokens(model, pixels), sequential)
     full = torch.cat([prefix_ids, ids[0]])[None]
     grid = torch.tensor([[1, 2 * GRID, 2 * GRID]])
-    kinds = (full == model.config.image_token_id).int()
+    kinds = {} if sequential else dict(mm_token_type_ids=(full == model.config.image_token_id).int())
     theirs = model(input_ids=full, attention_mask=torch.ones_like(full), pixel_values=patches_from_pixels(pixels[:1])[0],
-                   image_grid_thw=grid, mm_token_type_ids=kinds, output_hidden_states=True).hidden_states[-1]
+                   image_grid_thw=grid, **kinds, output_hidden_states=True).hidden_states[-1]
     gap = float((ours[0] - theirs[0, len(prefix_ids):]).abs().max())
     if not gap <= tolerance:
         raise ValueError(f"hidden states differ from the stock forward by {gap}")

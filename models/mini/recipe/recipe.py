@@ -1,6 +1,7 @@
 """Makes the miniature pack: autoencoder, language model, transformer, export, check. Run it again to go on after a stop.
 
     python recipe.py            # the pack, into the folder above this one
+    python recipe.py --from-pack --stages lm dit export check   # goes on from the pack that is there
     python recipe.py --smoke    # every stage for a few seconds, into the run folder; proves that the recipe runs
 """
 import argparse
@@ -16,6 +17,7 @@ import export  # noqa: E402
 import train_dit  # noqa: E402
 import train_lm  # noqa: E402
 import train_vae  # noqa: E402
+import warm  # noqa: E402
 from training import launch  # noqa: E402
 
 HERE = Path(__file__).resolve().parent
@@ -33,6 +35,7 @@ def options():
     parser.add_argument("--processes", type=int, default=2, help="one-thread processes that train together")
     parser.add_argument("--stages", nargs="+", choices=STAGES, default=STAGES)
     parser.add_argument("--budget", type=float, help="processor seconds per training stage, instead of the recipe's")
+    parser.add_argument("--from-pack", action="store_true", help="fill the run folder from the pack in --out first")
     parser.add_argument("--smoke", action="store_true")
     return parser.parse_args()
 
@@ -51,6 +54,8 @@ def main():
         shutil.rmtree(args.run, ignore_errors=True)
         args.out = args.run / "pack"
     args.run.mkdir(parents=True, exist_ok=True)
+    if args.from_pack:
+        warm.from_pack(args.out, args.run)
     for stage in args.stages:
         if stage in budgets:
             train(stage, args, budgets, cases)

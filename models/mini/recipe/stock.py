@@ -38,7 +38,7 @@ class Pack:
 
     @torch.no_grad()
     def _reply(self, pixels, system, user):
-        text = words.chat_prefix(words.prompt_file(system)) + user + "<|im_end|>\n<|im_start|>assistant\n"
+        text = words.chat_prefix(words.prompt_file(system)) + words.IMAGE + user + "<|im_end|>\n<|im_start|>assistant\n"
         inputs = self.pipe.processor(text=[text], images=[Image.fromarray(pixels)], return_tensors="pt")
         out = self.pipe.text_encoder.generate(**inputs, max_new_tokens=REPLY_TOKENS_MAX, do_sample=False)
         return self.pipe.tokenizer.decode(out[0, inputs["input_ids"].shape[1]:], skip_special_tokens=True)

@@ -9,6 +9,7 @@ import dit
 import lm
 import train_lm
 import train_vae
+import warm
 import words
 import world
 from training import Muon, Run, rank, say
@@ -16,6 +17,9 @@ from training import Muon, Run, rank, say
 BATCH = 64
 POOL = 8  # batches whose pictures are encoded together and passed through twice, with two different prompts
 EDITED_WEIGHT = 4.0
+WORN_SHARE = 4  # every so many-th reference of a pool is a worn copy
+WORN_NOISE = 0.4  # largest noise on its latents, in units of their spread
+WARM_SEEDS = 1 << 43  # further up than any training from scratch has counted
 
 
 @dataclass
@@ -59,6 +63,16 @@ class Frozen:
         return train_vae.pixels_from_tensor(train_vae.decode(self.vae, z[:, :, None]))
 
     @torch.no_grad()
+    def worn(self, packed):
+        """Latents of pictures like the editor's own: a little wrong, decoded, and encoded again.
+
+        Wishes that are carried out one after the other start from such pictures.
+        """
+        noise = WORN_NOISE * torch.rand(len(packed), 1, 1) * torch.randn_like(packed)
+        x = train_vae.tensor_from_pixels(list(self.pictures(packed + noise)))
+        return dit.pack((train_vae.encode(self.vae, x)[:, :, 0] - self.mean) / self.std)
+
+    @torch.no_grad()
     def condition(self, scenes, prompts):
         """Hidden states `[b, n, hidden]` of the editing prompt without its 64 dropped tokens, and lengths `[b]`."""
         image_id = self.tok.token_to_id("<|image_pad|>")
@@ -66,7 +80,7 @@ class Frozen:
         samples = [train_lm.Sample("edit", ids, len(ids), scene, [], []) for ids, scene in zip(rows, scenes)]
         with torch.autocast("cpu", torch.bfloat16):
             pictures = lm.picture_tokens(self.model, train_lm.stack_pixels(samples))
-            hidden = lm.hidden_states(self.model, self.prefix, train_lm.stack_ids(samples), pictures)
+            hidden = lm.hidden_states(self.model, self.prefix, train_lm.stack_ids(samples), pictures, sequential=True)
         return hidden.float(), torch.tensor([len(r) for r in rows])
 
 
@@ -91,6 +105,12 @@ def edited_weights(case):
     return torch.from_numpy(cells).float() * (EDITED_WEIGHT - 1) + 1
 
 
+def is_hard(case):
+    """Bright light, where colors lie close together, or objects that share their kind."""
+    kinds = [kind for kind, _ in case.scene.objects.values()]
+    return case.target.light == len(world.LIGHTS) - 1 or len(set(kinds)) < len(kinds)
+
+
 class Feeder:
     """Batches `(reference, target, weights, text, lengths)`; seeds count upwards and never repeat."""
 
@@ -98,15 +118,21 @@ class Feeder:
         self.frozen, self.seed = frozen, first_seed
         self.rng, self.ready, self.pool = world.Rng(first_seed ^ 0xD17), [], None
 
-    def _case(self):
-        """Replacements fit fewer scenes than other wishes and are harder, so some are asked for."""
+    def _draw(self):
+        """Replacements fit fewer scenes than other wishes, and moves change two places, so some are asked for."""
         self.seed += 1
         count = 1 if self.rng.below(20) < 11 else 2 + self.rng.below(3)
-        return world.sample_case(self.seed, count=count, op="replace" if self.rng.below(5) == 0 else None)
+        return world.sample_case(self.seed, count=count, op=("replace", "move", None, None, None)[self.rng.below(5)])
+
+    def _case(self):
+        """A third of the easy cases are drawn again."""
+        case = self._draw()
+        return self._draw() if self.rng.below(3) == 0 and not is_hard(case) else case
 
     def _refill(self):
         cases = [self._case() for _ in range(BATCH * POOL)]
         reference, target = (self.frozen.latents([getattr(c, k) for c in cases]) for k in ("scene", "target"))
+        reference[::WORN_SHARE] = self.frozen.worn(reference[::WORN_SHARE])
         weights = torch.stack([edited_weights(c) for c in cases])
         self.pool = (cases, reference, target, weights)
         for side in range(2):
@@ -204,9 +230,11 @@ def train(out, budget_s, cases=50):
     frozen = Frozen.load(out)
     torch.manual_seed(5)
     model = dit.build(lm.HIDDEN)
-    run = Run(model, optimizers(model), Path(out) / "dit.pt", budget_s, decay=0.998)
+    makers = optimizers(model)
+    warmed = warm.start(out, "dit", model, makers)
+    run = Run(model, makers, Path(out) / "dit.pt", budget_s, decay=0.998)
     torch.manual_seed(100 + rank() + run.steps * 10)
-    feeder = Feeder(frozen, ((1 + rank()) << 44) + run.samples * 4)
+    feeder = Feeder(frozen, ((1 + rank()) << 44) + run.samples * 4 + (WARM_SEEDS if warmed else 0))
     levels, mark, reported = dit.sigmas()[:-1], None, run.seconds
     while not run.done():
         loss = loss_of(model, feeder.next(), levels)

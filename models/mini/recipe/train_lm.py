@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import lm
+import warm
 import words
 import world
 from training import Muon, Run, rank, say
@@ -139,16 +140,21 @@ def editing_sample(tok, rng, seed):
 
 def reply_sample(tok, task, case):
     if task == "sequence":
-        asked, reply, nouns = world.tags(case), words.sequence_reply(case), []
+        asked, reply, ends, nouns = world.tags(case), words.sequence_reply(case), [], []
     else:
-        asked, reply, nouns = case.request, world.tags(case), noun_ends(case)
-    ids, at = asked_ids(tok, asked, [end for end, _ in nouns])
-    nouns = [(i, place) for i, (_, place) in zip(at, nouns)]
-    return Sample(task, ids + tok.encode(reply + "<|im_end|>").ids, len(ids), case.scene, [], nouns)
+        asked, reply, ends, nouns = case.request, world.tags(case), case.clause_ends, noun_ends(case)
+    ids, at = asked_ids(tok, asked, ends + [end for end, _ in nouns])
+    clauses = list(zip(at, map(clause_targets, case.wishes)))[:len(ends)]
+    nouns = [(i, place) for i, (_, place) in zip(at[len(ends):], nouns)]
+    return Sample(task, ids + tok.encode(reply + "<|im_end|>").ids, len(ids), case.scene, clauses, nouns)
 
 
 def draw(tok, task, rng, seed):
-    return editing_sample(tok, rng, seed) if task == "edit" else reply_sample(tok, task, world.sample_case(seed))
+    """Requests that point at things are the hardest to take apart, so a third of them do nothing else."""
+    if task == "edit":
+        return editing_sample(tok, rng, seed)
+    style = "picture" if task == "decompose" and rng.below(3) == 0 else "any"
+    return reply_sample(tok, task, world.sample_case(seed, style=style))
 
 
 class Feeder:
@@ -248,16 +254,21 @@ def picture_loss(heads, pictures, early, hidden, samples):
 def losses(student, prefix_ids, samples):
     """Loss of one batch of one task, and which samples (or clauses) are entirely right."""
     ids, pictures = stack_ids(samples), lm.picture_tokens(student.model, stack_pixels(samples))
-    hidden, early = lm.hidden_states(student.model, prefix_ids, ids, pictures, EARLY_LAYERS)
     task = samples[0].task
+    hidden, early = lm.hidden_states(student.model, prefix_ids, ids, pictures, task == "edit", EARLY_LAYERS)
     main, right = clause_loss(student.heads, hidden, samples) if task == "edit" else reply_loss(student.model, hidden, ids, samples)
+    if task == "decompose":  # most of its tokens are easy; the clauses say directly what the hard ones depend on
+        main = DECOMPOSE_WEIGHT * main + 0.3 * clause_loss(student.heads, hidden, samples)[0]
     beside = 0.3 * picture_loss(student.heads, pictures, early, hidden, samples) + 0.5 * noun_loss(student.heads, hidden, samples)
     return main + beside, main, right
 
 
 # ---------------------------------------------------------------- training
 
-SIZES = dict(decompose=32, edit=64, sequence=8)
+SIZES = dict(decompose=64, edit=56, sequence=8)
+DECOMPOSE_WEIGHT = 4.0
+WARM_SEEDS = 1 << 39  # further up than any training from scratch has counted
+HEADS_FIRST = 100  # steps after a warm start in which the new heads alone learn, so that they do not harm the model
 
 
 def prefix_table(tok):
@@ -299,8 +310,10 @@ def train(out, budget_s, cases=200):
     tok = words.load_tokenizer(Path(out) / "tokenizer.json")
     torch.manual_seed(3)
     student = Student(tok)
-    run = Run(student, optimizers(student), Path(out) / "lm.pt", budget_s)
-    first = ((1 + rank()) << 40) + run.samples * 16
+    makers = optimizers(student)
+    warmed = warm.start(out, "lm", student.model, makers)
+    run = Run(student, makers, Path(out) / "lm.pt", budget_s)
+    first = ((1 + rank()) << 40) + run.samples * 16 + (WARM_SEEDS if warmed else 0)
     feeders = [Feeder(tok, task, size, first + (n << 36)) for n, (task, size) in enumerate(SIZES.items())]
     table, marks = prefix_table(tok), {}
     while not run.done():
@@ -310,6 +323,8 @@ def train(out, budget_s, cases=200):
             loss.backward()
             old = marks.get(feeder.task, (0.0, 0.0))
             marks[feeder.task] = tuple(0.95 * o + 0.05 * float(v) for o, v in zip(old, (main, right.float().mean())))
+        if warmed and run.steps < HEADS_FIRST:
+            student.model.zero_grad(set_to_none=True)
         nn.utils.clip_grad_norm_(student.parameters(), 5.0)
         run.step(sum(SIZES.values()))
         if run.steps % 50 == 0:

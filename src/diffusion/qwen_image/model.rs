@@ -1,5 +1,7 @@
 //! The whole transformer, from tokens of latents to their velocity.
 
+use std::sync::{Arc, Mutex, PoisonError};
+
 use candle_core::{DType, Tensor};
 
 use super::{
@@ -18,6 +20,10 @@ use crate::{
 };
 
 const EPS: f64 = 1e-6;
+/// Modulation that is kept for the next pass takes at most this many bytes.
+const KEPT_BYTES_MAX: usize = 256 << 20;
+/// Modulation vectors of one block, at most: target, references and text, six each.
+const VECTORS_PER_BLOCK: usize = 18;
 
 /// What the request says, as the encoder's last hidden states.
 #[derive(Debug, Clone)]
@@ -61,6 +67,14 @@ pub struct Transformer {
     blocks: Vec<Block>,
     norm_out: Linear,
     proj_out: Linear,
+    kept: Mutex<Vec<Kept>>,
+}
+
+/// Modulation of earlier timesteps.
+#[derive(Debug)]
+struct Kept {
+    timesteps: Vec<f32>,
+    contexts: Arc<Vec<StepContext>>,
 }
 
 impl Transformer {
@@ -90,6 +104,7 @@ impl Transformer {
             proj_out: Linear::load(&weights.pp("proj_out"), dim, config.latent_dim)?,
             precision: precision.clone(),
             config,
+            kept: Mutex::new(Vec::new()),
         };
         // The mark carries no numbers: that it is there is all it says.
         weights.finish(&[config::ZERO_COND_MARK])?;
@@ -106,6 +121,41 @@ impl Transformer {
     #[must_use]
     pub fn precision(&self) -> &Precision {
         &self.precision
+    }
+
+    /// [`Self::contexts`], computed once for the same timesteps as long as what is kept stays
+    /// small: the passes of a request, and most requests, have one schedule.
+    ///
+    /// # Errors
+    /// As [`Self::contexts`].
+    pub fn kept_contexts(
+        &self,
+        timesteps: &[f32],
+        cancel: &CancelToken,
+    ) -> Result<Arc<Vec<StepContext>>> {
+        let same = |kept: &&Kept| {
+            let known = kept.timesteps.iter().map(|t| t.to_bits());
+            known.eq(timesteps.iter().map(|t| t.to_bits()))
+        };
+        let lock = || self.kept.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(kept) = lock().iter().find(same) {
+            return Ok(Arc::clone(&kept.contexts));
+        }
+        let contexts = Arc::new(self.contexts(timesteps, cancel)?);
+        let step_bytes = VECTORS_PER_BLOCK
+            * self.config.layers
+            * self.config.dim()
+            * self.precision.compute.size_in_bytes();
+        let mut kept = lock();
+        let steps: usize = kept.iter().map(|kept| kept.timesteps.len()).sum();
+        if (steps + timesteps.len()) * step_bytes > KEPT_BYTES_MAX {
+            kept.clear();
+        }
+        if timesteps.len() * step_bytes <= KEPT_BYTES_MAX {
+            let (timesteps, contexts) = (timesteps.to_vec(), Arc::clone(&contexts));
+            kept.push(Kept { timesteps, contexts });
+        }
+        Ok(contexts)
     }
 
     /// What depends on the steps only, for `timesteps` on the scale from 0 to 1, one context each.

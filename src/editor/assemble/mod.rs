@@ -12,7 +12,7 @@ use std::{
 use serde_json::{Map, Value as Json, json};
 
 use self::version::Version;
-use super::source::ModelParts;
+use super::{pipeline::Kind, source::ModelParts};
 use crate::{
     diffusion::{
         qwen_image::{self, header},
@@ -104,6 +104,11 @@ fn transformer(parts: &ModelParts, assembly: &mut Assembly) -> Result<()> {
         } else if parts.zero_cond_t.is_some() {
             let expected = "--diffusion-model FILE or --model DIR";
             return Err(Error::field("--model-args", "qwen_image_zero_cond_t", expected));
+        }
+        if parts.folder.is_none() {
+            // A language model alone, for questions and plans: it sees pictures as the newest do.
+            let index = json!({ "_class_name": Kind::Plus.class_name() }).to_string();
+            assembly.put_text("model_index.json", index, "no transformer");
         }
         return Ok(());
     };

@@ -123,6 +123,44 @@ fn a_wrong_color_fails() {
 }
 
 #[test]
+fn errors_are_measured_outside_the_edited_places() {
+    for case in recolored_cases() {
+        let target = render(&case.target);
+        assert_eq!(measure::outside_error(&target, &case), Some(0.0));
+        // The edited object covers one cell of sixteen: what happens there does not count.
+        let input = render(&case.scene);
+        assert_eq!(measure::outside_error(&input, &case), Some(0.0));
+        let mut pixels = target;
+        let edited = case
+            .target
+            .objects
+            .iter()
+            .find(|(place, thing)| case.scene.objects.get(place) != Some(thing));
+        let row = scene::row_and_column(*edited.unwrap().0).0.y;
+        let other = if row == 0 { SIDE - 1 } else { 0 };
+        let value = &mut pixels[other * SIDE * 3];
+        *value = if *value < 128 { *value + 90 } else { *value - 90 };
+        let error = measure::outside_error(&pixels, &case).unwrap();
+        assert!((error - 90.0 / (15.0 * 16.0 * 16.0 * 3.0)).abs() < 1e-12, "{error}");
+    }
+    let spec = Spec { wishes: 1, operation: Some(Operation::Background), ..Spec::default() };
+    let case = Case::sample(held_out_seed(1, 0), &spec);
+    assert_eq!(measure::outside_error(&render(&case.scene), &case), None);
+}
+
+#[test]
+fn annotations_are_plans() {
+    for index in 0..60 {
+        let case = Case::sample(held_out_seed(4, index), &Spec::default());
+        let plan = editing::annotated_plan(&case);
+        plan.check().unwrap();
+        let reply = crate::plan::Decomposition::parse(&case.tags()).unwrap();
+        assert_eq!(reply.actions.len(), plan.steps.len());
+        assert!(crate::plan::Score::of(&case.tags(), &reply).is_exact());
+    }
+}
+
+#[test]
 fn a_lost_object_fails() {
     for case in recolored_cases() {
         let mut wrong = case.target.clone();

@@ -180,7 +180,8 @@ fn record(prompt: &str) -> EditRecord {
         steps: 4,
         sampler: "Euler".to_owned(),
         cfg_scale: 4.5,
-        strategy: "direct".to_owned(),
+        strategy: "single".to_owned(),
+        sub_requests: vec!["make it night; and\nmore".to_owned()],
         model: ModelRecord {
             name: "tiny, random".to_owned(),
             class: "SomePipeline".to_owned(),

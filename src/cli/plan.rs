@@ -1,0 +1,136 @@
+//! `pentimento plan`, and what `edit` shares with it.
+
+use std::{io::Read, path::Path};
+
+use pentimento::{
+    Assistant, Error, Event, Observer, Plan, PlanOptions, PlanOutcome, PlanRequest, PlannerSource,
+    RequestError, Result,
+};
+use serde_json::json;
+
+use super::{
+    args::{PlanArgs, PlannerArgs, PromptArgs},
+    model,
+    progress::Bar,
+};
+
+/// The largest plan that is read, in bytes; the library refuses it with the number.
+const PLAN_BYTES_MAX: u64 = 2 << 20;
+
+pub(crate) fn run(args: &PlanArgs) -> Result<()> {
+    let prompt = prompt(&args.prompt)?
+        .ok_or_else(|| no_prompt("a sentence that says what should change, or --prompt-file"))?;
+    let mut request = PlanRequest::new(model::pictures(&args.images)?, prompt);
+    (request.area, request.vl_area) = (args.area, args.vl_area);
+    request.planner = options(&args.planner);
+    request.cancel = super::cancel_on_interrupt()?;
+    let bar = Bar::new(args.report.quiet);
+    for note in request.pictures.iter().flat_map(|picture| &picture.notes) {
+        bar.note(note);
+    }
+    let mut engine = model::options(&args.model, &request.cancel)?;
+    engine.planner = source(&args.planner)?;
+    let observer = |event: &Event<'_>| {
+        if !matches!(event, Event::Planned(_)) {
+            bar.event(event); // the plan itself goes to stdout
+        }
+    };
+    let outcome = Assistant::open(&model::source(&args.model), &engine, &observer)
+        .and_then(|assistant| assistant.plan(&request, &observer));
+    bar.clear();
+    let outcome = outcome?;
+    if args.report.verbose > 0 {
+        bar.note(&how(&outcome));
+    }
+    match args.report.json {
+        true => super::print_line(&outcome.plan.to_json()),
+        false => super::print(text(&outcome.plan).as_bytes()),
+    }
+}
+
+fn how(outcome: &PlanOutcome) -> String {
+    let times: Vec<String> = outcome
+        .stages
+        .iter()
+        .map(|report| format!("{} {:.2} s", report.stage.label(), report.elapsed.as_secs_f64()))
+        .collect();
+    let value = json!({ "planned_by": outcome.planned_by, "tokens": outcome.tokens });
+    format!("{value}, {}", times.join(", "))
+}
+
+/// A plan for a person.
+pub(crate) fn text(plan: &Plan) -> String {
+    let mut lines = vec![format!("request   {}", plan.request)];
+    if let Some(parts) = &plan.decomposition {
+        let actions: Vec<&str> = parts.actions.iter().map(|action| action.label()).collect();
+        lines.push(format!("actions   {}", actions.join("; ")));
+        lines.push(format!("subjects  {}", parts.subjects.join("; ")));
+        lines.push(format!("goals     {}", parts.goals.join("; ")));
+    }
+    for (index, step) in plan.steps.iter().enumerate() {
+        lines.push(format!("step {:<4} {}", index + 1, step.prompt));
+    }
+    lines.join("\n") + "\n"
+}
+
+/// The prompt as it was given, if it was.
+pub(crate) fn prompt(args: &PromptArgs) -> Result<Option<String>> {
+    match (&args.prompt, &args.prompt_words, &args.prompt_file) {
+        (Some(prompt), ..) | (None, Some(prompt), _) => Ok(Some(prompt.clone())),
+        (None, None, Some(file)) => {
+            let text = text_file("--prompt-file", file)?;
+            Ok(Some(text.trim_end_matches(['\r', '\n']).to_owned()))
+        }
+        (None, None, None) => Ok(None),
+    }
+}
+
+/// What a request without a prompt is told.
+pub(crate) fn no_prompt(expected: &str) -> Error {
+    let (field, found) = ("--prompt", "nothing".to_owned());
+    RequestError::Field { field, found, expected: expected.to_owned() }.into()
+}
+
+/// How the planner writes.
+pub(crate) fn options(args: &PlannerArgs) -> PlanOptions {
+    PlanOptions {
+        tokens_max: args.planner_tokens,
+        temperature: args.planner_temperature,
+        seed: args.planner_seed,
+        grammar: !args.no_planner_grammar,
+    }
+}
+
+/// Which model plans.
+pub(crate) fn source(args: &PlannerArgs) -> Result<PlannerSource> {
+    let prompts = match &args.planner_prompt {
+        Some(file) => Some(text_file("--planner-prompt", file)?),
+        None => None,
+    };
+    Ok(PlannerSource {
+        model: args.planner.clone(),
+        adapter: args.planner_adapter.clone(),
+        prompts,
+    })
+}
+
+/// A plan from a file, or from stdin.
+pub(crate) fn read(path: &Path) -> Result<Plan> {
+    let mut bytes = Vec::new();
+    if path.as_os_str() == "-" {
+        std::io::stdin().lock().take(PLAN_BYTES_MAX).read_to_end(&mut bytes)?;
+    } else {
+        fs_err::File::open(path)?.take(PLAN_BYTES_MAX).read_to_end(&mut bytes)?;
+    }
+    Plan::from_json(&bytes)
+}
+
+fn text_file(flag: &'static str, file: &Path) -> Result<String> {
+    String::from_utf8(fs_err::read(file)?).map_err(|error| {
+        Error::from(RequestError::Field {
+            field: flag,
+            found: format!("{}: {error}", file.display()),
+            expected: "UTF-8 text".to_owned(),
+        })
+    })
+}

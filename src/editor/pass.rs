@@ -1,0 +1,176 @@
+//! Passes of the editor: what the models see is read, the noise is taken away, a picture comes out.
+//! What does not change from one pass, or one request, to the next is computed once.
+
+use candle_core::Tensor;
+use image::RgbImage;
+
+use super::{
+    Engine,
+    checked::{Checked, grid},
+    memo::{Key, key_of_pictures, key_of_text},
+    pipeline::Pipeline,
+    stages::Stages,
+};
+use crate::{
+    diffusion::{Conditioning, Denoise, Grid, vae::Tiling},
+    error::{Error, Result},
+    pixels::{self, Filter, Picture, Size},
+    progress::{Observer, Stage},
+    request::HandOver,
+    vlm::Seen,
+};
+
+/// A request under way.
+pub(super) struct Work<'a> {
+    engine: &'a Engine,
+    checked: &'a Checked<'a>,
+    tiling: Tiling,
+    /// Passes made.
+    passes: u64,
+    /// The picture that the last pass made, at the working size.
+    made: Option<RgbImage>,
+    /// Its latents `[1, n, latent_dim]`, where the next pass is given them.
+    latents: Option<Tensor>,
+}
+
+impl<'a> Work<'a> {
+    pub(super) fn begin(engine: &'a Engine, checked: &'a Checked<'a>) -> Result<Self> {
+        let tiling = Tiling::default();
+        Ok(Self { engine, checked, tiling, passes: 0, made: None, latents: None })
+    }
+
+    /// Carries out one prompt on the picture as it is now.
+    pub(super) fn pass(
+        &mut self,
+        prompt: &str,
+        stages: &mut Stages<'_>,
+        observer: &dyn Observer,
+    ) -> Result<()> {
+        let (diffusion, checked) = (&self.engine.diffusion, self.checked);
+        let cancel = &checked.request.cancel;
+        // 2. The vision-language model reads the prompt.
+        let (positive, negative) = stages.run(Stage::EncodePrompt, || self.conditioning(prompt))?;
+        // 3. The autoencoder turns the pictures into latents.
+        let (references, grids) = stages.run(Stage::EncodePicture, || self.references())?;
+        // 4. Noise, the one that the seed and the pass stand for.
+        let seed = checked.seed.wrapping_add(self.passes);
+        let noise = diffusion.initial_noise(checked.noise_source(), seed, grids[0])?;
+        // 5. The denoising loop.
+        let latents = stages.run_steps(Stage::Denoise, || {
+            let denoise = Denoise {
+                noise: &noise,
+                references: Some(&references),
+                grids: &grids,
+                positive: &positive,
+                negative: negative.as_ref(),
+                cfg_scale: checked.cfg_scale,
+                schedule: &checked.schedule,
+            };
+            denoise.run(diffusion.transformer(), observer, cancel, &mut |_, _| {})
+        })?;
+        // 6. The autoencoder turns the result into a picture.
+        self.made = Some(stages.run(Stage::Decode, || {
+            let decoded = diffusion.picture(&latents, grids[0], &self.tiling, cancel)?;
+            pixels::rgb_from_tensor(&decoded, Stage::Decode.label())
+        })?);
+        self.latents = match checked.request.hand_over {
+            HandOver::Latents => Some(latents),
+            HandOver::Pixels => None,
+        };
+        self.passes += 1;
+        Ok(())
+    }
+
+    /// The picture so far, at the output's size and with the input's alpha and ICC profile.
+    pub(super) fn picture(&self) -> Result<Picture> {
+        let input = &self.checked.request.pictures[0];
+        let Size { width, height } = self.checked.sizes.output;
+        let rgb = pixels::resize(self.first(), width, height, Filter::Lanczos3)?;
+        let mut picture = Picture::from_rgb(rgb);
+        picture.alpha = match &input.alpha {
+            Some(alpha) => Some(pixels::resize_gray(alpha, width, height, Filter::Lanczos3)?),
+            None => None,
+        };
+        picture.icc.clone_from(&input.icc);
+        Ok(picture)
+    }
+
+    /// The pictures as the vision-language model sees them now.
+    pub(super) fn sight(&self) -> Result<(Vec<RgbImage>, Seen)> {
+        let pictures = self
+            .pictures()
+            .zip(&self.checked.sizes.vision)
+            .map(|(picture, &size)| resized(picture, size))
+            .collect::<Result<Vec<_>>>()?;
+        let key = key_of_pictures(&pictures);
+        let seen = self.engine.memo.seen.get_or(key, || self.engine.vlm.look(&pictures))?;
+        Ok((pictures, seen))
+    }
+
+    /// The picture that is edited, as it is now.
+    fn first(&self) -> &RgbImage {
+        self.made.as_ref().unwrap_or(&self.checked.request.pictures[0].rgb)
+    }
+
+    fn pictures(&self) -> impl Iterator<Item = &RgbImage> {
+        let others = self.checked.request.pictures.iter().skip(1).map(|picture| &picture.rgb);
+        std::iter::once(self.first()).chain(others)
+    }
+
+    fn conditioning(&self, prompt: &str) -> Result<(Conditioning, Option<Conditioning>)> {
+        let (pictures, seen) = self.sight()?;
+        let key = key_of_pictures(&pictures);
+        let encode = |prompt: &str| {
+            let text = self.engine.pipeline.text(prompt, pictures.len());
+            self.encode(&key, &text, &seen)
+        };
+        Ok((encode(prompt)?, self.checked.negative.map(encode).transpose()?))
+    }
+
+    fn encode(&self, pictures: &Key, text: &str, seen: &Seen) -> Result<Conditioning> {
+        let (vlm, memo) = (&self.engine.vlm, &self.engine.memo);
+        let hidden_states = memo.conditioning.get_or(key_of_text(pictures, text), || {
+            // What the reference pipelines compute with; see `with_sequential_positions`.
+            let inputs = vlm.prepare_seen(text, seen)?.with_sequential_positions();
+            let hidden = vlm.hidden_states(&inputs, &self.checked.request.cancel)?; // (1, n, dim)
+            let dropped = Pipeline::TOKENS_DROPPED;
+            let kept = hidden.dim(1)?.saturating_sub(dropped);
+            if kept == 0 {
+                let found = format!("{} tokens with its template", hidden.dim(1)?);
+                return Err(Error::field("prompt", found, format!("more than {dropped}")));
+            }
+            Ok(hidden.narrow(1, dropped, kept)?)
+        })?;
+        Ok(Conditioning { hidden_states })
+    }
+
+    /// The pictures' tokens one after the other, and the grids of the denoised picture and of each.
+    fn references(&self) -> Result<(Tensor, Vec<Grid>)> {
+        let working = grid(self.engine, self.checked.sizes.working)?;
+        let (mut grids, mut tokens) = (vec![working], Vec::new());
+        for (index, (picture, &size)) in self.pictures().zip(&self.checked.sizes.latent).enumerate()
+        {
+            // The edited picture's grid is the denoised one's, so its latents fit as they are.
+            let (of_picture, grid) = match (index, &self.latents) {
+                (0, Some(latents)) => (latents.clone(), working),
+                _ => self.latents_of(&resized(picture, size)?)?,
+            };
+            tokens.push(of_picture);
+            grids.push(grid);
+        }
+        Ok((Tensor::cat(&tokens, 1)?, grids))
+    }
+
+    fn latents_of(&self, picture: &RgbImage) -> Result<(Tensor, Grid)> {
+        let Engine { diffusion, memo, .. } = self.engine;
+        memo.latents.get_or(key_of_pictures([picture]), || {
+            let device = &diffusion.transformer().precision().device;
+            let picture = pixels::tensor_from_rgb(picture, device)?;
+            diffusion.reference_tokens(&picture, &self.tiling, &self.checked.request.cancel)
+        })
+    }
+}
+
+pub(super) fn resized(picture: &RgbImage, size: Size) -> Result<RgbImage> {
+    pixels::resize(picture, size.width, size.height, Filter::Lanczos3)
+}

@@ -1,0 +1,206 @@
+//! Which model plans, and how it is asked.
+
+use std::path::{Path, PathBuf};
+
+use image::RgbImage;
+
+use super::{estimate, source::ModelSource, stages::Stages};
+use crate::{
+    error::{Error, ModelError, Result},
+    memory::Budget,
+    plan::{PlanOptions, Planner, Planning, Prompts},
+    progress::{CancelToken, Event, Observer, Stage},
+    vlm::{Adapter, Call, Seen, VisionLanguageModel, canonical_name},
+    weights::{ModelFiles, Precision},
+};
+
+/// Where a pipeline's folder has its vision-language model.
+pub(super) const ENCODER: &str = "text_encoder";
+/// The longest reply that may be asked for, in tokens.
+const TOKENS_MAX: usize = 16_384;
+/// Temperatures beyond this make every token equally likely.
+const TEMPERATURE_MAX: f32 = 100.0;
+
+/// Which model plans. Everything left out is the editor's own: its text encoder plans, and its
+/// folder's `prompts/` are what the agents are told.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct PlannerSource {
+    /// A folder with another model: a pipeline's, or the model's alone. Where its weights are the
+    /// text encoder's, they are loaded once.
+    pub model: Option<PathBuf>,
+    /// A folder with an adapter (PEFT) of the decomposition agent.
+    pub adapter: Option<PathBuf>,
+    /// Prompts in sections, see [`Prompts::set_sections`].
+    pub prompts: Option<String>,
+}
+
+impl PlannerSource {
+    /// Whether the planner's weights are those of the text encoder of `source`, so that they are
+    /// loaded once; told from headers, nothing is loaded.
+    ///
+    /// # Errors
+    /// Files that are missing or damaged.
+    pub fn shares_text_encoder(&self, source: &ModelSource) -> Result<bool> {
+        let Some(folder) = &self.model else { return Ok(true) };
+        let planner = ModelFiles::Folder(folder.clone());
+        let part = part_of(&planner, folder)?;
+        Ok(fingerprint(&planner, part)? == fingerprint(&source.files()?, ENCODER)?)
+    }
+}
+
+/// The planning side of an engine.
+#[derive(Debug)]
+pub(super) struct PlannerParts {
+    /// A model of its own; otherwise the text encoder plans.
+    own: Option<OwnModel>,
+    adapter: Option<Adapter>,
+    prompts: Prompts,
+}
+
+/// A model that only plans.
+#[derive(Debug)]
+struct OwnModel {
+    vlm: VisionLanguageModel,
+    weight_bytes: u64,
+}
+
+impl PlannerParts {
+    /// Reads what `source` names beside the text encoder `encoder` of `files`.
+    pub(super) fn load(
+        source: &PlannerSource,
+        files: &ModelFiles,
+        encoder: &VisionLanguageModel,
+        (precision, budget): (&Precision, Budget),
+        observer: &dyn Observer,
+    ) -> Result<Self> {
+        let mut prompts = Prompts::default();
+        let mut own = None;
+        let mut prompt_files = files.clone();
+        if let Some(folder) = &source.model {
+            let planner = ModelFiles::Folder(folder.clone());
+            let part = part_of(&planner, folder)?;
+            if fingerprint(&planner, part)? == fingerprint(files, ENCODER)? {
+                observer.event(&Event::Note(&format!(
+                    "{} has the text encoder's weights, which are loaded once",
+                    folder.display()
+                )));
+            } else {
+                let weight_bytes =
+                    estimate::check_part(&planner, part, "model", precision, budget)?;
+                let vlm = VisionLanguageModel::load(&planner, part, precision)?;
+                own = Some(OwnModel { vlm, weight_bytes });
+            }
+            prompt_files = planner;
+        }
+        read_prompts(&prompt_files, &mut prompts)?;
+        if let Some(sections) = &source.prompts {
+            prompts.set_sections(sections)?;
+        }
+        let text = &own.as_ref().map_or(encoder, |own| &own.vlm).config().text;
+        let adapter = match &source.adapter {
+            Some(folder) => {
+                let files = ModelFiles::Folder(folder.clone());
+                Some(Adapter::load(&files, ".", text, precision)?)
+            }
+            None => None,
+        };
+        Ok(Self { own, adapter, prompts })
+    }
+
+    /// What a model of its own takes; `None` where the text encoder plans.
+    pub(super) fn own_weight_bytes(&self) -> Option<u64> {
+        self.own.as_ref().map(|own| own.weight_bytes)
+    }
+
+    /// Plans a request about pictures in the size in which the model sees them; `seen` are the same
+    /// pictures as the text encoder has looked at them.
+    pub(super) fn plan(
+        &self,
+        encoder: &VisionLanguageModel,
+        work: &PlanWork<'_>,
+        stages: &mut Stages<'_>,
+    ) -> Result<Planning> {
+        let (planner, seen) = self.planner(encoder, work)?;
+        stages.run(Stage::Plan, || planner.plan(&seen, work.request))
+    }
+
+    /// The decomposition agent's reply, word for word.
+    pub(super) fn decompose(
+        &self,
+        encoder: &VisionLanguageModel,
+        work: &PlanWork<'_>,
+        stages: &mut Stages<'_>,
+    ) -> Result<String> {
+        let (planner, seen) = self.planner(encoder, work)?;
+        stages.run(Stage::Plan, || planner.reply(&seen, work.request))
+    }
+
+    /// The agents, and the pictures as their model has looked at them.
+    fn planner<'a>(
+        &'a self,
+        encoder: &'a VisionLanguageModel,
+        work: &PlanWork<'a>,
+    ) -> Result<(Planner<'a>, Seen)> {
+        check_options(work.options)?;
+        let model = self.own.as_ref().map_or(encoder, |own| &own.vlm);
+        let seen = match &self.own {
+            Some(own) => own.vlm.look(work.pictures)?,
+            None => work.seen.clone(),
+        };
+        let call = Call { adapter: self.adapter.as_ref(), cancel: work.cancel };
+        Ok((Planner { model, prompts: &self.prompts, options: work.options, call }, seen))
+    }
+}
+
+/// One request to plan.
+pub(super) struct PlanWork<'a> {
+    pub(super) request: &'a str,
+    pub(super) pictures: &'a [RgbImage],
+    pub(super) seen: &'a Seen,
+    pub(super) options: &'a PlanOptions,
+    pub(super) cancel: &'a CancelToken,
+}
+
+fn check_options(options: &PlanOptions) -> Result<()> {
+    let PlanOptions { tokens_max, temperature, .. } = *options;
+    if !(1..=TOKENS_MAX).contains(&tokens_max) {
+        return Err(Error::field("planner-tokens", tokens_max, format!("1 to {TOKENS_MAX}")));
+    }
+    if !(0.0..=TEMPERATURE_MAX).contains(&temperature) {
+        let expected = format!("0 to {TEMPERATURE_MAX}");
+        return Err(Error::field("planner-temperature", temperature, expected));
+    }
+    Ok(())
+}
+
+/// The part of a planner's folder that holds the model.
+fn part_of(files: &ModelFiles, folder: &Path) -> Result<&'static str> {
+    let parts = [(ENCODER, "text_encoder/config.json"), (".", "config.json")];
+    let found = parts.into_iter().find(|(_, config)| files.exists(config));
+    found.map(|(part, _)| part).ok_or_else(|| {
+        ModelError::Missing {
+            path: folder.join("config.json").display().to_string(),
+            what: "the planner's model".to_owned(),
+            hint: "pass a folder with config.json and weights of a Qwen2.5-VL model, or a \
+                   pipeline's folder with text_encoder/"
+                .to_owned(),
+        }
+        .into()
+    })
+}
+
+/// Tells whether two vision-language models have the same weights, however their tensors are named.
+pub(super) fn fingerprint(files: &ModelFiles, part: &str) -> Result<String> {
+    Ok(files.checkpoint(part, "model")?.rename(canonical_name)?.fingerprint())
+}
+
+/// A model folder may bring the prompts that its model was trained with.
+fn read_prompts(files: &ModelFiles, prompts: &mut Prompts) -> Result<()> {
+    for name in Prompts::names() {
+        let path = format!("prompts/{name}.txt");
+        if files.exists(&path) {
+            prompts.set(name, &files.read_text(&path)?)?;
+        }
+    }
+    Ok(())
+}

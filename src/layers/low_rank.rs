@@ -1,0 +1,63 @@
+//! Low-rank changes of a linear layer, beside its weights rather than merged into them.
+
+use candle_core::{Result as TensorResult, Tensor};
+
+use super::Linear;
+use crate::{
+    error::Result,
+    weights::{Storage, Weights},
+};
+
+/// `scale · up · down · x`, to be added to what a [`Linear`] makes of `x`.
+///
+/// The layer's own matrix may be quantized; these two are kept in the type of the computation.
+#[derive(Debug, Clone)]
+pub struct LowRank {
+    down: Linear,
+    up: Linear,
+    scale: f64,
+}
+
+impl LowRank {
+    /// Reads `down: [rank, width_in]` and `up: [width_out, rank]`, by these names below `weights`.
+    ///
+    /// # Errors
+    /// A tensor that is missing or has another shape.
+    pub fn load(
+        weights: &Weights,
+        [down, up]: [&str; 2],
+        [width_out, width_in]: [usize; 2],
+        rank: usize,
+        scale: f64,
+    ) -> Result<Self> {
+        let weights = weights.with_storage(Storage::Compute);
+        Ok(Self {
+            down: Linear::load_without_bias(&weights.pp(down), width_in, rank)?,
+            up: Linear::load_without_bias(&weights.pp(up), rank, width_out)?,
+            scale,
+        })
+    }
+
+    /// `[.., width_in]` → `[.., width_out]`.
+    ///
+    /// # Errors
+    /// Another width, or a failure of the device.
+    pub fn forward(&self, x: &Tensor) -> TensorResult<Tensor> {
+        let inner = (self.down.forward(x)? * self.scale)?; // (.., rank)
+        self.up.forward(&inner)
+    }
+}
+
+impl Linear {
+    /// [`Linear::forward`], and `change` of it where there is one.
+    ///
+    /// # Errors
+    /// Another width, or a failure of the device.
+    pub fn forward_changed(&self, x: &Tensor, change: Option<&LowRank>) -> TensorResult<Tensor> {
+        let y = self.forward(x)?;
+        match change {
+            Some(change) => y + change.forward(x)?,
+            None => Ok(y),
+        }
+    }
+}
