@@ -80,8 +80,7 @@ fn types(checkpoint: &Checkpoint) -> String {
     let mut types: BTreeMap<String, (usize, usize, bool)> = BTreeMap::new();
     for (_, entry) in checkpoint.tensors() {
         let (count, bytes, is_read) = types.entry(entry.kind.to_string()).or_default();
-        (*count, *bytes, *is_read) =
-            (*count + 1, *bytes + entry.bytes(), entry.kind.is_read());
+        (*count, *bytes, *is_read) = (*count + 1, *bytes + entry.bytes(), entry.kind.is_read());
     }
     let line = |(kind, (count, bytes, is_read)): (String, (usize, usize, bool))| {
         let hint = if is_read { "" } else { " (not read)" };

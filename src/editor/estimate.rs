@@ -1,16 +1,16 @@
 //! How much memory a piece of work will take, said before anything is allocated.
 
 use super::inspect::PARTS;
-use crate::request::WeightShare;
 use crate::{
     error::Result,
     memory::Budget,
+    request::WeightShare,
     weights::{ModelFiles, Precision, Storage},
 };
 
 /// What a model's weights take in memory, part by part.
 pub(super) fn weights(files: &ModelFiles, precision: &Precision) -> Result<Vec<WeightShare>> {
-    let share = |(part, stem)| {
+    let share = |(part, stem): (&'static str, &str)| -> Result<WeightShare> {
         let checkpoint = files.checkpoint(part, stem)?;
         let bytes = match part {
             // The autoencoder's convolutions are not quantized.
@@ -51,7 +51,8 @@ fn check(what: &str, bytes: u64, precision: &Precision, budget: Budget) -> Resul
         return Ok(()); // the device's own allocator answers for its memory
     }
     let hint = match precision.storage {
-        Storage::Q8_0 => "close other programs, or use a smaller model",
+        Storage::Q4K => "close other programs, or use a smaller model",
+        Storage::Q8_0 => "--dtype q4_k takes about half of q8_0",
         _ => "--dtype q8_0 takes about a quarter of f32",
     };
     budget.check(what, bytes, hint)

@@ -18,12 +18,6 @@ use std::time::Duration;
 
 use image::RgbImage;
 
-pub use self::{
-    inspect::{ModelInfo, PartInfo},
-    pipeline::Kind,
-    planning::PlannerSource,
-    source::{ModelParts, ModelSource},
-};
 use self::{
     inspect::PARTS,
     memo::Memo,
@@ -31,6 +25,12 @@ use self::{
     plan_sizes::Sizes,
     planning::{ENCODER, PlanWork, PlannerParts},
     stages::Stages,
+};
+pub use self::{
+    inspect::{ModelInfo, PartInfo},
+    pipeline::Kind,
+    planning::PlannerSource,
+    source::{ModelParts, ModelSource},
 };
 use crate::{
     diffusion::DiffusionModel,

@@ -67,6 +67,16 @@ impl LanguageModel {
         &self,
         embeddings: &Tensor,
         positions: &[Position],
+        cache: Option<&mut Cache>,
+        call: Call<'_>,
+    ) -> Result<Tensor> {
+        ops::on_worker(|| self.forward_here(embeddings, positions, cache, call))
+    }
+
+    fn forward_here(
+        &self,
+        embeddings: &Tensor,
+        positions: &[Position],
         mut cache: Option<&mut Cache>,
         call: Call<'_>,
     ) -> Result<Tensor> {
@@ -109,7 +119,9 @@ impl LanguageModel {
 /// quantized.
 fn embedding(config: &TextConfig, weights: &Weights) -> Result<LinearWeight> {
     let storage = match weights.precision().storage {
-        Storage::Q8_0 if !weights.is_quantized("weight") => Storage::Plain(DType::BF16),
+        Storage::Q8_0 | Storage::Q4K if !weights.is_quantized("weight") => {
+            Storage::Plain(DType::BF16)
+        }
         other => other,
     };
     let shape = [config.vocab_size, config.hidden_size];

@@ -68,9 +68,15 @@ impl TensorEntry {
         match (precision.storage, self.multiplied_as()) {
             (Storage::Plain(dtype), _) => plain(dtype),
             (_, Some(dtype)) => blocks((dtype.block_size(), dtype.type_size())),
-            (Storage::Q8_0, None) => blocks((32, 34)),
+            (Storage::Q4K, None) if self.has_rows_of(256) => blocks((256, 144)),
+            (Storage::Q8_0 | Storage::Q4K, None) => blocks((32, 34)),
             (Storage::Compute, None) => plain(self.compute_type(precision.compute)),
         }
+    }
+
+    /// Whether this is a matrix whose rows are whole blocks of so many numbers.
+    fn has_rows_of(&self, block: usize) -> bool {
+        matches!(self.shape.as_slice(), [_, width] if width.is_multiple_of(block))
     }
 
     /// The type a plain matrix has in memory for computations in `compute`: fp8 stays half as wide.
@@ -84,8 +90,7 @@ impl TensorEntry {
     /// The quantized type that the matrix `[out, in]` is multiplied in, where there is one and a
     /// row is a whole number of its blocks.
     pub(super) fn multiplied_as(&self) -> Option<candle_core::quantized::GgmlDType> {
-        let &[_, width] = self.shape.as_slice() else { return None };
-        self.kind.multiplied_as().filter(|dtype| width.is_multiple_of(dtype.block_size()))
+        self.kind.multiplied_as().filter(|dtype| self.has_rows_of(dtype.block_size()))
     }
 
     /// The entry and, below it, those it is put together from that lie in one piece.

@@ -22,6 +22,9 @@ pub enum Storage {
     /// Plain ones quantized to Q8_0 while reading: 8.5 bits a weight. Quantized ones stay as they
     /// are stored.
     Q8_0,
+    /// Plain ones quantized to Q4_K while reading: 4.5 bits a weight; those whose rows are no
+    /// multiple of 256 become Q8_0. Quantized ones stay as they are stored.
+    Q4K,
 }
 
 /// Where tensors go and in which types, and what stops reading them.
@@ -131,6 +134,7 @@ impl Weights {
             }
             Storage::Plain(dtype) => LinearWeight::Dense(stored.to_dtype(dtype)?),
             Storage::Q8_0 => LinearWeight::q8_0(&stored)?,
+            Storage::Q4K => LinearWeight::q4_k(&stored)?,
         })
     }
 
