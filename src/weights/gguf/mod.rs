@@ -190,7 +190,9 @@ fn listed_tensor(
             format!("a multiple of the block, {block}"),
         );
     }
-    let numbers = shape.iter().try_fold(1_usize, |product, &n| product.checked_mul(n));
+    // An axis of length zero must not hide lengths that cannot be multiplied.
+    let largest = shape.iter().try_fold(1_usize, |product, &n| product.checked_mul(n.max(1)));
+    let numbers = largest.map(|largest| if shape.contains(&0) { 0 } else { largest });
     let bytes = numbers
         .and_then(|numbers| numbers.checked_div(block))
         .and_then(|blocks| blocks.checked_mul(block_bytes));
@@ -239,7 +241,7 @@ fn original_shape(
         None => return fault(format!("{key} {value}"), expected()),
     };
     let product = |shape: &[usize]| shape.iter().try_fold(1_usize, |all, &n| all.checked_mul(n));
-    if product(&original) == product(&shape) {
+    if !original.contains(&0) && product(&original) == product(&shape) {
         Ok(original)
     } else {
         fault(format!("{key} {original:?}"), expected())
