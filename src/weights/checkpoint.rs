@@ -370,7 +370,7 @@ impl Checkpoint {
             }
             Data::Stack { .. } => None,
         };
-        let Some(blocks) = blocks else { return Ok(None) };
+        let Some(blocks) = blocks.filter(|blocks| !blocks.is_empty()) else { return Ok(None) };
         let tensor = stored::quantized(dtype, blocks, &entry.shape, device)?;
         self.mark_read(name);
         Ok(Some(tensor))

@@ -87,6 +87,7 @@ pub(super) fn decode(
     device: &Device,
 ) -> TensorResult<Option<Tensor>> {
     let tensor = match kind {
+        StoredType::Blocks(_) if bytes.is_empty() => Tensor::zeros(shape, DType::F32, device)?,
         StoredType::Plain(dtype) => match (plain(dtype), Float8::of(dtype), scale) {
             (Some(dtype), _, _) => Tensor::from_raw_buffer(bytes, dtype, shape, device)?,
             (None, Some(float8), None) => Tensor::from_vec(float8.exact(bytes), shape, device)?,
@@ -118,7 +119,7 @@ pub(super) fn multiplied(kind: StoredType, bytes: &[u8]) -> Option<Cow<'_, [u8]>
     }
 }
 
-/// A quantized tensor of these blocks.
+/// A quantized tensor of these blocks, of which there must be one.
 ///
 /// # Errors
 /// Rows that are not whole blocks, or a failure of the device.
@@ -128,5 +129,13 @@ pub(super) fn quantized(
     shape: &[usize],
     device: &Device,
 ) -> TensorResult<QTensor> {
+    /// The widest number inside a block.
+    const ALIGNMENT: usize = align_of::<f32>();
+    // Candle looks at the blocks where they lie. In a file they are aligned; in the program's own
+    // memory they need not be, and a copy is.
+    let bytes = match bytes {
+        Cow::Borrowed(odd) if odd.as_ptr().align_offset(ALIGNMENT) != 0 => Cow::Owned(odd.to_vec()),
+        other => other,
+    };
     QTensor::new(QStorage::from_data(bytes, device, dtype)?, shape)
 }
