@@ -138,8 +138,7 @@ fn transformer(parts: &ModelParts, assembly: &mut Assembly) -> Result<()> {
 fn language_model(parts: &ModelParts, llm: &Path, assembly: &mut Assembly) -> Result<()> {
     const CONFIG: &str = "text_encoder/config.json";
     let checkpoint = Checkpoint::open_file(llm)?;
-    let preprocessor;
-    if checkpoint.is_gguf() {
+    let preprocessor = if checkpoint.is_gguf() {
         vlm::gguf::architecture(&checkpoint)?;
         let mmproj = match &parts.mmproj {
             Some(path) => path.clone(),
@@ -150,7 +149,7 @@ fn language_model(parts: &ModelParts, llm: &Path, assembly: &mut Assembly) -> Re
         let origin = format!("{} and {}", llm.display(), mmproj.display());
         assembly.put_text(CONFIG, texts.config, origin);
         assembly.put_weights("text_encoder", vec![llm.to_owned(), mmproj]);
-        preprocessor = texts.preprocessor;
+        texts.preprocessor
     } else {
         if let Some(mmproj) = &parts.mmproj {
             let expected = "a GGUF file as --llm; a safetensors file holds the vision tower itself";
@@ -161,8 +160,8 @@ fn language_model(parts: &ModelParts, llm: &Path, assembly: &mut Assembly) -> Re
             None => assembly.put_text(CONFIG, published(&checkpoint)?, llm.display()),
         }
         assembly.put_weights("text_encoder", vec![llm.to_owned()]);
-        preprocessor = vlm::published::preprocessor();
-    }
+        vlm::published::preprocessor()
+    };
     if let Some(file) = beside(llm, "generation_config.json") {
         assembly.put_file("text_encoder/generation_config.json", file);
     }
