@@ -50,7 +50,8 @@ fn damage(bytes: &mut Vec<u8>, header: usize, random: &mut Random) {
         }
         _ => {
             for _ in 0..=random.below(8) {
-                let at = random.below(if random.below(4) == 0 { bytes.len() } else { header });
+                let end = if random.below(4) == 0 { bytes.len() } else { header };
+                let at = random.below(end);
                 bytes[at] ^= 1 << random.below(8);
             }
         }

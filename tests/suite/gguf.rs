@@ -12,7 +12,7 @@ use pentimento::{
     },
 };
 
-use crate::common::{Tolerance, assert_close, gguf_writer::Gguf};
+use crate::common::{Tolerance, assert_close, gguf_writer::Gguf, parts};
 
 fn types() -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/data/gguf/types.gguf")
@@ -25,9 +25,7 @@ fn bits(tensor: &Tensor) -> Vec<u32> {
 
 #[test]
 fn every_type_gives_the_numbers_of_gguf_py() {
-    let expected =
-        candle_core::safetensors::load(types().with_extension("safetensors"), &Device::Cpu)
-            .unwrap();
+    let expected = parts::load(&types().with_extension("safetensors"));
     let weights = Weights::new(Checkpoint::open_file(&types()).unwrap(), Precision::reference());
     assert_eq!(expected.len(), 17);
     for (name, expected) in &expected {
@@ -71,7 +69,8 @@ fn a_linear_layer_is_multiplied_in_the_type_of_the_file() {
         .map(|(name, _)| name.to_owned())
         .collect();
     assert_eq!(names.len(), 15);
-    let x = Tensor::randn(0_f32, 1.0, (5, 256), &Device::Cpu).unwrap();
+    let values: Vec<f32> = (0..5 * 256).map(|i| (i as f32 * 0.7).sin() + 0.3).collect();
+    let x = Tensor::from_vec(values, (5, 256), &Device::Cpu).unwrap();
     for name in names {
         let run = |storage| {
             // The layer's weight stands below a name of its own.
@@ -85,7 +84,7 @@ fn a_linear_layer_is_multiplied_in_the_type_of_the_file() {
         assert_eq!(in_blocks, name.contains('Q'), "{name}");
         let (_, expected) = run(Storage::Plain(DType::F32));
         // Products of blocks round the activations to eight bits.
-        let limit = if in_blocks { 0.02 } else { 1e-5 };
+        let limit = if in_blocks { 0.05 } else { 1e-5 };
         assert_close(&name, &actual, &expected, Tolerance::Relative(limit));
     }
 }

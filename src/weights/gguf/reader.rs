@@ -46,6 +46,11 @@ impl<'a> Reader<'a> {
         Ok(range)
     }
 
+    /// Leaves out the next `count` bytes, which must be there.
+    pub(super) fn pass(&mut self, count: usize) -> Step<()> {
+        self.skip(count).map(|_| ())
+    }
+
     pub(super) fn take<const N: usize>(&mut self) -> Step<[u8; N]> {
         let range = self.skip(N)?;
         let mut taken = [0; N];

@@ -173,7 +173,7 @@ impl Array {
         let count = reader.count("items in an array", ITEMS_MAX)?;
         let start = reader.at();
         match kind.bytes() {
-            Some(bytes) => drop(reader.skip(bytes.saturating_mul(count))?),
+            Some(bytes) => reader.pass(bytes.saturating_mul(count))?,
             None => {
                 for _ in 0..count {
                     reader.string(STRING_BYTES_MAX)?;

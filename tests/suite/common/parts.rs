@@ -184,7 +184,7 @@ pub(crate) fn vision_tower(reference: &Reference, path: &Path, kinds: Kinds) {
     file.int("clip.vision.n_wa_pattern", 2);
     file.float("clip.vision.attention.layer_norm_epsilon", 1e-6);
     file.floats("clip.vision.image_mean", &[0.481_454_66, 0.457_827_5, 0.408_210_73]);
-    file.floats("clip.vision.image_std", &[0.268_629_54, 0.261_302_58, 0.275_777_11]);
+    file.floats("clip.vision.image_std", &[0.268_629_54, 0.261_302_6, 0.275_777_1]);
     for (name, tensor) in load(&reference.folder.join("text_encoder/model.safetensors")) {
         if !name.starts_with("visual.") {
             continue;
