@@ -1,12 +1,13 @@
 #!/usr/bin/env python3
-"""Write one language model at the dimensions of Qwen2.5-VL-3B with random weights, for two programs.
+"""Write one language model at the dimensions of Qwen2.5-VL with random weights, for two programs.
 
-    make_language_model.py FOLDER [--layers 4]
+    make_language_model.py FOLDER [--size 3b|7b] [--layers 4]
 
 FOLDER/text_encoder and FOLDER/processor are what pentimento reads, FOLDER/model-bf16.gguf is what
-llama.cpp's llama-quantize reads. Both hold the same bfloat16 numbers: hidden 2048, inner 11008, 16
-heads of 128 on 2 for keys and values, a tied vocabulary of 2048 tokens. The vision tower, which
-llama.cpp does not have in this file, is as small as it may be.
+llama.cpp's llama-quantize reads. Both hold the same bfloat16 numbers. 3b: hidden 2048, inner 11008,
+16 heads of 128 on 2 for keys and values, a tied vocabulary of 2048 tokens. 7b: hidden 3584, inner
+18944, 28 heads on 4, and the whole vocabulary of 152064 tokens, so that its logits cost what they
+cost. The vision tower, which llama.cpp does not have in this file, is as small as it may be.
 
 Needs numpy and gguf.
 """
@@ -19,7 +20,9 @@ from pathlib import Path
 import gguf
 import numpy as np
 
-WIDTH, INNER, HEADS, KV_HEADS, HEAD_DIM, VOCAB = 2048, 11008, 16, 2, 128, 2048
+SIZES = {"3b": (2048, 11008, 16, 2, 2048), "7b": (3584, 18944, 28, 4, 152064)}
+HEAD_DIM = 128
+WIDTH, INNER, HEADS, KV_HEADS, VOCAB = SIZES["3b"]
 VISION_WIDTH, VISION_INNER = 64, 64
 EPS, ROPE_BASE, ROPE_SECTIONS, CONTEXT = 1e-6, 1e6, [16, 24, 24], 32768
 PROCESSOR = Path(__file__).parent.parent / "tests/data/vlm/deep/processor"
@@ -145,8 +148,11 @@ def config(layers):
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("folder", type=Path)
+    parser.add_argument("--size", choices=SIZES, default="3b")
     parser.add_argument("--layers", type=int, default=4)
     arguments = parser.parse_args()
+    global WIDTH, INNER, HEADS, KV_HEADS, VOCAB
+    WIDTH, INNER, HEADS, KV_HEADS, VOCAB = SIZES[arguments.size]
     folder, layers = arguments.folder, arguments.layers
     (folder / "text_encoder").mkdir(parents=True, exist_ok=True)
     shutil.copytree(PROCESSOR, folder / "processor", dirs_exist_ok=True)
