@@ -44,9 +44,25 @@ pub(crate) enum Command {
 #[derive(Debug, Args)]
 #[command(next_help_heading = "Model")]
 pub(crate) struct ModelArgs {
-    /// Model folder in the published layout; without it the miniature pack is used
+    /// Model folder in the published layout, for all parts that have no file of their own; without
+    /// any of them the miniature pack is used
     #[arg(long, value_name = "DIR", env = "PENTIMENTO_MODEL")]
     pub(crate) model: Option<PathBuf>,
+    /// Transformer in one file, safetensors or GGUF
+    #[arg(long, value_name = "FILE")]
+    pub(crate) diffusion_model: Option<PathBuf>,
+    /// Vision-language model in one file, safetensors or GGUF
+    #[arg(long, value_name = "FILE", alias = "qwen2vl")]
+    pub(crate) llm: Option<PathBuf>,
+    /// Vision tower of a GGUF --llm [default: looked for beside it]
+    #[arg(long, value_name = "FILE", aliases = ["llm_vision", "qwen2vl_vision"])]
+    pub(crate) mmproj: Option<PathBuf>,
+    /// Autoencoder in one file
+    #[arg(long, value_name = "FILE")]
+    pub(crate) vae: Option<PathBuf>,
+    /// What files do not tell: qwen_image_zero_cond_t=true for a 2511 transformer, =false for others
+    #[arg(long, value_name = "KEY=VALUE", value_parser = zero_cond_t)]
+    pub(crate) model_args: Option<bool>,
     /// Device of the computation: auto, cpu, cuda or cuda:N
     #[arg(long, value_name = "DEVICE", default_value = "auto")]
     pub(crate) device: String,
@@ -367,7 +383,7 @@ pub(crate) enum PartArg {
 /// `pentimento info`
 #[derive(Debug, Args)]
 pub(crate) struct InfoArgs {
-    /// A safetensors file, a model folder or a picture
+    /// A safetensors or GGUF file, a model folder or a picture
     #[arg(value_name = "FILE")]
     pub(crate) path: PathBuf,
     /// Print as JSON
@@ -412,6 +428,14 @@ fn seed(text: &str) -> Result<SeedArg, String> {
     let number =
         text.parse().map_err(|error| format!("{error}; a seed is 0 to {} or -1", u64::MAX))?;
     Ok(SeedArg::Number(number))
+}
+
+fn zero_cond_t(text: &str) -> Result<bool, String> {
+    match text.split_once('=') {
+        Some(("qwen_image_zero_cond_t", "true")) => Ok(true),
+        Some(("qwen_image_zero_cond_t", "false")) => Ok(false),
+        _ => Err("expected qwen_image_zero_cond_t=true or qwen_image_zero_cond_t=false".to_owned()),
+    }
 }
 
 fn rng(text: &str) -> Result<Rng, String> {
@@ -480,6 +504,8 @@ mod tests {
         assert!(seed("-2").is_err() && seed("1.5").is_err());
         assert_eq!(gib("0.5"), Ok(1 << 29));
         assert!(gib("-1").is_err() && gib("nan").is_err());
+        assert_eq!(zero_cond_t("qwen_image_zero_cond_t=true"), Ok(true));
+        assert!(zero_cond_t("qwen_image_zero_cond_t").is_err() && zero_cond_t("x=true").is_err());
         assert_eq!(rng("cuda"), Ok(Rng::Cuda(CudaGrid::UNLIMITED)));
         assert_eq!(rng("cuda:128x1536"), Ok(Rng::Cuda(CudaGrid::of_device(128, 1536))));
         assert!(rng("cuda:128").is_err() && rng("gpu").is_err());

@@ -11,6 +11,8 @@ use serde_json::{Value, json};
 
 use super::args::InfoArgs;
 
+/// How much of a value in the metadata is shown.
+const VALUE_CHARS: usize = 100;
 /// How many bytes of a file are looked at to tell what it is.
 const START_BYTES: usize = 16;
 
@@ -37,12 +39,12 @@ pub(crate) fn run(args: &InfoArgs) -> Result<()> {
     picture(path, args.json)
 }
 
-/// A safetensors header under another name: a small length and an opening brace.
+/// A GGUF file, or a safetensors header under another name: a small length and an opening brace.
 fn starts_like_weights(path: &Path) -> Result<bool> {
     use std::io::Read;
     let mut start = Vec::new();
     fs_err::File::open(path)?.take(START_BYTES as u64).read_to_end(&mut start)?;
-    Ok(start.get(6..9) == Some(&[0, 0, b'{']))
+    Ok(start.get(6..9) == Some(&[0, 0, b'{']) || start.starts_with(b"GGUF"))
 }
 
 fn shape(shape: &[usize]) -> String {
@@ -54,15 +56,15 @@ fn weights(checkpoint: &Checkpoint) -> String {
     let width = checkpoint.tensors().map(|(name, _)| name.len()).max().unwrap_or(0);
     let mut text = String::new();
     for (name, entry) in checkpoint.tensors() {
-        text += &format!(
-            "{name:<width$}  {:<5} {}\n",
-            format!("{:?}", entry.dtype),
-            shape(&entry.shape)
-        );
+        text += &format!("{name:<width$}  {:<7} {}\n", entry.kind.to_string(), shape(&entry.shape));
     }
     for (key, value) in checkpoint.metadata() {
-        text += &format!("metadata {key}: {value}\n");
+        let value = value.to_string();
+        let shown: String = value.chars().take(VALUE_CHARS).collect();
+        let more = if shown.len() < value.len() { " …" } else { "" };
+        text += &format!("metadata {key}: {}{more}\n", shown.replace('\n', "\\n"));
     }
+    text += &types(checkpoint);
     text + &format!(
         "{} tensors, {} parameters, {}\nmodel: {}\nfingerprint: {}\n",
         checkpoint.tensors().count(),
@@ -73,11 +75,25 @@ fn weights(checkpoint: &Checkpoint) -> String {
     )
 }
 
+/// How many tensors there are of each type, and which types are not read.
+fn types(checkpoint: &Checkpoint) -> String {
+    let mut types: BTreeMap<String, (usize, usize, bool)> = BTreeMap::new();
+    for (_, entry) in checkpoint.tensors() {
+        let (count, bytes, is_read) = types.entry(entry.kind.to_string()).or_default();
+        (*count, *bytes, *is_read) = (*count + 1, *bytes + entry.bytes(), entry.kind.is_read());
+    }
+    let line = |(kind, (count, bytes, is_read)): (String, (usize, usize, bool))| {
+        let hint = if is_read { "" } else { " (not read)" };
+        format!("{kind:<8} {count} tensors, {}{hint}\n", indicatif::BinaryBytes(bytes as u64))
+    };
+    types.into_iter().map(line).collect()
+}
+
 fn weights_json(checkpoint: &Checkpoint) -> Value {
     let tensors: BTreeMap<&str, Value> = checkpoint
         .tensors()
         .map(|(name, entry)| {
-            (name, json!({ "type": format!("{:?}", entry.dtype), "shape": entry.shape }))
+            (name, json!({ "type": entry.kind.to_string(), "shape": entry.shape }))
         })
         .collect();
     json!({
@@ -85,7 +101,7 @@ fn weights_json(checkpoint: &Checkpoint) -> Value {
         "fingerprint": checkpoint.fingerprint(),
         "parameters": checkpoint.elements(),
         "stored_bytes": checkpoint.stored_bytes(),
-        "metadata": checkpoint.metadata(),
+        "metadata": checkpoint.metadata().iter().map(|(key, value)| (*key, value.to_string())).collect::<BTreeMap<_, _>>(),
         "tensors": tensors,
     })
 }

@@ -3,7 +3,7 @@
 use std::{io::Read, path::Path};
 
 use pentimento::{
-    CancelToken, Device, EngineOptions, ModelSource, PlannerSource, Result,
+    CancelToken, Device, EngineOptions, ModelParts, ModelSource, PlannerSource, Result,
     memory::Budget,
     pixels::{Limits, Picture},
     weights::Storage,
@@ -13,7 +13,20 @@ use super::args::{DtypeArg, ModelArgs};
 
 /// Where the model comes from.
 pub(crate) fn source(args: &ModelArgs) -> ModelSource {
-    args.model.clone().map_or(ModelSource::Mini, ModelSource::Folder)
+    let parts = ModelParts {
+        folder: args.model.clone(),
+        diffusion_model: args.diffusion_model.clone(),
+        llm: args.llm.clone(),
+        mmproj: args.mmproj.clone(),
+        vae: args.vae.clone(),
+        zero_cond_t: args.model_args,
+    };
+    let only_folder = ModelParts { folder: args.model.clone(), ..ModelParts::default() };
+    match &parts.folder {
+        _ if parts != only_folder => ModelSource::Files(parts),
+        Some(folder) => ModelSource::Folder(folder.clone()),
+        None => ModelSource::Mini,
+    }
 }
 
 /// Where and how it runs. Sets the number of threads for the whole process.

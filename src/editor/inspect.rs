@@ -15,7 +15,7 @@ use crate::{
 };
 
 /// The folders with weights, and the name of the file in each.
-const PARTS: [(&str, &str); 3] = [
+pub(super) const PARTS: [(&str, &str); 3] = [
     ("transformer", "diffusion_pytorch_model"),
     ("text_encoder", "model"),
     ("vae", "diffusion_pytorch_model"),
@@ -123,7 +123,7 @@ impl PartInfo {
     fn new(name: &'static str, checkpoint: &Checkpoint) -> Self {
         let mut types = BTreeMap::new();
         for (_, entry) in checkpoint.tensors() {
-            *types.entry(format!("{:?}", entry.dtype)).or_insert(0) += 1;
+            *types.entry(entry.kind.to_string()).or_insert(0) += 1;
         }
         Self {
             name,

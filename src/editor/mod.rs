@@ -1,6 +1,7 @@
 //! The one place where the vision-language model and the denoiser meet.
 
 mod ask;
+mod assemble;
 mod checked;
 mod edit;
 mod estimate;
@@ -17,18 +18,19 @@ use std::time::Duration;
 
 use image::RgbImage;
 
-pub use self::{
-    inspect::{ModelInfo, PartInfo},
-    pipeline::Kind,
-    planning::PlannerSource,
-    source::ModelSource,
-};
 use self::{
+    inspect::PARTS,
     memo::Memo,
     pipeline::Pipeline,
     plan_sizes::Sizes,
     planning::{ENCODER, PlanWork, PlannerParts},
     stages::Stages,
+};
+pub use self::{
+    inspect::{ModelInfo, PartInfo},
+    pipeline::Kind,
+    planning::PlannerSource,
+    source::{ModelParts, ModelSource},
 };
 use crate::{
     diffusion::DiffusionModel,
@@ -63,11 +65,7 @@ impl EngineOptions {
     fn precision(&self) -> Result<Precision> {
         let device = self.device.open()?;
         let compute = Device::compute_type(&device);
-        let storage = match self.storage {
-            None => Storage::Compute,
-            Some(Storage::Plain(dtype)) if dtype == compute => Storage::Compute,
-            Some(storage) => storage,
-        };
+        let storage = self.storage.unwrap_or_default();
         Ok(Precision { device, compute, storage, cancel: self.cancel.clone() })
     }
 }
@@ -113,6 +111,7 @@ impl Engine {
         observer: &dyn Observer,
     ) -> Result<Self> {
         let files = source.files()?;
+        files.require_parts(&PARTS.map(|(part, _)| part))?;
         let pipeline = Pipeline::read(&files)?;
         let info = ModelInfo::from_pipeline(&files, &pipeline)?;
         if info.untrained {
@@ -123,7 +122,9 @@ impl Engine {
             )));
         }
         let precision = options.precision()?;
-        estimate::check_weights(&info, &precision, options.budget)?;
+        note_files(&files, observer, &info, &precision);
+        let mut weights = estimate::weights(&files, &precision)?;
+        estimate::check_weights(&weights, &info.name, &precision, options.budget)?;
         let mut stages = Stages::new(observer);
         let (vlm, planner, diffusion) = stages.run(Stage::Load, || {
             let vlm = load_vlm(&files, &precision)?;
@@ -135,7 +136,6 @@ impl Engine {
             StageReport { stage: Stage::Load, elapsed: Duration::ZERO, peak_resident_bytes: None };
         let load = stages.finish().pop().unwrap_or(load);
         let (budget, memo) = (options.budget, Memo::default());
-        let mut weights = estimate::weights(&info, &precision);
         weights
             .extend(planner.own_weight_bytes().map(|bytes| WeightShare { part: "planner", bytes }));
         Ok(Self { pipeline, info, vlm, planner, diffusion, memo, budget, weights, load })
@@ -306,6 +306,29 @@ fn plan_pictures(pipeline: &Pipeline, request: &PlanRequest) -> Result<Vec<RgbIm
     let sizes = Sizes::vision(pipeline, &inputs, request.area, request.vl_area)?;
     let sized = request.pictures.iter().zip(sizes);
     sized.map(|(picture, size)| pass::resized(&picture.rgb, size)).collect()
+}
+
+/// What the user should know about the files and what becomes of their types.
+fn note_files(
+    files: &ModelFiles,
+    observer: &dyn Observer,
+    info: &ModelInfo,
+    precision: &Precision,
+) {
+    for note in files.notes() {
+        observer.event(&Event::Note(note));
+    }
+    let has = |start: &str| {
+        info.parts.iter().flat_map(|part| part.types.keys()).any(|name| name.starts_with(start))
+    };
+    if has("F8_") && precision.storage == Storage::Compute {
+        observer.event(&Event::Note(
+            "fp8 weights are kept as bf16, two bytes each; --dtype q8_0 keeps them in 8.5 bits",
+        ));
+    }
+    if has("IQ4_") && !matches!(precision.storage, Storage::Plain(_)) {
+        observer.event(&Event::Note("IQ4 weights are kept as Q8_0, in 8.5 bits each"));
+    }
 }
 
 fn load_vlm(files: &ModelFiles, precision: &Precision) -> Result<VisionLanguageModel> {

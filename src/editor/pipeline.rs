@@ -103,23 +103,13 @@ impl Pipeline {
     }
 
     fn published(kind: Kind, files: &ModelFiles) -> Self {
-        let name = match files {
-            ModelFiles::Folder(folder) => {
-                let folder = folder.canonicalize().unwrap_or_else(|_| folder.clone());
-                folder
-                    .file_name()
-                    .map_or_else(|| "model".into(), |name| name.to_string_lossy())
-                    .into_owned()
-            }
-            ModelFiles::Embedded { name, .. } => (*name).to_owned(),
-        };
         let vl_area = match kind {
             Kind::Edit => AREA_PUBLISHED,
             Kind::Plus => VL_AREA_PLUS,
         };
         let (area, steps, cfg_scale, untrained) = (AREA_PUBLISHED, 50, 4.0, false);
         let merge = MERGE_PUBLISHED.to_owned();
-        Self { kind, name, area, vl_area, steps, cfg_scale, merge, untrained }
+        Self { kind, name: files.name(), area, vl_area, steps, cfg_scale, merge, untrained }
     }
 
     fn apply(&mut self, settings: PackSettings) {

@@ -1,7 +1,8 @@
-//! Where models come from: a folder, or the pack that is part of the program.
+//! Where models come from: a folder, single files, or the pack that is part of the program.
 
 use std::path::PathBuf;
 
+use super::assemble::assemble;
 use crate::{
     error::{ModelError, Result},
     weights::ModelFiles,
@@ -22,17 +23,37 @@ pub enum ModelSource {
     Mini,
     /// A folder in the published layout.
     Folder(PathBuf),
+    /// Single files, each safetensors or GGUF.
+    Files(ModelParts),
+}
+
+/// The files that a model is put together from.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct ModelParts {
+    /// A folder in the published layout for the parts that have no file of their own.
+    pub folder: Option<PathBuf>,
+    /// The transformer.
+    pub diffusion_model: Option<PathBuf>,
+    /// The vision-language model; a GGUF file holds the language model alone.
+    pub llm: Option<PathBuf>,
+    /// The vision tower of a language model in GGUF; without it it is looked for beside that.
+    pub mmproj: Option<PathBuf>,
+    /// The autoencoder, under the names of diffusers or of Wan.
+    pub vae: Option<PathBuf>,
+    /// Whether the transformer is of the 2511 version; without it the files tell.
+    pub zero_cond_t: Option<bool>,
 }
 
 impl ModelSource {
     /// The files.
     ///
     /// # Errors
-    /// A folder that is not there or not in the published layout; the miniature pack in a build
-    /// without it.
+    /// A folder that is not there or not in the published layout; files that are missing, damaged
+    /// or of another model; the miniature pack in a build without it.
     pub fn files(&self) -> Result<ModelFiles> {
         match self {
             Self::Mini => mini(),
+            Self::Files(parts) => assemble(parts),
             Self::Folder(folder) => {
                 let files = ModelFiles::Folder(folder.clone());
                 if files.exists("model_index.json") {
@@ -41,7 +62,7 @@ impl ModelSource {
                 let what = if folder.is_dir() {
                     "a model folder has model_index.json at its top"
                 } else if folder.is_file() {
-                    "this is a file; a model is a folder in the published layout"
+                    "this is a file; single files go to --diffusion-model, --llm and --vae"
                 } else {
                     "there is no such folder"
                 };

@@ -23,7 +23,7 @@ use crate::{
 #[derive(Debug)]
 pub(super) struct LanguageModel {
     config: TextConfig,
-    embedding: Tensor,
+    embedding: LinearWeight,
     layers: Vec<Layer>,
     norm: RmsNorm,
     frequencies: Vec<f32>,
@@ -51,7 +51,10 @@ impl LanguageModel {
     /// Embeddings `[1, n, hidden]` of tokens, which must be below the vocabulary's size.
     pub(super) fn embed(&self, tokens: &[u32]) -> Result<Tensor> {
         let tokens = Tensor::new(tokens, &self.device)?;
-        let rows = self.embedding.index_select(&tokens, 0)?; // (n, hidden)
+        let rows = match &self.embedding {
+            LinearWeight::Dense(matrix) => matrix.index_select(&tokens, 0)?, // (n, hidden)
+            LinearWeight::Quantized(matrix) => matrix.embedding(&tokens)?,   // (n, hidden)
+        };
         Ok(rows.to_dtype(self.dtype)?.unsqueeze(0)?)
     }
 
@@ -112,17 +115,17 @@ impl LanguageModel {
     }
 }
 
-/// The embedding matrix: rows are picked from it, so it stays plain where matrices are quantized.
-fn embedding(config: &TextConfig, weights: &Weights) -> Result<Tensor> {
-    let plain = match weights.precision().storage {
-        Storage::Q8_0 | Storage::Q4K => Storage::Plain(DType::BF16),
+/// The embedding matrix: rows are picked from it, so a plain one stays plain where matrices are
+/// quantized.
+fn embedding(config: &TextConfig, weights: &Weights) -> Result<LinearWeight> {
+    let storage = match weights.precision().storage {
+        Storage::Q8_0 | Storage::Q4K if !weights.is_quantized("weight") => {
+            Storage::Plain(DType::BF16)
+        }
         other => other,
     };
-    let weights = weights.with_storage(plain);
-    match weights.linear_weight("weight", [config.vocab_size, config.hidden_size])? {
-        LinearWeight::Dense(matrix) => Ok(matrix),
-        LinearWeight::Quantized(matrix) => Ok(matrix.dequantize(&weights.precision().device)?),
-    }
+    let shape = [config.vocab_size, config.hidden_size];
+    weights.with_storage(storage).linear_weight("weight", shape)
 }
 
 /// What a layer knows of earlier tokens.

@@ -15,7 +15,7 @@ use super::{
     constraint::{Constraint, Vocabulary},
     generate::{Finish, GenerateOptions, Generation},
     language::LanguageModel,
-    names::canonical_name,
+    names,
     positions::{Positions, small},
     preprocess::{PatchGrid, Patches, Preprocessor},
     seen::Seen,
@@ -122,7 +122,7 @@ impl VisionLanguageModel {
         let config = Config::load(files, &config_path)?;
         let tokenizer = Tokenizer::load(files, &["tokenizer", "processor", folder])?;
         check_tokens(files, &config_path, &config, &tokenizer)?;
-        let checkpoint = files.checkpoint(folder, "model")?.rename(canonical_name)?;
+        let checkpoint = names::canonical(files.checkpoint(folder, "model")?)?;
         let weights = Weights::new(checkpoint, precision.clone());
         let vision =
             VisionTower::load(&config.vision, &weights.pp("visual"), config.text.hidden_size)?;

@@ -1,45 +1,113 @@
-//! One model's tensors, in one safetensors file or in several.
+//! One model's tensors, in one file or in several, safetensors or GGUF.
 
 use std::{
+    borrow::Cow,
     collections::{BTreeMap, BTreeSet},
     ops::Range,
     path::Path,
     sync::{Mutex, PoisonError},
 };
 
-use candle_core::{DType, Device, Tensor};
-use safetensors::{Dtype, SafeTensors};
+use candle_core::{DType, Device, Tensor, quantized::QTensor};
 use sha2::{Digest, Sha256};
 
-use super::{mmap::Bytes, probe};
+use super::{
+    cursor::{Precision, Storage},
+    gguf::{self, Metadata, Value},
+    mmap::Bytes,
+    safetensors_header, scaled,
+    stored::{self, SUPPORTED, StoredType},
+};
 use crate::error::{ModelError, Result};
-
-/// Types that are read, as messages list them.
-const SUPPORTED: &str = "F32, F16, BF16";
 
 /// Where a tensor is and what it holds.
 #[derive(Debug, Clone)]
 pub struct TensorEntry {
-    /// Type in the file.
-    pub dtype: Dtype,
+    /// Type in the file; f32 for a tensor that is put together from several types.
+    pub kind: StoredType,
     /// Shape.
     pub shape: Vec<usize>,
-    file: usize,
-    range: Range<usize>,
+    /// What its numbers are multiplied by; one when there is nothing.
+    pub(super) scale: Option<f32>,
+    pub(super) data: Data,
+}
+
+/// Where numbers are.
+#[derive(Debug, Clone)]
+pub(super) enum Data {
+    /// In one piece of a file.
+    Bytes { file: usize, range: Range<usize> },
+    /// One tensor after the other along the first axis.
+    Rows(Vec<TensorEntry>),
+    /// Side by side along a new axis.
+    Stack { axis: usize, parts: Vec<TensorEntry> },
 }
 
 impl TensorEntry {
     /// Size in the file in bytes.
     #[must_use]
     pub fn bytes(&self) -> usize {
-        self.range.len()
+        match &self.data {
+            Data::Bytes { range, .. } => range.len(),
+            Data::Rows(parts) | Data::Stack { parts, .. } => parts.iter().map(Self::bytes).sum(),
+        }
+    }
+
+    /// Number of values.
+    #[must_use]
+    pub fn elements(&self) -> u64 {
+        self.shape.iter().map(|&n| n as u64).product()
+    }
+
+    /// Bytes that the tensor takes in memory when it is read as `precision` says, as the matrix of
+    /// a linear layer.
+    fn kept_bytes(&self, precision: &Precision) -> u64 {
+        let numbers = self.elements();
+        let blocks = |(block, bytes): (usize, usize)| numbers.div_ceil(block as u64) * bytes as u64;
+        let plain = |dtype: DType| numbers * dtype.size_in_bytes() as u64;
+        match (precision.storage, self.multiplied_as()) {
+            (Storage::Plain(dtype), _) => plain(dtype),
+            (_, Some(dtype)) => blocks((dtype.block_size(), dtype.type_size())),
+            (Storage::Q4K, None) if self.has_rows_of(256) => blocks((256, 144)),
+            (Storage::Q8_0 | Storage::Q4K, None) => blocks((32, 34)),
+            (Storage::Compute, None) => plain(self.compute_type(precision.compute)),
+        }
+    }
+
+    /// Whether this is a matrix whose rows are whole blocks of so many numbers.
+    fn has_rows_of(&self, block: usize) -> bool {
+        matches!(self.shape.as_slice(), [_, width] if width.is_multiple_of(block))
+    }
+
+    /// The type a plain matrix has in memory for computations in `compute`: fp8 stays half as wide.
+    pub(super) fn compute_type(&self, compute: DType) -> DType {
+        match self.kind {
+            StoredType::Plain(dtype) if dtype.bitsize() == 8 => DType::BF16,
+            _ => compute,
+        }
+    }
+
+    /// The quantized type that the matrix `[out, in]` is multiplied in, where there is one and a
+    /// row is a whole number of its blocks.
+    pub(super) fn multiplied_as(&self) -> Option<candle_core::quantized::GgmlDType> {
+        self.kind.multiplied_as().filter(|dtype| self.has_rows_of(dtype.block_size()))
+    }
+
+    /// The entry and, below it, those it is put together from that lie in one piece.
+    fn pieces(&self) -> Vec<(usize, &Range<usize>)> {
+        match &self.data {
+            Data::Bytes { file, range } => vec![(*file, range)],
+            Data::Rows(parts) | Data::Stack { parts, .. } => {
+                parts.iter().flat_map(Self::pieces).collect()
+            }
+        }
     }
 }
 
 struct File {
     name: String,
     bytes: Bytes,
-    metadata: BTreeMap<String, String>,
+    metadata: Metadata,
 }
 
 /// Mapped tensors by name, with a record of which were read.
@@ -59,7 +127,7 @@ impl std::fmt::Debug for Checkpoint {
 }
 
 impl Checkpoint {
-    /// Maps one safetensors file.
+    /// Maps one safetensors or GGUF file; its first bytes tell which it is.
     ///
     /// # Errors
     /// A file that is missing, damaged or of another kind.
@@ -71,16 +139,29 @@ impl Checkpoint {
         let mut files = Vec::with_capacity(sources.len());
         let mut entries = BTreeMap::new();
         for (name, bytes) in sources {
-            let metadata = read_header(files.len(), &name, &bytes, &mut entries)?;
+            let metadata = if bytes.starts_with(gguf::MAGIC) {
+                read_gguf(files.len(), &name, &bytes, &mut entries)?
+            } else {
+                let texts = safetensors_header::read(files.len(), &name, &bytes, &mut entries)?;
+                texts.into_iter().map(|(key, text)| (key, Value::Text(text))).collect()
+            };
             files.push(File { name, bytes, metadata });
         }
-        Ok(Self { files, entries, read: Mutex::default() })
+        let mut checkpoint = Self { files, entries, read: Mutex::default() };
+        scaled::resolve(&mut checkpoint)?;
+        Ok(checkpoint)
     }
 
     /// The first file, for messages.
     #[must_use]
     pub fn name(&self) -> &str {
         self.files.first().map_or("", |file| &file.name)
+    }
+
+    /// Whether the file, or the first of several, is GGUF.
+    #[must_use]
+    pub fn is_gguf(&self) -> bool {
+        self.files.first().is_some_and(|file| file.bytes.starts_with(gguf::MAGIC))
     }
 
     /// Whether a tensor is there.
@@ -96,9 +177,45 @@ impl Checkpoint {
 
     /// The files' own metadata.
     #[must_use]
-    pub fn metadata(&self) -> BTreeMap<&str, &str> {
+    pub fn metadata(&self) -> BTreeMap<&str, &Value> {
         let pairs = self.files.iter().flat_map(|file| &file.metadata);
-        pairs.map(|(key, value)| (key.as_str(), value.as_str())).collect()
+        pairs.map(|(key, value)| (key.as_str(), value)).collect()
+    }
+
+    /// What the metadata say under `key`.
+    #[must_use]
+    pub fn value(&self, key: &str) -> Option<&Value> {
+        self.files.iter().find_map(|file| file.metadata.get(key))
+    }
+
+    /// The list under `key`, each item through `read`.
+    ///
+    /// # Errors
+    /// A list that is missing, of another kind, or holds an item that `read` does not take.
+    pub(crate) fn list<T>(&self, key: &str, read: impl Fn(Value) -> Option<T>) -> Result<Vec<T>> {
+        let file = self.files.iter().find(|file| file.metadata.contains_key(key));
+        let items = file.and_then(|file| match file.metadata.get(key) {
+            Some(Value::Array(array)) => array.items(&file.bytes, read),
+            _ => None,
+        });
+        let found = || self.value(key).map_or_else(|| "nothing".to_owned(), ToString::to_string);
+        items.ok_or_else(|| self.metadata_fault(key, found(), "a list of its kind"))
+    }
+
+    /// The error for metadata that are missing or not computed with.
+    pub(crate) fn metadata_fault(
+        &self,
+        key: &str,
+        found: impl ToString,
+        expected: impl ToString,
+    ) -> crate::Error {
+        ModelError::Config {
+            path: self.name().to_owned(),
+            field: key.to_owned(),
+            found: found.to_string(),
+            expected: expected.to_string(),
+        }
+        .into()
     }
 
     /// Size of all tensors in bytes, as stored.
@@ -107,13 +224,16 @@ impl Checkpoint {
         self.entries.values().map(|entry| entry.bytes() as u64).sum()
     }
 
+    /// Size of all tensors in memory in bytes when they are read as `precision` says.
+    #[must_use]
+    pub fn kept_bytes(&self, precision: &Precision) -> u64 {
+        self.entries.values().map(|entry| entry.kept_bytes(precision)).sum()
+    }
+
     /// Number of values in all tensors.
     #[must_use]
     pub fn elements(&self) -> u64 {
-        self.entries
-            .values()
-            .map(|entry| entry.shape.iter().map(|&n| n as u64).product::<u64>())
-            .sum()
+        self.entries.values().map(TensorEntry::elements).sum()
     }
 
     /// Gives every tensor the name that `canonical` makes of its own.
@@ -139,6 +259,78 @@ impl Checkpoint {
         Ok(self)
     }
 
+    /// Makes `whole` of `parts`, one after the other along the first axis.
+    ///
+    /// # Errors
+    /// A part that is missing, or one of another width.
+    pub(crate) fn join_rows(&mut self, whole: String, parts: &[String]) -> Result<()> {
+        let parts = self.take_parts(parts, |first, other| first.get(1..) == other.get(1..))?;
+        let mut shape = parts[0].shape.clone();
+        if let Some(rows) = shape.first_mut() {
+            let counts = parts.iter().filter_map(|part| part.shape.first());
+            *rows = counts.fold(0_usize, |sum, &rows| sum.saturating_add(rows));
+        }
+        self.insert_whole(whole, shape, parts, Data::Rows)
+    }
+
+    /// Makes `whole` of `parts`, side by side along a new axis before `axis`.
+    ///
+    /// # Errors
+    /// A part that is missing, or one of another shape.
+    pub(crate) fn stack(&mut self, whole: String, parts: &[String], axis: usize) -> Result<()> {
+        let parts = self.take_parts(parts, |first, other| first == other && axis <= first.len())?;
+        let mut shape = parts[0].shape.clone();
+        shape.insert(axis, parts.len());
+        self.insert_whole(whole, shape, parts, |parts| Data::Stack { axis, parts })
+    }
+
+    /// Takes tensors out that `fit` the first of them.
+    fn take_parts(
+        &mut self,
+        names: &[String],
+        fit: impl Fn(&[usize], &[usize]) -> bool,
+    ) -> Result<Vec<TensorEntry>> {
+        let mut parts: Vec<TensorEntry> = Vec::with_capacity(names.len());
+        for name in names {
+            let Some(part) = self.entries.remove(name) else { return Err(self.missing(name)) };
+            let first = parts.first().unwrap_or(&part);
+            if part.shape.is_empty() || !fit(&first.shape, &part.shape) {
+                return Err(ModelError::TensorShape {
+                    path: self.name().to_owned(),
+                    tensor: name.clone(),
+                    found: part.shape.clone(),
+                    expected: first.shape.clone(),
+                }
+                .into());
+            }
+            parts.push(part);
+        }
+        if parts.is_empty() { Err(self.missing("of nothing")) } else { Ok(parts) }
+    }
+
+    fn insert_whole(
+        &mut self,
+        whole: String,
+        shape: Vec<usize>,
+        parts: Vec<TensorEntry>,
+        data: impl FnOnce(Vec<TensorEntry>) -> Data,
+    ) -> Result<()> {
+        let first = parts[0].kind;
+        let same = parts.iter().all(|part| part.kind == first && part.scale.is_none());
+        let kind = if same { first } else { StoredType::Plain(safetensors::Dtype::F32) };
+        let entry = TensorEntry { kind, shape, scale: None, data: data(parts) };
+        match self.entries.insert(whole.clone(), entry) {
+            None => Ok(()),
+            Some(_) => Err(ModelError::Corrupt {
+                path: self.name().to_owned(),
+                found: format!("tensor {whole} both whole and in parts"),
+                expected: "each tensor once".to_owned(),
+                hint: "the file was merged from two models; use the original".to_owned(),
+            }
+            .into()),
+        }
+    }
+
     /// A short digest of names, types, shapes and values: SHA-256 over each tensor's entry and its
     /// first and last 4096 bytes, as hexadecimal digits. It tells models apart without reading
     /// tens of gigabytes.
@@ -147,48 +339,108 @@ impl Checkpoint {
         const EDGE_BYTES: usize = 4096;
         let mut hash = Sha256::new();
         for (name, entry) in &self.entries {
-            hash.update(format!("{name}\0{:?}\0{:?}\0", entry.dtype, entry.shape));
-            let bytes = &self.files[entry.file].bytes[entry.range.clone()];
-            hash.update(&bytes[..bytes.len().min(EDGE_BYTES)]);
-            hash.update(&bytes[bytes.len().saturating_sub(EDGE_BYTES)..]);
+            hash.update(format!("{name}\0{}\0{:?}\0", entry.kind, entry.shape));
+            for (file, range) in entry.pieces() {
+                let bytes = &self.files[file].bytes[range.clone()];
+                hash.update(&bytes[..bytes.len().min(EDGE_BYTES)]);
+                hash.update(&bytes[bytes.len().saturating_sub(EDGE_BYTES)..]);
+            }
         }
         hash.finalize().iter().map(|byte| format!("{byte:02x}")).collect()
     }
 
-    /// A tensor in its stored type, and the note that it was read.
+    /// A tensor in a plain type, the stored one where that is plain, and the note that it was read.
     pub(super) fn load(&self, name: &str, device: &Device) -> Result<Tensor> {
-        let Some(entry) = self.entries.get(name) else {
-            let near =
-                self.closest(name).map_or_else(String::new, |near| format!(" (closest: {near})"));
-            let path = self.name().to_owned();
-            return Err(ModelError::TensorMissing { path, tensor: name.to_owned(), near }.into());
-        };
-        let file = &self.files[entry.file];
-        let dtype = match entry.dtype {
-            Dtype::F32 => DType::F32,
-            Dtype::F16 => DType::F16,
-            Dtype::BF16 => DType::BF16,
-            other => {
-                return Err(ModelError::TensorType {
-                    path: file.name.clone(),
-                    tensor: name.to_owned(),
-                    found: format!("{other:?}"),
-                    supported: SUPPORTED,
-                }
-                .into());
-            }
-        };
-        let bytes = &file.bytes[entry.range.clone()];
-        let tensor = Tensor::from_raw_buffer(bytes, dtype, &entry.shape, device)?;
+        let Some(entry) = self.entries.get(name) else { return Err(self.missing(name)) };
+        let tensor = self.plain(name, entry, device)?;
         self.mark_read(name);
         Ok(tensor)
     }
 
-    pub(super) fn shape(&self, name: &str) -> Option<&[usize]> {
+    /// The matrix `[out, in]` in blocks and the note that it was read; `None` where it is not
+    /// stored in blocks, or its rows are not whole blocks.
+    pub(super) fn load_quantized(&self, name: &str, device: &Device) -> Result<Option<QTensor>> {
+        let Some(entry) = self.entries.get(name) else { return Err(self.missing(name)) };
+        let Some(dtype) = entry.multiplied_as() else { return Ok(None) };
+        let blocks = match &entry.data {
+            Data::Bytes { .. } => self.blocks(entry),
+            Data::Rows(parts) => {
+                let rows: Option<Vec<_>> = parts.iter().map(|part| self.blocks(part)).collect();
+                rows.map(|rows| Cow::Owned(rows.concat()))
+            }
+            Data::Stack { .. } => None,
+        };
+        let Some(blocks) = blocks.filter(|blocks| !blocks.is_empty()) else { return Ok(None) };
+        let tensor = stored::quantized(dtype, blocks, &entry.shape, device)?;
+        self.mark_read(name);
+        Ok(Some(tensor))
+    }
+
+    /// The blocks of an entry that lies in one piece.
+    fn blocks(&self, entry: &TensorEntry) -> Option<Cow<'_, [u8]>> {
+        match &entry.data {
+            Data::Bytes { file, range } => {
+                stored::multiplied(entry.kind, &self.files[*file].bytes[range.clone()])
+            }
+            _ => None,
+        }
+    }
+
+    fn plain(&self, name: &str, entry: &TensorEntry, device: &Device) -> Result<Tensor> {
+        let plain_parts = |parts: &[TensorEntry]| -> Result<Vec<Tensor>> {
+            let tensors = parts.iter().map(|part| self.plain(name, part, device));
+            let tensors: Vec<Tensor> = tensors.collect::<Result<_>>()?;
+            let same = tensors.windows(2).all(|pair| pair[0].dtype() == pair[1].dtype());
+            if same {
+                return Ok(tensors);
+            }
+            tensors.iter().map(|tensor| Ok(tensor.to_dtype(DType::F32)?)).collect()
+        };
+        match &entry.data {
+            Data::Bytes { file, range } => {
+                let file = &self.files[*file];
+                let bytes = &file.bytes[range.clone()];
+                stored::decode(entry.kind, bytes, entry.scale, &entry.shape, device)?.ok_or_else(
+                    || {
+                        ModelError::TensorType {
+                            path: file.name.clone(),
+                            tensor: name.to_owned(),
+                            found: entry.kind.to_string(),
+                            supported: SUPPORTED,
+                        }
+                        .into()
+                    },
+                )
+            }
+            Data::Rows(parts) => Ok(Tensor::cat(&plain_parts(parts)?, 0)?),
+            Data::Stack { axis, parts } => Ok(Tensor::stack(&plain_parts(parts)?, *axis)?),
+        }
+    }
+
+    pub(super) fn entry(&self, name: &str) -> Option<&TensorEntry> {
+        self.entries.get(name)
+    }
+
+    /// The tensor's shape.
+    #[must_use]
+    pub fn shape(&self, name: &str) -> Option<&[usize]> {
         self.entries.get(name).map(|entry| entry.shape.as_slice())
     }
 
-    pub(super) fn mark_read(&self, name: &str) {
+    /// The entries, for a step that gives them scales.
+    pub(super) fn entries_mut(&mut self) -> &mut BTreeMap<String, TensorEntry> {
+        &mut self.entries
+    }
+
+    /// The bytes of an entry that lies in one piece.
+    pub(super) fn raw(&self, entry: &TensorEntry) -> &[u8] {
+        match &entry.data {
+            Data::Bytes { file, range } => &self.files[*file].bytes[range.clone()],
+            _ => &[],
+        }
+    }
+
+    fn mark_read(&self, name: &str) {
         self.read.lock().unwrap_or_else(PoisonError::into_inner).insert(name.to_owned());
     }
 
@@ -197,6 +449,14 @@ impl Checkpoint {
     pub fn unread(&self) -> Vec<&str> {
         let read = self.read.lock().unwrap_or_else(PoisonError::into_inner);
         self.entries.keys().map(String::as_str).filter(|name| !read.contains(*name)).collect()
+    }
+
+    /// The error for a tensor that is not there.
+    fn missing(&self, name: &str) -> crate::Error {
+        let near =
+            self.closest(name).map_or_else(String::new, |near| format!(" (closest: {near})"));
+        let path = self.name().to_owned();
+        ModelError::TensorMissing { path, tensor: name.to_owned(), near }.into()
     }
 
     /// The name that shares the longest tail with `wanted`.
@@ -208,55 +468,25 @@ impl Checkpoint {
     }
 }
 
-/// Reads one file's header into `entries`; returns the file's metadata.
-fn read_header(
+/// Reads one GGUF file's header into `entries`; returns the file's metadata.
+fn read_gguf(
     file: usize,
     name: &str,
     bytes: &[u8],
     entries: &mut BTreeMap<String, TensorEntry>,
-) -> Result<BTreeMap<String, String>> {
-    probe::check_safetensors(name, bytes)?;
-    let corrupt = |found: String| {
-        let expected = "an intact safetensors file".to_owned();
-        let hint = "the file is truncated or damaged; download it again".to_owned();
-        crate::Error::from(ModelError::Corrupt { path: name.to_owned(), found, expected, hint })
-    };
-    let (header_bytes, header) = SafeTensors::read_metadata(bytes)
-        .map_err(|error| corrupt(truncation(bytes).unwrap_or_else(|| error.to_string())))?;
-    let start = 8 + header_bytes;
-    let data_bytes = bytes.len() - start;
-    let mut end_max = 0;
-    for (tensor, info) in BTreeMap::from_iter(header.tensors()) {
-        let (begin, end) = info.data_offsets;
-        if end > data_bytes || begin > end {
-            return Err(corrupt(format!(
-                "tensor {tensor} ends at byte {end} of {data_bytes} bytes of data"
-            )));
-        }
-        end_max = end_max.max(end);
-        let entry = TensorEntry {
-            dtype: info.dtype,
-            shape: info.shape.clone(),
-            file,
-            range: start + begin..start + end,
-        };
+) -> Result<Metadata> {
+    let header = gguf::read(name, bytes)?;
+    for (tensor, gguf::Tensor { kind, shape, range }) in header.tensors {
+        let entry = TensorEntry { kind, shape, scale: None, data: Data::Bytes { file, range } };
         if entries.insert(tensor.clone(), entry).is_some() {
-            return Err(corrupt(format!("tensor {tensor} in two shards")));
+            return Err(ModelError::Corrupt {
+                path: name.to_owned(),
+                found: format!("tensor {tensor} in two files"),
+                expected: "each tensor once".to_owned(),
+                hint: "the files belong to different models".to_owned(),
+            }
+            .into());
         }
     }
-    if end_max != data_bytes {
-        return Err(corrupt(format!("{data_bytes} bytes of data, {end_max} of them in tensors")));
-    }
-    Ok(header.metadata().clone().into_iter().flatten().collect())
-}
-
-/// How a file whose header reads but does not fit its data falls short, where it does.
-fn truncation(bytes: &[u8]) -> Option<String> {
-    let header_bytes = usize::try_from(u64::from_le_bytes(*bytes.first_chunk::<8>()?)).ok()?;
-    let header = bytes.get(8..8_usize.checked_add(header_bytes)?)?;
-    let header: BTreeMap<String, serde_json::Value> = serde_json::from_slice(header).ok()?;
-    let ends = header.values().filter_map(|entry| entry["data_offsets"][1].as_u64());
-    let (listed, found) = (ends.max()?, (bytes.len() - 8 - header_bytes) as u64);
-    (found < listed)
-        .then(|| format!("{found} bytes of data where the header lists {listed}: it is truncated"))
+    Ok(header.metadata)
 }

@@ -2,7 +2,7 @@
 
 use std::{fmt::Display, sync::Arc};
 
-use candle_core::{DType, Device, Tensor};
+use candle_core::{DType, Device, Tensor, quantized::QTensor};
 
 use super::checkpoint::Checkpoint;
 use crate::{
@@ -14,15 +14,16 @@ use crate::{
 /// How the matrices of linear layers are kept in memory.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub enum Storage {
-    /// In the type of the computation.
+    /// Quantized ones as they are stored, fp8 as bf16, others in the type of the computation.
     #[default]
     Compute,
-    /// In the given plain type; widened when used.
+    /// In the given plain type, quantized ones too; widened when used.
     Plain(DType),
-    /// Quantized to Q8_0 while reading: 8.5 bits a weight.
+    /// Plain ones quantized to Q8_0 while reading: 8.5 bits a weight. Quantized ones stay as they
+    /// are stored.
     Q8_0,
-    /// Quantized to Q4_K while reading: 4.5 bits a weight. Matrices whose rows are no multiple of
-    /// 256 become Q8_0.
+    /// Plain ones quantized to Q4_K while reading: 4.5 bits a weight; those whose rows are no
+    /// multiple of 256 become Q8_0. Quantized ones stay as they are stored.
     Q4K,
 }
 
@@ -98,6 +99,13 @@ impl Weights {
         self.checkpoint.contains(&self.full_name(name))
     }
 
+    /// Whether the matrix `name` below this place is multiplied in blocks, as it is stored.
+    #[must_use]
+    pub fn is_quantized(&self, name: &str) -> bool {
+        let entry = self.checkpoint.entry(&self.full_name(name));
+        entry.is_some_and(|entry| entry.multiplied_as().is_some())
+    }
+
     /// A tensor in the type of the computation.
     ///
     /// # Errors
@@ -111,9 +119,19 @@ impl Weights {
     /// # Errors
     /// A tensor that is missing, or has another shape or an unsupported type.
     pub fn linear_weight(&self, name: &str, shape: [usize; 2]) -> Result<LinearWeight> {
+        let precision = &self.precision;
+        if !matches!(precision.storage, Storage::Plain(_))
+            && let Some(blocks) = self.quantized(name, shape)?
+        {
+            return Ok(LinearWeight::Quantized(Arc::new(blocks)));
+        }
         let stored = self.stored(name, &shape)?;
-        Ok(match self.precision.storage {
-            Storage::Compute => LinearWeight::Dense(stored.to_dtype(self.precision.compute)?),
+        Ok(match precision.storage {
+            Storage::Compute => {
+                let entry = self.checkpoint.entry(&self.full_name(name));
+                let dtype = entry.map(|entry| entry.compute_type(precision.compute));
+                LinearWeight::Dense(stored.to_dtype(dtype.unwrap_or(precision.compute))?)
+            }
             Storage::Plain(dtype) => LinearWeight::Dense(stored.to_dtype(dtype)?),
             Storage::Q8_0 => LinearWeight::q8_0(&stored)?,
             Storage::Q4K => LinearWeight::q4_k(&stored)?,
@@ -141,6 +159,17 @@ impl Weights {
     }
 
     fn stored(&self, name: &str, shape: &[usize]) -> Result<Tensor> {
+        let name = self.check(name, shape)?;
+        self.checkpoint.load(&name, &self.precision.device)
+    }
+
+    fn quantized(&self, name: &str, shape: [usize; 2]) -> Result<Option<QTensor>> {
+        let name = self.check(name, &shape)?;
+        self.checkpoint.load_quantized(&name, &self.precision.device)
+    }
+
+    /// The whole name of a tensor that is about to be read, if it has the `shape`.
+    fn check(&self, name: &str, shape: &[usize]) -> Result<String> {
         self.precision.cancel.check()?;
         let name = self.full_name(name);
         if let Some(found) = self.checkpoint.shape(&name)
@@ -154,7 +183,7 @@ impl Weights {
             }
             .into());
         }
-        self.checkpoint.load(&name, &self.precision.device)
+        Ok(name)
     }
 
     /// The whole name of `name` below this place.

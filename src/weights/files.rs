@@ -1,10 +1,10 @@
 //! The files of a model in the published folder layout: on disk, or compiled into the program.
 
-use std::{borrow::Cow, collections::BTreeMap, path::PathBuf};
+use std::{borrow::Cow, collections::BTreeMap, path::PathBuf, sync::Arc};
 
 use serde::de::DeserializeOwned;
 
-use super::{checkpoint::Checkpoint, mmap::Bytes};
+use super::{assembly::Assembly, checkpoint::Checkpoint, mmap::Bytes};
 use crate::error::{ModelError, Result};
 
 /// One file that is part of the program.
@@ -28,6 +28,8 @@ pub enum ModelFiles {
         /// Its files.
         files: &'static [EmbeddedFile],
     },
+    /// Files from different places.
+    Assembled(Arc<Assembly>),
 }
 
 /// Largest text file (config, tokenizer) that is read, in bytes.
@@ -45,6 +47,7 @@ impl ModelFiles {
         match self {
             Self::Folder(folder) => folder.join(path).display().to_string(),
             Self::Embedded { name, .. } => format!("{name}:{path}"),
+            Self::Assembled(assembly) => assembly.describe(path),
         }
     }
 
@@ -54,6 +57,7 @@ impl ModelFiles {
         match self {
             Self::Folder(folder) => folder.join(path).is_file(),
             Self::Embedded { files, .. } => files.iter().any(|file| file.path == path),
+            Self::Assembled(assembly) => assembly.exists(path),
         }
     }
 
@@ -89,6 +93,7 @@ impl ModelFiles {
                 Ok(text) => Ok(Cow::Borrowed(text)),
                 Err(error) => Err(self.corrupt(path, &error.to_string(), "UTF-8 text")),
             },
+            Self::Assembled(assembly) => Ok(Cow::Owned(assembly.text(path)?)),
         }
     }
 
@@ -108,6 +113,9 @@ impl ModelFiles {
     /// # Errors
     /// Files that are missing, damaged or contradict each other.
     pub fn checkpoint(&self, folder: &str, stem: &str) -> Result<Checkpoint> {
+        if let Self::Assembled(assembly) = self {
+            return assembly.checkpoint(folder, stem);
+        }
         for variant in ["", ".bf16", ".fp16"] {
             let single = format!("{folder}/{stem}{variant}.safetensors");
             if self.exists(&single) {
@@ -153,7 +161,7 @@ impl ModelFiles {
                 }
                 Bytes::map(&file)
             }
-            Self::Embedded { .. } => Ok(Bytes::Static(self.embedded(path)?)),
+            _ => Ok(Bytes::Static(self.embedded(path)?)),
         }
     }
 
@@ -165,8 +173,47 @@ impl ModelFiles {
         }
     }
 
+    /// Checks that there are weights for each of `parts`, so that a message can name all that are
+    /// missing at once.
+    ///
+    /// # Errors
+    /// [`ModelError::Missing`] with the parts.
+    pub fn require_parts(&self, parts: &[&str]) -> Result<()> {
+        let Self::Assembled(assembly) = self else { return Ok(()) };
+        match assembly.missing_parts(parts).as_slice() {
+            [] => Ok(()),
+            missing => Err(assembly.missing_several(missing)),
+        }
+    }
+
+    /// The model's name: the folder's or the pack's.
+    #[must_use]
+    pub fn name(&self) -> String {
+        match self {
+            Self::Folder(folder) => {
+                let folder = folder.canonicalize().unwrap_or_else(|_| folder.clone());
+                let name = folder.file_name();
+                name.map_or_else(|| "model".into(), |name| name.to_string_lossy()).into_owned()
+            }
+            Self::Embedded { name, .. } => (*name).to_owned(),
+            Self::Assembled(assembly) => assembly.name().to_owned(),
+        }
+    }
+
+    /// What the user should know about how the files were put together.
+    #[must_use]
+    pub fn notes(&self) -> &[String] {
+        match self {
+            Self::Assembled(assembly) => assembly.notes(),
+            _ => &[],
+        }
+    }
+
     /// The error for a file that is not there.
     pub(crate) fn missing(&self, path: &str) -> crate::Error {
+        if let Self::Assembled(assembly) = self {
+            return assembly.missing(path);
+        }
         ModelError::Missing {
             path: self.describe(path),
             what: "part of the published folder layout".to_owned(),

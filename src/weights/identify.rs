@@ -30,10 +30,9 @@ const RULES: &[(&[&str], &str)] = &[
         &["quant_conv.weight", "encoder.conv_in.weight", "encoder.mid_block.resnets.0.norm1.gamma"],
         "Qwen-Image autoencoder",
     ),
-    (
-        &["decoder.middle.0.residual.0.gamma", "conv1.weight"],
-        "Qwen-Image autoencoder, Wan names (not supported)",
-    ),
+    (&["decoder.middle.0.residual.0.gamma", "conv1.weight"], "Qwen-Image autoencoder, Wan names"),
+    (&["blk.0.attn_q.bias", "token_embd.weight"], "a language model, GGUF names"),
+    (&["v.patch_embd.weight", "v.blk.0.ln1.weight"], "a vision tower (mmproj), GGUF names"),
     (&["unet.conv_in.weight"], "Stable Diffusion UNet (not supported)"),
     (
         &["model.diffusion_model.input_blocks.0.0.weight"],

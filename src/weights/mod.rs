@@ -1,13 +1,22 @@
 //! Weight files: found, checked, mapped, and read tensor by tensor with nothing skipped silently.
 
+mod assembly;
+mod blocks;
 pub mod checkpoint;
 pub mod cursor;
 pub mod files;
+mod float8;
+pub mod gguf;
 pub mod identify;
 mod mmap;
 pub mod probe;
+mod safetensors_header;
+mod scaled;
+mod stored;
 
+pub use assembly::Assembly;
 pub use checkpoint::{Checkpoint, TensorEntry};
 pub use cursor::{Precision, Storage, Weights};
 pub use files::{EmbeddedFile, ModelFiles};
 pub use identify::identify;
+pub use stored::StoredType;

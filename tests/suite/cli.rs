@@ -17,13 +17,13 @@ fn pentimento() -> Command {
     command
 }
 
-fn text(bytes: &[u8]) -> String {
+pub(crate) fn text(bytes: &[u8]) -> String {
     String::from_utf8(bytes.to_vec()).unwrap()
 }
 
 /// Runs the program and checks its exit code.
 #[track_caller]
-fn run(arguments: &[&str], code: i32) -> Output {
+pub(crate) fn run(arguments: &[&str], code: i32) -> Output {
     let output = pentimento().args(arguments).stdin(Stdio::null()).output().unwrap();
     let (stdout, stderr) = (text(&output.stdout), text(&output.stderr));
     assert_eq!(output.status.code(), Some(code), "{arguments:?}\n{stdout}\n{stderr}");

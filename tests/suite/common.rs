@@ -1,5 +1,8 @@
 //! Reference cases and comparisons that all tests share.
 
+pub(crate) mod gguf_writer;
+pub(crate) mod parts;
+
 use std::path::{Path, PathBuf};
 
 use candle_core::{DType, Device, Tensor};

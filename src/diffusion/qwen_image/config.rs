@@ -14,7 +14,9 @@ use crate::{
 /// Where the config lies in a model folder.
 pub(super) const PATH: &str = "transformer/config.json";
 /// What the checkpoint should be, for messages.
-const EXPECTED: &str = "Qwen-Image-Edit, Qwen-Image-Edit-2509, Qwen-Image-Edit-2511";
+pub(super) const EXPECTED: &str = "Qwen-Image-Edit, Qwen-Image-Edit-2509, Qwen-Image-Edit-2511";
+/// The class that a config names.
+pub(crate) const CLASS: &str = "QwenImageTransformer2DModel";
 /// Side of the square of latent pixels that becomes one token; the pipelines pack with this number.
 pub(super) const PATCH: usize = 2;
 /// Present in files of the 2511 version that come without a config.
@@ -44,6 +46,8 @@ struct RawConfig {
     axes_dims_rope: Vec<usize>,
     #[serde(default)]
     zero_cond_t: bool,
+    #[serde(default, rename = "_zero_cond_t_decided")]
+    decided: bool,
     #[serde(default)]
     use_additional_t_cond: bool,
     #[serde(default)]
@@ -97,6 +101,8 @@ pub struct Config {
     pub rope_axes: [usize; 3],
     /// Reference tokens are modulated as free of noise (the 2511 version).
     pub zero_cond_t: bool,
+    /// Whether the weights have no say in `zero_cond_t`.
+    pub(super) decided: bool,
 }
 
 impl Config {
@@ -107,7 +113,7 @@ impl Config {
     /// together, or a field whose value changes the arithmetic to something not computed here.
     pub fn load(files: &ModelFiles) -> Result<Self> {
         let raw: RawConfig = files.read_json(PATH)?;
-        require_class(files, PATH, raw.class_name.as_deref(), "QwenImageTransformer2DModel")?;
+        require_class(files, PATH, raw.class_name.as_deref(), CLASS)?;
         // The first published checkpoints carry a width that no layer uses.
         refuse_unknown_keys(files, PATH, &raw.unknown, &["pooled_projection_dim"])?;
         refuse_other_arithmetic(files, &raw)?;
@@ -121,6 +127,7 @@ impl Config {
             conditioning_dim: raw.joint_attention_dim,
             rope_axes,
             zero_cond_t: raw.zero_cond_t,
+            decided: raw.decided,
         })
     }
 

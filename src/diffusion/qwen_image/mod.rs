@@ -2,11 +2,13 @@
 
 mod block;
 mod config;
+pub(crate) mod header;
 mod model;
 mod modulation;
 pub mod pack;
 mod rope;
 
+pub(crate) use config::CLASS;
 pub use config::Config;
 pub use model::{Conditioning, ModelInput, Outputs, Transformer};
 pub use modulation::StepContext;

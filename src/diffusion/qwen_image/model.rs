@@ -88,7 +88,7 @@ impl Transformer {
         let checkpoint = files.checkpoint("transformer", "diffusion_pytorch_model")?;
         let checkpoint = checkpoint.rename(config::canonical_name)?;
         config::refuse_look_alikes(&checkpoint)?;
-        config.zero_cond_t |= checkpoint.contains(config::ZERO_COND_MARK);
+        config.zero_cond_t |= !config.decided && checkpoint.contains(config::ZERO_COND_MARK);
         let weights = Weights::new(checkpoint, precision.clone());
         let (dim, time) = (config.dim(), weights.pp("time_text_embed.timestep_embedder"));
         let blocks = weights.pp("transformer_blocks");

@@ -12,6 +12,8 @@ use crate::{
 };
 
 const PATH: &str = "vae/config.json";
+/// The class that a config names.
+pub(crate) const CLASS: &str = "AutoencoderKLQwenImage";
 /// More than any model has; keeps products of sizes from overflowing.
 const SIZE_MAX: usize = 1 << 16;
 const LEVELS_MAX: usize = 8;
@@ -108,7 +110,7 @@ impl Config {
     /// together or are not computed here.
     pub fn load(files: &ModelFiles) -> Result<Self> {
         let raw: RawConfig = files.read_json(PATH)?;
-        require_class(files, PATH, raw.class_name.as_deref(), "AutoencoderKLQwenImage")?;
+        require_class(files, PATH, raw.class_name.as_deref(), CLASS)?;
         // Dropout is for training only.
         refuse_unknown_keys(files, PATH, &raw.unknown, &["dropout"])?;
         require_sizes(files, &raw)?;

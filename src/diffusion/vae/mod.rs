@@ -2,6 +2,7 @@
 
 mod blocks;
 mod config;
+pub(crate) mod names;
 mod tiling;
 
 use candle_core::{DType, Tensor};
@@ -17,6 +18,7 @@ use blocks::{
 };
 use tiling::{Scale, Sight};
 
+pub(crate) use config::CLASS;
 pub use config::Config;
 pub use tiling::Tiling;
 
@@ -63,7 +65,7 @@ impl Autoencoder {
     pub fn load(files: &ModelFiles, precision: &Precision) -> Result<Self> {
         let config = Config::load(files)?;
         let precision = Precision { storage: Storage::Compute, ..precision.clone() };
-        let checkpoint = files.checkpoint("vae", "diffusion_pytorch_model")?;
+        let checkpoint = names::canonical(files.checkpoint("vae", "diffusion_pytorch_model")?)?;
         let weights = Weights::new(checkpoint, precision.clone());
         let mut ignored = Vec::new();
         let encoder = Encoder::load(&weights, &config, &mut ignored)?;

@@ -1,0 +1,100 @@
+//! What a transformer's weight file says about the model when no config lies beside it.
+
+use serde_json::{Map, Value as Json, json};
+
+use super::config::{self, ZERO_COND_MARK};
+use crate::{
+    error::{ModelError, Result},
+    weights::{Checkpoint, identify},
+};
+
+/// Width of a published head, and how it is shared among the axes of a position.
+const PUBLISHED_AXES: (usize, [usize; 3]) = (128, [16, 56, 56]);
+/// Says in a config that was made that tensors have no say in `zero_cond_t` any more.
+const DECIDED: &str = "_zero_cond_t_decided";
+
+/// A weight file under the published names.
+#[derive(Debug)]
+pub(crate) struct Header(Checkpoint);
+
+impl Header {
+    /// Checks that a file holds a Qwen-Image transformer.
+    ///
+    /// # Errors
+    /// Another model, by its name where it is known.
+    pub(crate) fn new(checkpoint: Checkpoint) -> Result<Self> {
+        let found = identify(&checkpoint).unwrap_or("no model that is known");
+        let checkpoint = checkpoint.rename(config::canonical_name)?;
+        config::refuse_look_alikes(&checkpoint)?;
+        if checkpoint.contains("txt_norm.weight") {
+            return Ok(Self(checkpoint));
+        }
+        Err(ModelError::Kind {
+            path: checkpoint.name().to_owned(),
+            found: found.to_owned(),
+            expected: config::EXPECTED.to_owned(),
+        }
+        .into())
+    }
+
+    /// Whether the file has the mark of the 2511 version.
+    pub(crate) fn is_marked(&self) -> bool {
+        self.0.contains(ZERO_COND_MARK)
+    }
+
+    /// What the file's metadata call the model.
+    pub(crate) fn names(&self) -> Vec<&str> {
+        const KEYS: [&str; 5] =
+            ["general.name", "general.basename", "general.finetune", "modelspec.title", "name"];
+        KEYS.iter().filter_map(|key| self.0.value(key)?.as_text()).collect()
+    }
+
+    /// A config of the dimensions that the tensors have.
+    ///
+    /// # Errors
+    /// Tensors that are missing, or heads of a width that no published model has.
+    pub(crate) fn config(&self) -> Result<Map<String, Json>> {
+        let side = |tensor: &str, axis: usize| -> Result<usize> {
+            let shape = self.0.shape(tensor).filter(|shape| shape.len() > axis);
+            shape.map(|shape| shape[axis]).ok_or_else(|| {
+                let (path, near) = (self.0.name().to_owned(), String::new());
+                ModelError::TensorMissing { path, tensor: tensor.to_owned(), near }.into()
+            })
+        };
+        let (dim, latent) = (side("img_in.weight", 0)?, side("img_in.weight", 1)?);
+        let norm = "transformer_blocks.0.attn.norm_q.weight";
+        let (head, axes) = (side(norm, 0)?, PUBLISHED_AXES.1);
+        if head != PUBLISHED_AXES.0 || !dim.is_multiple_of(head) {
+            return Err(ModelError::TensorShape {
+                path: self.0.name().to_owned(),
+                tensor: norm.to_owned(),
+                found: vec![head],
+                expected: vec![PUBLISHED_AXES.0],
+            }
+            .into());
+        }
+        let block = |name: &str| {
+            let rest = name.strip_prefix("transformer_blocks.")?;
+            rest.split('.').next()?.parse::<usize>().ok()
+        };
+        let last = self.0.tensors().filter_map(|(name, _)| block(name)).max();
+        let config = json!({
+            "_class_name": config::CLASS,
+            "patch_size": config::PATCH,
+            "in_channels": latent,
+            "out_channels": null,
+            "num_layers": last.map_or(0, |last| last.saturating_add(1)),
+            "attention_head_dim": head,
+            "num_attention_heads": dim.checked_div(head).unwrap_or(0),
+            "joint_attention_dim": side("txt_in.weight", 1)?,
+            "axes_dims_rope": axes,
+        });
+        Ok(config.as_object().cloned().unwrap_or_default())
+    }
+}
+
+/// Writes the decision between the versions into a config.
+pub(crate) fn decide(config: &mut Map<String, Json>, zero_cond_t: bool) {
+    config.insert("zero_cond_t".to_owned(), zero_cond_t.into());
+    config.insert(DECIDED.to_owned(), true.into());
+}

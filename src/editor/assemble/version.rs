@@ -1,0 +1,96 @@
+//! Which version of the editor a transformer is: their tensors have equal shapes.
+
+use serde_json::{Map, Value as Json};
+
+use crate::{
+    diffusion::qwen_image::header::Header,
+    editor::{
+        pipeline::{Kind, Pipeline},
+        source::ModelParts,
+    },
+    error::Result,
+    weights::ModelFiles,
+};
+
+/// A version of the editor.
+#[derive(Debug)]
+pub(super) struct Version {
+    pub(super) kind: Kind,
+    /// References are modulated as free of noise (the 2511 version).
+    pub(super) zero_cond_t: bool,
+    /// What the user should know about the choice.
+    pub(super) note: Option<String>,
+}
+
+impl Version {
+    /// By the flag, the config beside the file, the tensor that marks 2511, the names in the
+    /// metadata, the file's name, the folder's pipeline; in this order.
+    ///
+    /// # Errors
+    /// A folder whose pipeline is not supported.
+    pub(super) fn find(
+        parts: &ModelParts,
+        header: &Header,
+        config: &Map<String, Json>,
+        stem: &str,
+    ) -> Result<Self> {
+        let plus = |zero_cond_t| Self { kind: Kind::Plus, zero_cond_t, note: None };
+        let named = || header.names().into_iter().chain([stem]).find_map(by_name);
+        let found = if config.get("zero_cond_t") == Some(&Json::Bool(true)) || header.is_marked() {
+            Some(plus(true))
+        } else {
+            named().map(|(kind, zero_cond_t)| Self { kind, zero_cond_t, note: None })
+        };
+        match (parts.zero_cond_t, found) {
+            (Some(true), _) => Ok(plus(true)),
+            (Some(false), Some(found)) => Ok(Self { zero_cond_t: false, ..found }),
+            (Some(false), None) => Self::unnamed(parts),
+            (None, Some(found)) => Ok(found),
+            (None, None) => Self::unnamed(parts),
+        }
+    }
+
+    /// A file whose name and contents do not tell.
+    fn unnamed(parts: &ModelParts) -> Result<Self> {
+        let kind = match &parts.folder {
+            Some(folder) if folder.join("model_index.json").is_file() => {
+                Pipeline::read(&ModelFiles::Folder(folder.clone()))?.kind
+            }
+            _ => Kind::Plus,
+        };
+        let note = parts.zero_cond_t.is_none().then(|| {
+            format!(
+                "neither the diffusion model's file nor its name says which version it is; it is \
+                 taken for a {} without zero_cond_t (2509); for the 2511 version pass --model-args \
+                 qwen_image_zero_cond_t=true",
+                kind.class_name()
+            )
+        });
+        Ok(Self { kind, zero_cond_t: false, note })
+    }
+}
+
+/// The version that a name tells.
+fn by_name(name: &str) -> Option<(Kind, bool)> {
+    let name = name.to_lowercase();
+    [("2511", Kind::Plus, true), ("2509", Kind::Plus, false), ("edit", Kind::Edit, false)]
+        .into_iter()
+        .find_map(|(sign, kind, zero_cond_t)| name.contains(sign).then_some((kind, zero_cond_t)))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn names_tell_versions() {
+        for (name, version) in [
+            ("qwen-image-edit-2511-Q4_K_M", Some((Kind::Plus, true))),
+            ("Qwen-Image-Edit-2509-Q8_0", Some((Kind::Plus, false))),
+            ("Qwen_Image_Edit-Q5_K_S", Some((Kind::Edit, false))),
+            ("model", None),
+        ] {
+            assert_eq!(by_name(name), version, "{name}");
+        }
+    }
+}
