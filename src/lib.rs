@@ -27,7 +27,9 @@ pub mod request;
 pub mod vlm;
 pub mod weights;
 
-pub use editor::{Assistant, Engine, EngineOptions, ModelInfo, ModelSource, PlannerSource};
+pub use editor::{
+    Assistant, Engine, EngineOptions, LoraSource, ModelInfo, ModelSource, PlannerSource,
+};
 pub use error::{Error, ModelError, PictureError, RequestError, Result};
 pub use memory::Device;
 pub use plan::{Plan, PlanOptions, PlannedBy, Planner};

@@ -28,10 +28,15 @@ pub(super) fn weights(info: &ModelInfo, precision: &Precision) -> Vec<WeightShar
         .collect()
 }
 
-/// Checks that a model's weights fit.
-pub(super) fn check_weights(info: &ModelInfo, precision: &Precision, budget: Budget) -> Result<()> {
-    let bytes = weights(info, precision).iter().map(|share| share.bytes).sum();
-    check(&format!("the weights of {}", info.name), bytes, precision, budget)
+/// Checks that the weights of the model `name` fit.
+pub(super) fn check_weights(
+    weights: &[WeightShare],
+    name: &str,
+    precision: &Precision,
+    budget: Budget,
+) -> Result<()> {
+    let bytes = weights.iter().map(|share| share.bytes).sum();
+    check(&format!("the weights of {name}"), bytes, precision, budget)
 }
 
 /// Checks that one part of a model fits; returns what it takes in bytes.
