@@ -12,6 +12,7 @@ mod common;
 mod diffusion;
 mod engine;
 mod eval;
+mod lora;
 mod ops;
 mod pixels;
 mod plan;
