@@ -237,10 +237,11 @@ fn merged_weights_compute_the_same() {
     let folder = tempfile::tempdir().unwrap();
     copy(&reference().folder, folder.path());
     let path = folder.path().join("transformer/diffusion_pytorch_model.safetensors");
-    let mut weights = candle_core::safetensors::load(&path, &Device::Cpu).unwrap();
-    for weight in weights.values_mut() {
-        *weight = weight.to_dtype(DType::F32).unwrap();
-    }
+    let weights = candle_core::safetensors::load(&path, &Device::Cpu).unwrap();
+    let mut weights: Tensors = weights
+        .into_iter()
+        .map(|(name, weight)| (name, weight.to_dtype(DType::F32).unwrap()))
+        .collect();
     for (module, [down, up]) in factors() {
         let rank = down.dim(0).unwrap() as f64;
         let [down, up] = [down, up].map(|factor| factor.to_dtype(DType::F32).unwrap());
