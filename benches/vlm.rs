@@ -7,7 +7,7 @@
 use std::{collections::HashMap, hint::black_box, path::Path, time::Duration};
 
 use candle_core::{DType, Device, Tensor};
-use criterion::{Criterion, criterion_group, criterion_main};
+use criterion::{Criterion, Throughput, criterion_group, criterion_main};
 use image::RgbImage;
 use pentimento::{
     CancelToken,
@@ -24,7 +24,7 @@ const VISION_INNER: usize = 3420;
 const LAYERS: usize = 2;
 const VOCAB: usize = 2048;
 const PROMPT_TOKENS: usize = 512;
-const ANSWER_TOKENS: usize = 8;
+const ANSWER_TOKENS: usize = 32;
 
 /// A folder with the smallest tokenizer of the tests and random weights.
 fn folder() -> tempfile::TempDir {
@@ -108,7 +108,9 @@ fn vlm(criterion: &mut Criterion) {
     let folder = folder();
     let files = ModelFiles::Folder(folder.path().to_owned());
     let cancel = CancelToken::new();
-    for (storage, name) in [(Storage::Compute, "f32"), (Storage::Q8_0, "q8_0")] {
+    for (storage, name) in
+        [(Storage::Compute, "f32"), (Storage::Q8_0, "q8_0"), (Storage::Q4K, "q4_k")]
+    {
         let precision = Precision { storage, ..Precision::reference() };
         let model = VisionLanguageModel::load(&files, "text_encoder", &precision).unwrap();
         let mut group = criterion.benchmark_group(format!("vlm/{name}"));
@@ -128,6 +130,8 @@ fn vlm(criterion: &mut Criterion) {
             stop_tokens: Vec::new(),
             ..model.generate_options()
         };
+        // Work per second is tokens per second here; the prompt of one token counts as one.
+        group.throughput(Throughput::Elements(ANSWER_TOKENS as u64));
         group.bench_function(format!("answer of {ANSWER_TOKENS} tokens"), |bencher| {
             bencher.iter(|| model.generate(&short, &options, &cancel, &mut |_| ()).unwrap());
         });

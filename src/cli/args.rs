@@ -75,6 +75,9 @@ pub(crate) enum DtypeArg {
     /// 1.06 bytes a weight; quantized while loading
     #[value(name = "q8_0", alias = "q8-0")]
     Q8_0,
+    /// 0.56 bytes a weight; quantized while loading
+    #[value(name = "q4_k", alias = "q4-k")]
+    Q4K,
 }
 
 /// How a request is carried out.

@@ -29,6 +29,7 @@ pub(crate) fn options(args: &ModelArgs, cancel: &CancelToken) -> Result<EngineOp
             DtypeArg::Bf16 => Some(Storage::Plain(candle_core::DType::BF16)),
             DtypeArg::F16 => Some(Storage::Plain(candle_core::DType::F16)),
             DtypeArg::Q8_0 => Some(Storage::Q8_0),
+            DtypeArg::Q4K => Some(Storage::Q4K),
         },
         budget: Budget { bytes_max: args.max_ram },
         planner: PlannerSource::default(),

@@ -44,7 +44,7 @@ pub(crate) fn run(args: &PlanArgs) -> Result<()> {
     }
     match args.report.json {
         true => super::print_line(&outcome.plan.to_json()),
-        false => super::print(text(&outcome.plan).as_bytes()),
+        false => super::print_line(&outcome.plan.to_string()),
     }
 }
 
@@ -56,21 +56,6 @@ fn how(outcome: &PlanOutcome) -> String {
         .collect();
     let value = json!({ "planned_by": outcome.planned_by, "tokens": outcome.tokens });
     format!("{value}, {}", times.join(", "))
-}
-
-/// A plan for a person.
-pub(crate) fn text(plan: &Plan) -> String {
-    let mut lines = vec![format!("request   {}", plan.request)];
-    if let Some(parts) = &plan.decomposition {
-        let actions: Vec<&str> = parts.actions.iter().map(|action| action.label()).collect();
-        lines.push(format!("actions   {}", actions.join("; ")));
-        lines.push(format!("subjects  {}", parts.subjects.join("; ")));
-        lines.push(format!("goals     {}", parts.goals.join("; ")));
-    }
-    for (index, step) in plan.steps.iter().enumerate() {
-        lines.push(format!("step {:<4} {}", index + 1, step.prompt));
-    }
-    lines.join("\n") + "\n"
 }
 
 /// The prompt as it was given, if it was.

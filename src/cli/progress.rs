@@ -41,7 +41,7 @@ impl Bar {
     #[expect(clippy::print_stderr, reason = "the plan is for the person at the terminal")]
     fn plan(&self, plan: &Plan) {
         if self.notes {
-            self.bar.suspend(|| eprint!("{}", super::plan::text(plan)));
+            self.bar.suspend(|| eprintln!("{plan}"));
         }
     }
 

@@ -12,6 +12,8 @@ use crate::{
 
 /// Values of one Q8_0 block and its bytes.
 const Q8_0_BLOCK: (u64, u64) = (32, 34);
+/// Values of one Q4_K super-block and its bytes.
+const Q4_K_BLOCK: (u64, u64) = (256, 144);
 
 /// What a model's weights take in memory, part by part.
 pub(super) fn weights(info: &ModelInfo, precision: &Precision) -> Vec<WeightShare> {
@@ -58,7 +60,8 @@ fn check(what: &str, bytes: u64, precision: &Precision, budget: Budget) -> Resul
         return Ok(()); // the device's own allocator answers for its memory
     }
     let hint = match precision.storage {
-        Storage::Q8_0 => "close other programs, or use a smaller model",
+        Storage::Q4K => "close other programs, or use a smaller model",
+        Storage::Q8_0 => "--dtype q4_k takes about half of q8_0",
         _ => "--dtype q8_0 takes about a quarter of f32",
     };
     budget.check(what, bytes, hint)
@@ -66,11 +69,16 @@ fn check(what: &str, bytes: u64, precision: &Precision, budget: Budget) -> Resul
 
 fn weight_bytes(parameters: u64, precision: &Precision) -> u64 {
     let dtype = match precision.storage {
-        Storage::Q8_0 => return (parameters * Q8_0_BLOCK.1).div_ceil(Q8_0_BLOCK.0),
+        Storage::Q8_0 => return blocks_bytes(parameters, Q8_0_BLOCK),
+        Storage::Q4K => return blocks_bytes(parameters, Q4_K_BLOCK),
         Storage::Compute => precision.compute,
         Storage::Plain(dtype) => dtype,
     };
     parameters * DType::size_in_bytes(&dtype) as u64
+}
+
+fn blocks_bytes(parameters: u64, (values, bytes): (u64, u64)) -> u64 {
+    (parameters * bytes).div_ceil(values)
 }
 
 /// The widths that activations follow from.
@@ -101,9 +109,11 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_quantized_weight_takes_eight_and_a_half_bits() {
+    fn a_quantized_weight_takes_its_share_of_a_block() {
         let precision = Precision { storage: Storage::Q8_0, ..Precision::reference() };
         assert_eq!(weight_bytes(320, &precision), 340);
+        let precision = Precision { storage: Storage::Q4K, ..Precision::reference() };
+        assert_eq!(weight_bytes(512, &precision), 288);
         assert_eq!(weight_bytes(320, &Precision::reference()), 1280);
     }
 }

@@ -9,6 +9,14 @@ pub(super) fn is_fast(tensors: &[&Tensor]) -> bool {
     tensors.iter().all(|t| t.device().is_cpu() && t.dtype() == DType::F32 && !t.track_op())
 }
 
+/// Runs `work` on one of the threads that operations are shared out to.
+///
+/// An operation that starts elsewhere hands itself over to them and sleeps until it is done, which
+/// costs two wake-ups; many small ones in a row, as for one token, are better started on the spot.
+pub fn on_worker<T: Send>(work: impl FnOnce() -> T + Send) -> T {
+    rayon::scope(|_| work())
+}
+
 /// A borrowed float32 tensor in host memory.
 pub(super) struct Floats<'a> {
     storage: RwLockReadGuard<'a, Storage>,

@@ -7,14 +7,18 @@ use std::sync::Arc;
 
 use candle_core::{
     DType, Device, Module, Result, Tensor, bail,
-    quantized::{GgmlDType, QMatMul, QTensor},
+    quantized::{GgmlDType, QMatMul, QStorage, QTensor},
 };
+use rayon::prelude::*;
 
 use super::{
     cpu::Floats,
     matrix::PackedMatrix,
-    simd::{Arch, hugepage, int8::PackedInt8},
+    simd::{Arch, hugepage, int8::PackedInt8, q4k::PackedQ4K},
 };
+
+/// Weights that one piece of work quantizes.
+const QUANTIZED_CHUNK: usize = 1 << 18;
 
 /// A weight matrix `[out, in]` as it is kept in memory.
 #[derive(Debug, Clone)]
@@ -34,9 +38,38 @@ impl LinearWeight {
         if !weight.dim(1)?.is_multiple_of(GgmlDType::Q8_0.block_size()) {
             return Ok(Self::Dense(weight.clone()));
         }
-        let weight = weight.to_dtype(DType::F32)?;
-        Ok(Self::Quantized(Arc::new(QTensor::quantize(&weight, GgmlDType::Q8_0)?)))
+        Ok(Self::Quantized(Arc::new(quantized(weight, GgmlDType::Q8_0)?)))
     }
+
+    /// `weight` quantized to Q4_K, where its rows are a multiple of the super-block of 256; as
+    /// [`Self::q8_0`] otherwise.
+    ///
+    /// # Errors
+    /// A failure of the device.
+    pub fn q4_k(weight: &Tensor) -> Result<Self> {
+        if !weight.dim(1)?.is_multiple_of(GgmlDType::Q4K.block_size()) {
+            return Self::q8_0(weight);
+        }
+        Ok(Self::Quantized(Arc::new(quantized(weight, GgmlDType::Q4K)?)))
+    }
+}
+
+/// `weight: [out, in]` in blocks of `dtype`; rows are a multiple of the block.
+fn quantized(weight: &Tensor, dtype: GgmlDType) -> Result<QTensor> {
+    let dims = weight.dims2()?;
+    let weight = weight.to_dtype(DType::F32)?;
+    if !weight.device().is_cpu() || dims.1 == 0 {
+        return QTensor::quantize(&weight, dtype);
+    }
+    // Candle quantizes on one thread.
+    let rows = QUANTIZED_CHUNK.div_ceil(dims.1);
+    let starts: Vec<usize> = (0..dims.0).step_by(rows).collect();
+    let chunks = starts.into_par_iter().map(|start| {
+        let chunk = weight.narrow(0, start, rows.min(dims.0 - start))?;
+        QTensor::quantize(&chunk, dtype)?.data().map(std::borrow::Cow::into_owned)
+    });
+    let bytes = chunks.collect::<Result<Vec<Vec<u8>>>>()?.concat();
+    QTensor::new(QStorage::from_data(bytes.into(), weight.device(), dtype)?, dims)
 }
 
 /// A linear layer's weights, laid out once for the device they run on.
@@ -50,6 +83,7 @@ pub struct PackedLinear {
 enum Kernel {
     Packed(Arc<PackedMatrix>),
     Int8(Arc<PackedInt8>),
+    Q4K(Arc<PackedQ4K>),
     Dense(Tensor),
     Quantized(QMatMul),
 }
@@ -65,8 +99,8 @@ impl PackedLinear {
                 Kernel::Packed(Arc::new(PackedMatrix::new(&weight, Arch::new())?))
             }
             LinearWeight::Dense(weight) => Kernel::Dense(weight),
-            LinearWeight::Quantized(weight) => match int8(&weight)? {
-                Some(weight) => Kernel::Int8(Arc::new(weight)),
+            LinearWeight::Quantized(weight) => match packed(&weight)? {
+                Some(kernel) => kernel,
                 None => Kernel::Quantized(QMatMul::from_arc(weight)?),
             },
         };
@@ -89,8 +123,16 @@ impl PackedLinear {
                     weight.multiply(x, bias, y);
                 });
             }
+            Kernel::Q4K(weight) if is_host(x) => {
+                return by_rows(x, self.bias.as_ref(), weight.dims(), |x, bias, y| {
+                    weight.multiply(x, bias, y);
+                });
+            }
             Kernel::Packed(weight) => dense(x, &weight.unpacked()?)?,
-            Kernel::Int8(weight) => dense(x, &dequantized(weight)?)?,
+            Kernel::Int8(weight) => {
+                dense(x, &dequantized(weight.dims(), |row| weight.row(row).collect())?)?
+            }
+            Kernel::Q4K(weight) => dense(x, &dequantized(weight.dims(), |row| weight.row(row))?)?,
             Kernel::Dense(weight) => dense(x, weight)?,
             Kernel::Quantized(weight) => weight.forward(&x.contiguous()?)?,
         };
@@ -101,19 +143,27 @@ impl PackedLinear {
     }
 }
 
-/// The matrix for the processor's 8-bit instructions, where it has them.
-fn int8(weight: &QTensor) -> Result<Option<PackedInt8>> {
-    if weight.dtype() != GgmlDType::Q8_0 || !weight.device().is_cpu() {
+/// The matrix laid out for this machine's 8-bit instructions, where there is a layout for it.
+fn packed(weight: &QTensor) -> Result<Option<Kernel>> {
+    if !weight.device().is_cpu() {
         return Ok(None);
     }
     let (out, width) = weight.shape().dims2()?;
-    Ok(PackedInt8::new(&weight.data()?, out, width))
+    let bytes = weight.data()?;
+    Ok(match weight.dtype() {
+        GgmlDType::Q8_0 => {
+            PackedInt8::new(&bytes, out, width).map(|weight| Kernel::Int8(Arc::new(weight)))
+        }
+        GgmlDType::Q4K => {
+            PackedQ4K::new(&bytes, out, width).map(|weight| Kernel::Q4K(Arc::new(weight)))
+        }
+        _ => None,
+    })
 }
 
-fn dequantized(weight: &PackedInt8) -> Result<Tensor> {
-    let dims = weight.dims();
-    let numbers = (0..dims.0).flat_map(|row| weight.row(row)).collect();
-    Tensor::from_vec(numbers, dims, &Device::Cpu)
+/// The numbers of a matrix, row by row.
+fn dequantized(dims: (usize, usize), row: impl Fn(usize) -> Vec<f32>) -> Result<Tensor> {
+    Tensor::from_vec((0..dims.0).flat_map(row).collect::<Vec<f32>>(), dims, &Device::Cpu)
 }
 
 /// Whether `x` may be computed with in float32: other types of half the size are widened.

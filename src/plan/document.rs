@@ -1,5 +1,7 @@
 //! The plan as a document: plain data that a person can read, change and hand back.
 
+use std::fmt;
+
 use serde::{Deserialize, Serialize};
 
 use super::{action::Action, decomposition::Decomposition, text::normalized};
@@ -139,6 +141,23 @@ impl Plan {
     pub fn merged(&self, separator: &str) -> String {
         let prompts: Vec<&str> = self.steps.iter().map(|step| step.prompt.trim()).collect();
         prompts.join(separator)
+    }
+}
+
+/// The plan for a person, a line for each list and each step.
+impl fmt::Display for Plan {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "request   {}", self.request)?;
+        if let Some(parts) = &self.decomposition {
+            let actions: Vec<&str> = parts.actions.iter().map(|action| action.label()).collect();
+            write!(f, "\nactions   {}", actions.join("; "))?;
+            write!(f, "\nsubjects  {}", parts.subjects.join("; "))?;
+            write!(f, "\ngoals     {}", parts.goals.join("; "))?;
+        }
+        for (index, step) in self.steps.iter().enumerate() {
+            write!(f, "\nstep {:<4} {}", index + 1, step.prompt)?;
+        }
+        Ok(())
     }
 }
 

@@ -64,6 +64,16 @@ impl LanguageModel {
         &self,
         embeddings: &Tensor,
         positions: &[Position],
+        cache: Option<&mut Cache>,
+        call: Call<'_>,
+    ) -> Result<Tensor> {
+        ops::on_worker(|| self.forward_here(embeddings, positions, cache, call))
+    }
+
+    fn forward_here(
+        &self,
+        embeddings: &Tensor,
+        positions: &[Position],
         mut cache: Option<&mut Cache>,
         call: Call<'_>,
     ) -> Result<Tensor> {
@@ -105,7 +115,7 @@ impl LanguageModel {
 /// The embedding matrix: rows are picked from it, so it stays plain where matrices are quantized.
 fn embedding(config: &TextConfig, weights: &Weights) -> Result<Tensor> {
     let plain = match weights.precision().storage {
-        Storage::Q8_0 => Storage::Plain(DType::BF16),
+        Storage::Q8_0 | Storage::Q4K => Storage::Plain(DType::BF16),
         other => other,
     };
     let weights = weights.with_storage(plain);

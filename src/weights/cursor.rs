@@ -24,6 +24,9 @@ pub enum Storage {
     Plain(DType),
     /// Quantized to Q8_0 while reading: 8.5 bits a weight.
     Q8_0,
+    /// Quantized to Q4_K while reading: 4.5 bits a weight. Matrices whose rows are no multiple of
+    /// 256 become Q8_0.
+    Q4K,
 }
 
 /// Where tensors go and in which types, and what stops reading them.
@@ -128,6 +131,7 @@ impl Weights {
             Storage::Compute => LinearWeight::Dense(stored.to_dtype(self.precision.compute)?),
             Storage::Plain(dtype) => LinearWeight::Dense(stored.to_dtype(dtype)?),
             Storage::Q8_0 => LinearWeight::q8_0(&stored)?,
+            Storage::Q4K => LinearWeight::q4_k(&stored)?,
         })
     }
 

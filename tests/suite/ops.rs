@@ -2,7 +2,10 @@
 //! record gradients take the plain way, so that one call gives the exact numbers, one the plain
 //! float32 ones and one those to be tested.
 
-use candle_core::{DType, Device, Tensor, Var};
+use candle_core::{
+    DType, Device, Module, Tensor, Var,
+    quantized::{GgmlDType, QMatMul, QTensor},
+};
 use pentimento::ops::{self, Conv2dShape, LinearWeight, Mask, PackedConv2d, PackedLinear, Padding};
 
 fn random(shape: &[usize]) -> Tensor {
@@ -310,6 +313,45 @@ fn quantized_layers_stay_within_their_rounding() {
     assert!(
         matches!(odd, LinearWeight::Dense(_)),
         "rows that are no whole number of blocks stay plain"
+    );
+}
+
+/// The rule for Q4_K: the error against exact activations is at most twice that of candle's product
+/// with the same bytes, which rounds activations in blocks of 256.
+#[test]
+fn q4_k_layers_follow_the_rule() {
+    for [rows, width, out] in
+        [[1, 256, 1], [1, 2048, 96], [3, 512, 33], [7, 256, 40], [400, 768, 65]]
+    {
+        let (x, weight, bias) = (random(&[rows, width]), random(&[out, width]), random(&[out]));
+        let plain = QTensor::quantize(&weight, GgmlDType::Q4K).unwrap();
+        let LinearWeight::Quantized(kept) = LinearWeight::q4_k(&weight).unwrap() else {
+            panic!("a matrix of whole super-blocks is quantized")
+        };
+        assert_eq!(kept.dtype(), GgmlDType::Q4K);
+        assert_eq!(kept.data().unwrap(), plain.data().unwrap(), "the bytes are not candle's");
+        let numbers = exact(&kept.dequantize(&Device::Cpu).unwrap());
+        let expected = exact(&x).matmul(&numbers.t().unwrap()).unwrap();
+        let expected = expected.broadcast_add(&exact(&bias)).unwrap();
+        let layer = PackedLinear::new(LinearWeight::Quantized(kept), Some(bias.clone())).unwrap();
+        let plain = QMatMul::from_qtensor(plain).unwrap();
+        let plain = plain.forward(&x).unwrap().broadcast_add(&bias).unwrap();
+        let y = layer.forward(&x).unwrap();
+        let (ours, theirs) = (error(&y, &expected), error(&plain, &expected));
+        assert!(ours <= 2.0 * theirs, "{rows} {width} {out}: error {ours}, plain {theirs}");
+        for threads in [1, 3] {
+            let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build().unwrap();
+            let again = pool.install(|| layer.forward(&x)).unwrap();
+            assert_eq!(values(&y), values(&again), "{threads} threads give other numbers");
+        }
+        // Where gradients are recorded, the matrix is used as it was quantized.
+        let recorded = layer.forward(Var::from_tensor(&x).unwrap().as_tensor()).unwrap();
+        assert!(error(&recorded, &expected) < 1e-3, "{rows} {width} {out} with gradients");
+    }
+    let odd = LinearWeight::q4_k(&random(&[4, 96])).unwrap();
+    assert!(
+        matches!(odd, LinearWeight::Quantized(odd) if odd.dtype() == GgmlDType::Q8_0),
+        "rows that are no whole number of super-blocks become Q8_0"
     );
 }
 

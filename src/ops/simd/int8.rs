@@ -8,7 +8,10 @@
 use half::f16;
 use rayon::prelude::*;
 
-use super::tiles::{Grid, par_tiles};
+use super::{
+    hugepage,
+    tiles::{Grid, par_tiles},
+};
 
 /// Numbers that share one scale.
 const BLOCK: usize = 32;
@@ -69,7 +72,7 @@ impl PackedInt8 {
             weights: [[[[128; 4]; LANES]; 2]; FOURS],
             scales: [[f16::ZERO; LANES]; 2],
         };
-        let mut blocks = vec![zero; out.div_ceil(PANEL) * depth];
+        let mut blocks = hugepage::filled(zero, out.div_ceil(PANEL) * depth);
         for (i, block) in bytes.chunks_exact(BLOCK_BYTES).enumerate() {
             let (row, place) = (i.div_euclid(depth), i % depth);
             let (half, lane) = ((row % PANEL).div_euclid(LANES), row % LANES);

@@ -6,6 +6,7 @@ pub(super) mod int8;
 pub(super) mod lanes;
 pub(super) mod math;
 pub(super) mod product;
+pub(super) mod q4k;
 pub(super) mod tiles;
 
 pub(super) use pulp::Arch;
