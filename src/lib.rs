@@ -28,7 +28,7 @@ pub mod vlm;
 pub mod weights;
 
 pub use editor::{
-    Assistant, Engine, EngineOptions, ModelInfo, ModelParts, ModelSource, PlannerSource,
+    Assistant, Engine, EngineOptions, LoraSource, ModelInfo, ModelParts, ModelSource, PlannerSource,
 };
 pub use error::{Error, ModelError, PictureError, RequestError, Result};
 pub use memory::Device;

@@ -170,7 +170,8 @@ fn milliseconds<S: serde::Serializer>(elapsed: &Duration, to: S) -> Result<S::Ok
 /// What the weights of one part of an engine take.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
 pub struct WeightShare {
-    /// `transformer`, `text_encoder`, `vae`, or `planner` where it has weights of its own.
+    /// `transformer`, `text_encoder`, `vae`, `lora` where there is one, or `planner` where it has
+    /// weights of its own.
     pub part: &'static str,
     /// Bytes in memory, by the number of values and the type they are kept in.
     pub bytes: u64,

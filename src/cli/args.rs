@@ -3,7 +3,7 @@
 use std::{ffi::OsString, path::PathBuf};
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
-use pentimento::{Rng, Strategy, diffusion::noise::CudaGrid};
+use pentimento::{LoraSource, Rng, Strategy, diffusion::noise::CudaGrid};
 
 /// Edit pictures on this machine: one sentence says what should change.
 #[derive(Debug, Parser)]
@@ -251,11 +251,27 @@ pub(crate) struct EditArgs {
     #[arg(long, value_enum, default_value_t = HandOverArg::Latents)]
     pub(crate) hand_over: HandOverArg,
     #[command(flatten)]
+    pub(crate) lora: LoraArgs,
+    #[command(flatten)]
     pub(crate) planner: PlannerArgs,
     #[command(flatten)]
     pub(crate) model: ModelArgs,
     #[command(flatten)]
     pub(crate) report: ReportArgs,
+}
+
+/// Low-rank changes of the editor.
+#[derive(Debug, Args)]
+#[command(next_help_heading = "LoRA")]
+pub(crate) struct LoraArgs {
+    /// LoRA file (safetensors) for the editor, and its strength [default: 1]; repeat for several,
+    /// which add up. A file with Lightning and 4steps or 8steps in its name sets steps, guidance and
+    /// schedule unless they are asked for
+    #[arg(long = "lora", value_name = "FILE[:SCALE]", value_parser = lora)]
+    pub(crate) files: Vec<LoraSource>,
+    /// Keep the model's own steps, guidance and schedule with a Lightning file
+    #[arg(long, requires = "files")]
+    pub(crate) no_lightning_defaults: bool,
 }
 
 /// `pentimento plan`
@@ -438,6 +454,18 @@ fn zero_cond_t(text: &str) -> Result<bool, String> {
     }
 }
 
+/// A path, or a path, a colon and a number.
+fn lora(text: &str) -> Result<LoraSource, String> {
+    let scaled = text.rsplit_once(':').and_then(|(path, scale)| {
+        Some(LoraSource { path: path.into(), strength: scale.parse().ok()? })
+    });
+    let source = scaled.unwrap_or_else(|| LoraSource::new(text));
+    if !source.strength.is_finite() || source.path.as_os_str().is_empty() {
+        return Err("expected FILE or FILE:SCALE with a finite number".to_owned());
+    }
+    Ok(source)
+}
+
 fn rng(text: &str) -> Result<Rng, String> {
     let device = |text: &str| {
         let (multiprocessors, threads) = text.split_once('x')?;
@@ -508,6 +536,11 @@ mod tests {
         assert!(zero_cond_t("qwen_image_zero_cond_t").is_err() && zero_cond_t("x=true").is_err());
         assert_eq!(rng("cuda"), Ok(Rng::Cuda(CudaGrid::UNLIMITED)));
         assert_eq!(rng("cuda:128x1536"), Ok(Rng::Cuda(CudaGrid::of_device(128, 1536))));
+        assert_eq!(lora("a.safetensors"), Ok(LoraSource::new("a.safetensors")));
+        assert_eq!(lora("C:\\a.b"), Ok(LoraSource::new("C:\\a.b")));
+        let (path, strength) = ("a:b".into(), -0.5);
+        assert_eq!(lora("a:b:-0.5"), Ok(LoraSource { path, strength }));
+        assert!(lora("a:nan").is_err() && lora("a:1e999").is_err() && lora(":1").is_err());
         assert!(rng("cuda:128").is_err() && rng("gpu").is_err());
     }
 }

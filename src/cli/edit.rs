@@ -4,7 +4,7 @@ use std::{collections::BTreeMap, path::Path};
 
 use pentimento::{
     EditOutcome, EditRequest, Engine, Event, HandOver, Observer, Result,
-    pixels::{self, EditRecord, Format, ModelRecord, Overwrite, RECORD_VERSION},
+    pixels::{self, EditRecord, Format, LoraRecord, ModelRecord, Overwrite, RECORD_VERSION},
 };
 use serde_json::json;
 
@@ -31,6 +31,8 @@ pub(crate) fn run(args: EditArgs) -> Result<()> {
     }
     let mut options = model::options(&args.model, &request.cancel)?;
     options.planner = plan::source(&args.planner)?;
+    options.loras.clone_from(&args.lora.files);
+    options.no_lightning_defaults = args.lora.no_lightning_defaults;
     let observer = |event: &Event<'_>| {
         bar.event(event);
         if let Some(kept) = &kept {
@@ -138,6 +140,15 @@ fn record(engine: &Engine, request: &EditRequest, outcome: &EditOutcome) -> Edit
             class: model.class.to_owned(),
             digest: Some(model.digest.clone()),
         },
+        loras: engine
+            .loras()
+            .iter()
+            .map(|lora| LoraRecord {
+                name: lora.name.clone(),
+                strength: lora.strength,
+                modules: lora.modules,
+            })
+            .collect(),
         working_size: outcome.working_size,
         input_sizes: request.pictures.iter().map(pixels::Picture::size).collect(),
         timings_ms: timings(outcome),
@@ -187,6 +198,7 @@ fn summary(
             "digest": engine.model().digest,
             "untrained": engine.model().untrained,
         },
+        "loras": engine.loras(),
         "stages": stages,
         "notes": outcome.notes,
     })

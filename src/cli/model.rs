@@ -46,6 +46,8 @@ pub(crate) fn options(args: &ModelArgs, cancel: &CancelToken) -> Result<EngineOp
         },
         budget: Budget { bytes_max: args.max_ram },
         planner: PlannerSource::default(),
+        loras: Vec::new(),
+        no_lightning_defaults: false,
         cancel: cancel.clone(),
     })
 }

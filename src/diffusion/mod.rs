@@ -7,7 +7,7 @@
 //! use pentimento::{
 //!     CancelToken,
 //!     diffusion::{Conditioning, Denoise, DiffusionModel, noise::NoiseSource, vae::Tiling},
-//!     weights::{ModelFiles, Precision},
+//!     weights::{LowRankChanges, ModelFiles, Precision},
 //! };
 //!
 //! # fn main() -> pentimento::Result<()> {
@@ -51,7 +51,7 @@ use candle_core::Tensor;
 use crate::{
     error::{Error, Result},
     progress::CancelToken,
-    weights::{ModelFiles, Precision},
+    weights::{LowRankChanges, ModelFiles, Precision},
 };
 use noise::NoiseSource;
 use qwen_image::pack::{latents_from_tokens, tokens_from_latents};
@@ -78,10 +78,23 @@ impl DiffusionModel {
     /// # Errors
     /// What each of the parts refuses, or parts that do not belong together.
     pub fn load(files: &ModelFiles, precision: &Precision) -> Result<Self> {
+        Self::load_changed(files, precision, LowRankChanges::default())
+    }
+
+    /// As [`Self::load`], with low-rank changes of the transformer; see
+    /// [`Transformer::load_changed`].
+    ///
+    /// # Errors
+    /// As [`Self::load`], or changes that are left over.
+    pub fn load_changed(
+        files: &ModelFiles,
+        precision: &Precision,
+        changes: LowRankChanges,
+    ) -> Result<Self> {
         // The small parts first, so that their faults show before gigabytes are read.
         let schedule = ScheduleConfig::load(files)?;
         let autoencoder = Autoencoder::load(files, precision)?;
-        let transformer = Transformer::load(files, precision)?;
+        let transformer = Transformer::load_changed(files, precision, changes)?;
         let (found, expected) =
             (autoencoder.config().latent_channels, transformer.config().latent_channels());
         if found != expected {
@@ -107,6 +120,11 @@ impl DiffusionModel {
     #[must_use]
     pub fn schedule(&self) -> &ScheduleConfig {
         &self.schedule
+    }
+
+    /// Denoises along the levels of another schedule.
+    pub fn set_schedule(&mut self, schedule: ScheduleConfig) {
+        self.schedule = schedule;
     }
 
     /// Pixels along the side of one token.

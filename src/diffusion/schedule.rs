@@ -161,6 +161,30 @@ impl ScheduleConfig {
         })
     }
 
+    /// The schedule that the Lightning LoRA files were distilled with, on this schedule's scale of
+    /// timesteps: shifted by the same `mu` = ln 3 for pictures of all sizes, down to a level that
+    /// nothing stretches. They are made for 4 or 8 steps without guidance.
+    ///
+    /// Reference: `scheduler_config` in
+    /// <https://github.com/ModelTC/Qwen-Image-Lightning/blob/main/generate_with_diffusers.py>.
+    #[must_use]
+    pub fn lightning(&self) -> Self {
+        let mu = 3.0_f64.ln();
+        let curve = DynamicShift {
+            base_tokens: default_base_tokens(),
+            max_tokens: default_max_tokens(),
+            base_shift: mu,
+            max_shift: mu,
+        };
+        Self {
+            train_timesteps: self.train_timesteps,
+            shift: Shift::Dynamic { curve, kind: TimeShift::Exponential },
+            shift_terminal: None,
+            spacing: Spacing::Shifted,
+            invert: false,
+        }
+    }
+
     /// The levels of a run of `steps` steps over a picture of `image_tokens` tokens (without the
     /// references).
     ///

@@ -46,7 +46,8 @@ impl<'a> Checked<'a> {
         let grid = grid(engine, sizes.working)?;
         let schedule = engine.diffusion.schedule().schedule(steps, grid.tokens())?;
         check_activations(engine, &sizes)?;
-        let (negative, notes) = guidance(request, cfg_scale);
+        let (negative, mut notes) = guidance(request, cfg_scale);
+        notes.extend(engine.loras.notes(steps));
         let seed = request.seed.unwrap_or_else(random_seed);
         Ok(Self { request, sizes, schedule, cfg_scale, negative, seed, notes })
     }

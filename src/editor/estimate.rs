@@ -22,7 +22,7 @@ pub(super) fn weights(files: &ModelFiles, precision: &Precision) -> Result<Vec<W
     PARTS.into_iter().map(share).collect()
 }
 
-/// Checks that a model's weights fit.
+/// Checks that the weights of the model `name` fit.
 pub(super) fn check_weights(
     shares: &[WeightShare],
     name: &str,

@@ -6,6 +6,7 @@ mod checked;
 mod edit;
 mod estimate;
 mod inspect;
+mod lora;
 mod memo;
 mod pass;
 mod pipeline;
@@ -20,6 +21,7 @@ use image::RgbImage;
 
 use self::{
     inspect::PARTS,
+    lora::{LoadedLoras, Loras},
     memo::Memo,
     pipeline::Pipeline,
     plan_sizes::Sizes,
@@ -28,6 +30,7 @@ use self::{
 };
 pub use self::{
     inspect::{ModelInfo, PartInfo},
+    lora::LoraSource,
     pipeline::Kind,
     planning::PlannerSource,
     source::{ModelParts, ModelSource},
@@ -43,7 +46,7 @@ use crate::{
         WeightShare,
     },
     vlm::VisionLanguageModel,
-    weights::{ModelFiles, Precision, Storage},
+    weights::{LoraReport, ModelFiles, Precision, Storage},
 };
 
 /// Where and how a model runs.
@@ -57,6 +60,10 @@ pub struct EngineOptions {
     pub budget: Budget,
     /// Which model plans, where it is not the editor's own.
     pub planner: PlannerSource,
+    /// LoRA files for the transformer; their changes add up.
+    pub loras: Vec<LoraSource>,
+    /// Keep the model's own schedule, steps and guidance with a Lightning file.
+    pub no_lightning_defaults: bool,
     /// Stops the loading of weights.
     pub cancel: CancelToken,
 }
@@ -93,6 +100,7 @@ pub struct Engine {
     vlm: VisionLanguageModel,
     planner: PlannerParts,
     diffusion: DiffusionModel,
+    loras: LoadedLoras,
     memo: Memo,
     budget: Budget,
     weights: Vec<WeightShare>,
@@ -112,7 +120,12 @@ impl Engine {
     ) -> Result<Self> {
         let files = source.files()?;
         files.require_parts(&PARTS.map(|(part, _)| part))?;
-        let pipeline = Pipeline::read(&files)?;
+        let mut pipeline = Pipeline::read(&files)?;
+        let loras = Loras::open(&options.loras, !options.no_lightning_defaults)?;
+        let lightning = loras.lightning_steps();
+        if let Some(steps) = lightning {
+            (pipeline.steps, pipeline.cfg_scale) = (steps, 1.0);
+        }
         let info = ModelInfo::from_pipeline(&files, &pipeline)?;
         if info.untrained {
             observer.event(&Event::Note(&format!(
@@ -124,21 +137,27 @@ impl Engine {
         let precision = options.precision()?;
         note_files(&files, observer, &info, &precision);
         let mut weights = estimate::weights(&files, &precision)?;
+        weights.extend(loras.share(&precision));
         estimate::check_weights(&weights, &info.name, &precision, options.budget)?;
         let mut stages = Stages::new(observer);
-        let (vlm, planner, diffusion) = stages.run(Stage::Load, || {
+        let (vlm, planner, mut diffusion, loras) = stages.run(Stage::Load, || {
+            let (changes, loras) = loras.read(&files, &precision)?;
             let vlm = load_vlm(&files, &precision)?;
             let room = (&precision, options.budget);
             let planner = PlannerParts::load(&options.planner, &files, &vlm, room, observer)?;
-            Ok((vlm, planner, DiffusionModel::load(&files, &precision)?))
+            let diffusion = DiffusionModel::load_changed(&files, &precision, changes)?;
+            Ok((vlm, planner, diffusion, loras))
         })?;
+        if lightning.is_some() {
+            diffusion.set_schedule(diffusion.schedule().lightning());
+        }
         let load =
             StageReport { stage: Stage::Load, elapsed: Duration::ZERO, peak_resident_bytes: None };
         let load = stages.finish().pop().unwrap_or(load);
         let (budget, memo) = (options.budget, Memo::default());
         weights
             .extend(planner.own_weight_bytes().map(|bytes| WeightShare { part: "planner", bytes }));
-        Ok(Self { pipeline, info, vlm, planner, diffusion, memo, budget, weights, load })
+        Ok(Self { pipeline, info, vlm, planner, diffusion, loras, memo, budget, weights, load })
     }
 
     /// What was opened.
@@ -163,6 +182,12 @@ impl Engine {
     #[must_use]
     pub fn weights(&self) -> &[WeightShare] {
         &self.weights
+    }
+
+    /// The LoRA files that change the transformer, in the order they were named.
+    #[must_use]
+    pub fn loras(&self) -> &[LoraReport] {
+        &self.loras.reports
     }
 
     /// Drops what is kept of earlier requests: tokens and latents of their pictures, and their

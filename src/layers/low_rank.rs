@@ -5,7 +5,8 @@ use candle_core::{Result as TensorResult, Tensor};
 use super::Linear;
 use crate::{
     error::Result,
-    weights::{Storage, Weights},
+    ops::{LinearWeight, PackedLinear},
+    weights::{Storage, Weights, lora::Change},
 };
 
 /// `scale · up · down · x`, to be added to what a [`Linear`] makes of `x`.
@@ -36,6 +37,15 @@ impl LowRank {
             up: Linear::load_without_bias(&weights.pp(up), rank, width_out)?,
             scale,
         })
+    }
+
+    /// From factors that a LoRA file holds.
+    pub(super) fn new(change: Change) -> Result<Self> {
+        let linear = |factor| {
+            let matrix = PackedLinear::new(LinearWeight::Dense(factor), None)?;
+            Result::<_>::Ok(Linear { matrix, changes: Vec::new() })
+        };
+        Ok(Self { down: linear(change.down)?, up: linear(change.up)?, scale: change.scale })
     }
 
     /// `[.., width_in]` → `[.., width_out]`.

@@ -12,9 +12,12 @@ use crate::{
     weights::Weights,
 };
 
-/// `x · weightᵀ + bias`.
+/// `x · weightᵀ + bias`, and the low-rank changes that `weights` carries for it.
 #[derive(Debug, Clone)]
-pub struct Linear(PackedLinear);
+pub struct Linear {
+    matrix: PackedLinear,
+    changes: Vec<LowRank>,
+}
 
 impl Linear {
     /// Reads `weight: [width_out, width_in]` and `bias: [width_out]` below `weights`.
@@ -35,7 +38,9 @@ impl Linear {
     }
 
     fn with_bias(weights: &Weights, shape: [usize; 2], bias: Option<Tensor>) -> Result<Self> {
-        Ok(Self(PackedLinear::new(weights.linear_weight("weight", shape)?, bias)?))
+        let matrix = PackedLinear::new(weights.linear_weight("weight", shape)?, bias)?;
+        let changes = weights.take_changes().into_iter().map(LowRank::new);
+        Ok(Self { matrix, changes: changes.collect::<Result<_>>()? })
     }
 
     /// `[.., width_in]` → `[.., width_out]`.
@@ -43,7 +48,11 @@ impl Linear {
     /// # Errors
     /// Another width, or a failure of the device.
     pub fn forward(&self, x: &Tensor) -> TensorResult<Tensor> {
-        self.0.forward(x)
+        let mut y = self.matrix.forward(x)?;
+        for change in &self.changes {
+            y = (y + change.forward(x)?)?;
+        }
+        Ok(y)
     }
 }
 

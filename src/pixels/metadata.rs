@@ -52,6 +52,9 @@ pub struct EditRecord {
     pub sub_requests: Vec<String>,
     /// The model.
     pub model: ModelRecord,
+    /// LoRA files that changed the model.
+    #[serde(default)]
+    pub loras: Vec<LoraRecord>,
     /// The size that the model worked at.
     pub working_size: Size,
     /// The sizes of the input pictures, in their order.
@@ -69,6 +72,17 @@ pub struct ModelRecord {
     pub class: String,
     /// SHA-256 of its files, in hexadecimal digits.
     pub digest: Option<String>,
+}
+
+/// A LoRA file that changed the model.
+#[derive(Debug, Clone, PartialEq, serde::Serialize, serde::Deserialize)]
+pub struct LoraRecord {
+    /// The file's name without its ending.
+    pub name: String,
+    /// What its changes were multiplied by.
+    pub strength: f64,
+    /// Matrices that it changes.
+    pub modules: usize,
 }
 
 impl EditRecord {

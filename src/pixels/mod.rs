@@ -54,8 +54,8 @@ mod write;
 pub use encode::{Encoded, Format, JPEG_QUALITY, encode_to_vec};
 pub use limits::Limits;
 pub use metadata::{
-    EditRecord, ModelRecord, PARAMETERS_KEYWORD, PictureInfo, RECORD_KEYWORD, RECORD_VERSION,
-    TextEntry, read_metadata,
+    EditRecord, LoraRecord, ModelRecord, PARAMETERS_KEYWORD, PictureInfo, RECORD_KEYWORD,
+    RECORD_VERSION, TextEntry, read_metadata,
 };
 pub use picture::Picture;
 pub use resize::{Filter, resize, resize_gray};

@@ -2,12 +2,12 @@
 
 use std::collections::BTreeMap;
 
-use super::{adapter_config::AdapterConfig, config::TextConfig};
+use super::config::TextConfig;
 use crate::{
     error::{Error, ModelError, Result},
     layers::LowRank,
     progress::CancelToken,
-    weights::{Checkpoint, ModelFiles, Precision, Weights},
+    weights::{AdapterConfig, Checkpoint, ModelFiles, Precision, Weights},
 };
 
 /// What `peft` puts before every name of the model.

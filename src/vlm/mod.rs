@@ -6,7 +6,6 @@
 //! [`generate`](VisionLanguageModel::generate).
 
 pub mod adapter;
-mod adapter_config;
 mod cache;
 pub mod config;
 mod config_keys;

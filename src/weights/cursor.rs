@@ -4,7 +4,10 @@ use std::{fmt::Display, sync::Arc};
 
 use candle_core::{DType, Device, Tensor, quantized::QTensor};
 
-use super::checkpoint::Checkpoint;
+use super::{
+    checkpoint::Checkpoint,
+    lora::{Change, LowRankChanges},
+};
 use crate::{
     error::{ModelError, Result},
     ops::LinearWeight,
@@ -59,13 +62,25 @@ pub struct Weights {
     checkpoint: Arc<Checkpoint>,
     precision: Precision,
     prefix: String,
+    changes: Option<Arc<LowRankChanges>>,
 }
 
 impl Weights {
     /// The top of a checkpoint.
     #[must_use]
     pub fn new(checkpoint: Checkpoint, precision: Precision) -> Self {
-        Self { checkpoint: Arc::new(checkpoint), precision, prefix: String::new() }
+        Self { checkpoint: Arc::new(checkpoint), precision, prefix: String::new(), changes: None }
+    }
+
+    /// The same place; linear layers that are read from it, or below it, take their changes.
+    #[must_use]
+    pub fn with_changes(self, changes: Arc<LowRankChanges>) -> Self {
+        Self { changes: Some(changes), ..self }
+    }
+
+    /// Takes the changes of the linear layer at this place.
+    pub(crate) fn take_changes(&self) -> Vec<Change> {
+        self.changes.as_ref().map_or_else(Vec::new, |changes| changes.take(&self.prefix))
     }
 
     /// The place below `part`, which is a name or an index.

@@ -1,5 +1,6 @@
 //! Weight files: found, checked, mapped, and read tensor by tensor with nothing skipped silently.
 
+mod adapter_config;
 mod assembly;
 mod blocks;
 pub mod checkpoint;
@@ -8,15 +9,18 @@ pub mod files;
 mod float8;
 pub mod gguf;
 pub mod identify;
+pub mod lora;
 mod mmap;
 pub mod probe;
 mod safetensors_header;
 mod scaled;
 mod stored;
 
+pub(crate) use adapter_config::AdapterConfig;
 pub use assembly::Assembly;
 pub use checkpoint::{Checkpoint, TensorEntry};
 pub use cursor::{Precision, Storage, Weights};
 pub use files::{EmbeddedFile, ModelFiles};
 pub use identify::identify;
+pub use lora::{LoraFile, LoraReport, LowRankChanges};
 pub use stored::StoredType;

@@ -539,3 +539,48 @@ fn drift_is_measured_for_both_ways_of_handing_on() {
     stderr_of(&["eval", "drift", "--passes", "3"], 2, &["passes", "even number"]);
     stderr_of(&["eval", "drift", "-N", "0"], 2, &["count"]);
 }
+
+#[test]
+fn lora_files_change_the_picture_and_are_listed() {
+    let folder = tempfile::tempdir().unwrap();
+    let (input, model) = (sample().display().to_string(), model());
+    let lora = crate::lora::data("few.safetensors").display().to_string();
+    let edit = |name: &str, loras: &[&str]| {
+        let out = folder.path().join(name).display().to_string();
+        let mut arguments = quick(&input, &out, &model);
+        arguments.push("--json");
+        arguments.extend(loras.iter().flat_map(|lora| ["--lora", lora]));
+        let summary = text(&run(&arguments, 0).stdout);
+        let info: serde_json::Value =
+            serde_json::from_str(&text(&run(&["info", "--json", &out], 0).stdout)).unwrap();
+        (
+            image::open(&out).unwrap(),
+            serde_json::from_str::<serde_json::Value>(&summary).unwrap(),
+            info,
+        )
+    };
+    let (plain, summary, _) = edit("plain.png", &[]);
+    assert_eq!(summary["loras"], serde_json::json!([]));
+    let half = format!("{lora}:0.5");
+    let (changed, summary, info) = edit("changed.png", &[&lora, &half]);
+    assert_ne!(changed, plain);
+    let entry =
+        |strength: f64| serde_json::json!({ "name": "few", "strength": strength, "modules": 6 });
+    let mut listed = summary["loras"].clone();
+    for lora in listed.as_array_mut().unwrap() {
+        assert_eq!(lora.as_object_mut().unwrap().remove("skipped"), Some(0.into()));
+    }
+    assert_eq!(listed, serde_json::json!([entry(1.0), entry(0.5)]));
+    assert_eq!(info["record"]["loras"], serde_json::json!([entry(1.0), entry(0.5)]), "{info}");
+    let (off, ..) = edit("off.png", &[&format!("{lora}:0")]);
+    assert_eq!(off, plain);
+    let out = folder.path().join("none.png").display().to_string();
+    let refused = |lora: &str, code: i32, words: &[&str]| {
+        let mut arguments = quick(&input, &out, &model);
+        arguments.extend(["--lora", lora]);
+        stderr_of(&arguments, code, words);
+    };
+    refused("none.safetensors:0.5", 3, &["none.safetensors", "not found"]);
+    refused(&format!("{lora}:nan"), 2, &["finite"]);
+    refused(&format!("{model}/vae/diffusion_pytorch_model.safetensors"), 3, &["low-rank"]);
+}

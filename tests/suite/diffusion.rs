@@ -43,13 +43,13 @@ fn largest_difference(a: &Tensor, b: &Tensor) -> f64 {
     f64::from(difference.to_scalar::<f32>().unwrap())
 }
 
-fn grids(reference: &Reference) -> Vec<Grid> {
+pub(crate) fn grids(reference: &Reference) -> Vec<Grid> {
     let shapes: Vec<[usize; 3]> =
         serde_json::from_value(reference.facts["dit.img_shapes"].clone()).unwrap();
     shapes.iter().map(|&[_, height, width]| Grid { height, width }).collect()
 }
 
-fn conditioning(reference: &Reference) -> Conditioning {
+pub(crate) fn conditioning(reference: &Reference) -> Conditioning {
     Conditioning { hidden_states: reference.tensor("dit.encoder_hidden_states").clone() }
 }
 

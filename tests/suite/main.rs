@@ -13,6 +13,7 @@ mod diffusion;
 mod engine;
 mod eval;
 mod gguf;
+mod lora;
 mod ops;
 mod pixels;
 mod plan;

@@ -16,7 +16,7 @@ use crate::{
     layers::{Linear, RmsNorm},
     ops,
     progress::CancelToken,
-    weights::{ModelFiles, Precision, Weights},
+    weights::{Checkpoint, LoraFile, LoraReport, LowRankChanges, ModelFiles, Precision, Weights},
 };
 
 const EPS: f64 = 1e-6;
@@ -84,12 +84,37 @@ impl Transformer {
     /// Files that are missing or damaged, a config that is not supported, another model's weights,
     /// or tensors that are missing, left over or of another shape.
     pub fn load(files: &ModelFiles, precision: &Precision) -> Result<Self> {
+        Self::load_changed(files, precision, LowRankChanges::default())
+    }
+
+    /// Reads LoRA files for the transformer of a model folder; one report for each.
+    ///
+    /// # Errors
+    /// Files that do not fit the transformer, see [`LowRankChanges::read`], or as [`Self::load`].
+    pub fn read_loras(
+        files: &ModelFiles,
+        loras: &[LoraFile],
+        precision: &Precision,
+    ) -> Result<(LowRankChanges, Vec<LoraReport>)> {
+        LowRankChanges::read(loras, &checkpoint(files)?, precision)
+    }
+
+    /// As [`Self::load`], with `changes` that were read for the same folder: what a changed
+    /// matrix makes of `x` is `W x + scale · up · down · x`, and nothing is merged into `W`.
+    ///
+    /// # Errors
+    /// As [`Self::load`], or changes that are left over.
+    pub fn load_changed(
+        files: &ModelFiles,
+        precision: &Precision,
+        changes: LowRankChanges,
+    ) -> Result<Self> {
         let mut config = Config::load(files)?;
-        let checkpoint = files.checkpoint("transformer", "diffusion_pytorch_model")?;
-        let checkpoint = checkpoint.rename(config::canonical_name)?;
-        config::refuse_look_alikes(&checkpoint)?;
+        let checkpoint = checkpoint(files)?;
+        let changes = Arc::new(changes);
         config.zero_cond_t |= !config.decided && checkpoint.contains(config::ZERO_COND_MARK);
-        let weights = Weights::new(checkpoint, precision.clone());
+        let weights =
+            Weights::new(checkpoint, precision.clone()).with_changes(Arc::clone(&changes));
         let (dim, time) = (config.dim(), weights.pp("time_text_embed.timestep_embedder"));
         let blocks = weights.pp("transformer_blocks");
         let model = Self {
@@ -108,6 +133,7 @@ impl Transformer {
         };
         // The mark carries no numbers: that it is there is all it says.
         weights.finish(&[config::ZERO_COND_MARK])?;
+        changes.finish()?;
         Ok(model)
     }
 
@@ -256,4 +282,12 @@ impl Transformer {
         let target_tokens = input.grids.first().map_or(0, |grid| grid.tokens());
         Ok(Layout { image, text, target_tokens })
     }
+}
+
+/// The transformer's tensors under the published names.
+fn checkpoint(files: &ModelFiles) -> Result<Checkpoint> {
+    let checkpoint = files.checkpoint("transformer", "diffusion_pytorch_model")?;
+    let checkpoint = checkpoint.rename(config::canonical_name)?;
+    config::refuse_look_alikes(&checkpoint)?;
+    Ok(checkpoint)
 }

@@ -6,8 +6,8 @@ use image::RgbImage;
 use pentimento::{
     Error, PictureError,
     pixels::{
-        EditRecord, Format, Limits, ModelRecord, Overwrite, PARAMETERS_KEYWORD, Picture,
-        RECORD_KEYWORD, Size, TextEntry, check_output, encode_to_vec, read_metadata, save,
+        EditRecord, Format, Limits, LoraRecord, ModelRecord, Overwrite, PARAMETERS_KEYWORD,
+        Picture, RECORD_KEYWORD, Size, TextEntry, check_output, encode_to_vec, read_metadata, save,
         write_file,
     },
 };
@@ -187,6 +187,7 @@ fn record(prompt: &str) -> EditRecord {
             class: "SomePipeline".to_owned(),
             digest: Some("0123456789abcdef".to_owned()),
         },
+        loras: vec![LoraRecord { name: "style".to_owned(), strength: -0.5, modules: 3 }],
         working_size: Size::new(64, 128),
         input_sizes: vec![Size::new(40, 30)],
         timings_ms: [("denoise".to_owned(), 12)].into(),

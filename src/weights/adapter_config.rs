@@ -12,7 +12,8 @@ use serde::{
 };
 use serde_json::{Map, Value};
 
-use crate::{error::Result, weights::ModelFiles};
+use super::ModelFiles;
+use crate::error::Result;
 
 /// Upper end of a rank.
 const RANK_MAX: u64 = 1 << 16;
@@ -40,7 +41,7 @@ const INITS: &[&str] = &["gaussian", "eva", "orthogonal"];
 
 /// The scale and the rank of each adapted matrix.
 #[derive(Debug)]
-pub(super) struct AdapterConfig {
+pub(crate) struct AdapterConfig {
     rank: Patterns<usize>,
     alpha: Patterns<f64>,
     rank_stabilised: bool,
@@ -101,8 +102,17 @@ impl AdapterConfig {
     /// # Errors
     /// A file of another kind, or a field that is missing, outside its range, or asks for
     /// arithmetic that is not done.
-    pub(super) fn load(files: &ModelFiles, path: &str) -> Result<Self> {
-        let raw: RawConfig = files.read_json(path)?;
+    pub(crate) fn load(files: &ModelFiles, path: &str) -> Result<Self> {
+        Self::from_json(files, path, &files.read_text(path)?)
+    }
+
+    /// Checks `text`, which messages call `path`.
+    ///
+    /// # Errors
+    /// As [`Self::load`].
+    pub(super) fn from_json(files: &ModelFiles, path: &str, text: &str) -> Result<Self> {
+        let raw: RawConfig = serde_json::from_str(text)
+            .map_err(|error| files.corrupt(path, &error.to_string(), "a JSON file of its kind"))?;
         let fields = Fields { files, path, map: raw.rest };
         fields.expect("peft_type", &["LORA"])?;
         fields.check_init()?;
@@ -124,7 +134,7 @@ impl AdapterConfig {
     ///
     /// # Errors
     /// A pattern that takes too many steps to match.
-    pub(super) fn rank_and_scale(
+    pub(crate) fn rank_and_scale(
         &self,
         files: &ModelFiles,
         path: &str,

@@ -1,0 +1,324 @@
+//! LoRA files: low-rank changes of a model's matrices, matched with the model by their names.
+//!
+//! Names and scales follow the loaders of diffusers and ComfyUI. A file is read in two steps: its
+//! header when it is opened, its numbers when it is matched with a model. Every tensor is used,
+//! skipped by a rule that has a name, or an error.
+
+mod names;
+mod settings;
+
+use std::{
+    collections::BTreeMap,
+    path::{Path, PathBuf},
+    sync::{Mutex, PoisonError},
+};
+
+use candle_core::Tensor;
+use serde::Serialize;
+
+use self::{
+    names::{Modules, Reading, Role},
+    settings::Settings,
+};
+use super::{Checkpoint, Precision, Weights};
+use crate::error::{Error, ModelError, Result};
+
+/// Names in one message.
+const NAMES_MAX: usize = 8;
+/// What the files that are read hold, for messages.
+const EXPECTED: &str = "pairs of low-rank factors, with or without alphas";
+
+/// A LoRA file whose header has been read.
+#[derive(Debug)]
+pub struct LoraFile {
+    path: PathBuf,
+    strength: f64,
+    /// In float32 on the host, which holds every number of the file exactly.
+    weights: Weights,
+    settings: Option<Settings>,
+}
+
+/// What became of a LoRA file.
+#[derive(Debug, Clone, PartialEq, Serialize)]
+#[non_exhaustive]
+pub struct LoraReport {
+    /// The file's name without its ending.
+    pub name: String,
+    /// What its changes are multiplied by; with 0 the model stays as it is, bit for bit.
+    pub strength: f64,
+    /// Matrices of the model that it changes.
+    pub modules: usize,
+    /// Tensors that change a text encoder, which are not read.
+    pub skipped: usize,
+}
+
+/// `scale · up · down`, to be added to a matrix.
+#[derive(Debug)]
+pub(crate) struct Change {
+    /// `[rank, width_in]`.
+    pub(crate) down: Tensor,
+    /// `[width_out, rank]`.
+    pub(crate) up: Tensor,
+    pub(crate) scale: f64,
+}
+
+/// The changes of a model's matrices that wait for their layers to be loaded.
+#[derive(Debug, Default)]
+pub struct LowRankChanges {
+    waiting: Mutex<BTreeMap<String, Vec<Change>>>,
+}
+
+/// Name and shape of the tensors that a file has for one module.
+type Parts<'a> = BTreeMap<Role, (&'a str, &'a [usize])>;
+
+/// A module's change before its numbers are read: its factors by name and shape.
+#[derive(Debug)]
+struct Planned<'a> {
+    down: (&'a str, [usize; 2]),
+    up: (&'a str, [usize; 2]),
+    scale: f64,
+}
+
+impl LoraFile {
+    /// Reads the header of a safetensors file, and what tells its alphas: the file's metadata, or
+    /// `adapter_config.json` beside it.
+    ///
+    /// # Errors
+    /// A file that is missing, damaged or of another kind; settings that ask for more than a
+    /// low-rank change; a strength that is not finite.
+    pub fn open(path: &Path, strength: f64) -> Result<Self> {
+        if !strength.is_finite() {
+            return Err(Error::field("lora strength", strength, "a finite number"));
+        }
+        if !path.is_file() {
+            let what = if path.is_dir() { "this is a folder" } else { "there is no such file" };
+            return Err(ModelError::Missing {
+                path: path.display().to_string(),
+                what: what.to_owned(),
+                hint: "pass the LoRA's safetensors file".to_owned(),
+            }
+            .into());
+        }
+        let checkpoint = Checkpoint::open_file(path)?;
+        let settings = Settings::find(path, &checkpoint)?;
+        let weights = Weights::new(checkpoint, Precision::reference());
+        Ok(Self { path: path.to_owned(), strength, weights, settings })
+    }
+
+    /// The file's name without its ending.
+    #[must_use]
+    pub fn name(&self) -> String {
+        self.path.file_stem().unwrap_or_default().to_string_lossy().into_owned()
+    }
+
+    /// What the model's outputs are changed by, times this.
+    #[must_use]
+    pub fn strength(&self) -> f64 {
+        self.strength
+    }
+
+    /// Whether the file changes anything.
+    #[must_use]
+    pub fn is_on(&self) -> bool {
+        self.strength != 0.0
+    }
+
+    /// Number of values that are kept in memory.
+    #[must_use]
+    pub fn elements(&self) -> u64 {
+        if self.is_on() { self.weights.checkpoint().elements() } else { 0 }
+    }
+
+    fn corrupt(&self, found: String, expected: impl Into<String>, hint: &str) -> Error {
+        let (path, expected, hint) =
+            (self.path.display().to_string(), expected.into(), hint.to_owned());
+        ModelError::Corrupt { path, found, expected, hint }.into()
+    }
+
+    fn shape_fault(&self, tensor: &str, found: &[usize], expected: &[usize]) -> Error {
+        ModelError::TensorShape {
+            path: self.path.display().to_string(),
+            tensor: tensor.to_owned(),
+            found: found.to_vec(),
+            expected: expected.to_vec(),
+        }
+        .into()
+    }
+
+    /// The parts of every module's change, by the module's name in the file, and the number of
+    /// tensors for text encoders.
+    fn parts(&self) -> Result<(BTreeMap<&str, Parts<'_>>, usize)> {
+        let mut modules: BTreeMap<&str, Parts<'_>> = BTreeMap::new();
+        let mut skipped = 0;
+        for (name, entry) in self.weights.checkpoint().tensors() {
+            match names::read(name) {
+                Reading::TextEncoder => skipped += 1,
+                Reading::Other(what) => {
+                    let hint = "convert the file to a plain LoRA, or leave it out";
+                    return Err(self.corrupt(format!("tensor {name}, {what}"), EXPECTED, hint));
+                }
+                Reading::Part { module, role } => {
+                    let parts = modules.entry(module).or_default();
+                    if let Some((first, _)) = parts.insert(role, (name, &entry.shape)) {
+                        return Err(self.twice(first, name));
+                    }
+                }
+            }
+        }
+        Ok((modules, skipped))
+    }
+
+    fn twice(&self, first: &str, second: &str) -> Error {
+        let hint = "the file was merged from two; use the originals";
+        self.corrupt(format!("{first} and {second} for the same place"), "each once", hint)
+    }
+
+    /// Refuses files with modules that are not the model's, and files without modules.
+    fn check_modules(&self, parts: &BTreeMap<&str, Parts<'_>>, model: &Modules) -> Result<()> {
+        let unmatched: Vec<&str> =
+            parts.keys().copied().filter(|name| model.find(name).is_none()).collect();
+        if unmatched.is_empty() && !parts.is_empty() {
+            return Ok(());
+        }
+        let mut found = "no modules of the transformer".to_owned();
+        if !unmatched.is_empty() {
+            let names = unmatched[..unmatched.len().min(NAMES_MAX)].join(", ");
+            let more = if unmatched.len() > NAMES_MAX { ", …" } else { "" };
+            let (count, all) = (unmatched.len(), parts.len());
+            found = format!("{count} of {all} modules are not the model's: {names}{more}");
+        }
+        if let Some(what) = unmatched.iter().find_map(|name| names::foreign(name)) {
+            found = format!("{found} ({what})");
+        }
+        let expected = format!("modules of the transformer, such as {}", model.example());
+        Err(self.corrupt(found, expected, "the file was made for another model"))
+    }
+
+    /// The changes that the file's tensors say, checked against the model.
+    fn planned<'a>(
+        &'a self,
+        all_parts: &BTreeMap<&'a str, Parts<'a>>,
+        model: &'a Modules,
+    ) -> Result<BTreeMap<&'a str, Planned<'a>>> {
+        self.check_modules(all_parts, model)?;
+        let mut changes: BTreeMap<&str, Planned<'_>> = BTreeMap::new();
+        for (name, parts) in all_parts {
+            let Some((module, widths)) = model.find(name) else { continue }; // checked above
+            let planned = self.planned_one(module, widths, parts)?;
+            if let Some(first) = changes.insert(module, planned) {
+                return Err(self.twice(first.down.0, parts[&Role::Down].0));
+            }
+        }
+        Ok(changes)
+    }
+
+    fn planned_one<'a>(
+        &self,
+        module: &str,
+        [width_out, width_in]: [usize; 2],
+        parts: &Parts<'a>,
+    ) -> Result<Planned<'a>> {
+        let (Some(&down), Some(&up)) = (parts.get(&Role::Down), parts.get(&Role::Up)) else {
+            let there: Vec<&str> = parts.values().map(|(name, _)| *name).collect();
+            let found = format!("{} without the other factor", there.join(" and "));
+            let hint = "the file is damaged or of another kind; download it again";
+            return Err(self.corrupt(found, EXPECTED, hint));
+        };
+        let rank = down.1.first().copied().unwrap_or_default().max(1);
+        for ((name, shape), expected) in [(down, [rank, width_in]), (up, [width_out, rank])] {
+            if shape != expected {
+                return Err(self.shape_fault(name, shape, &expected));
+            }
+        }
+        let scale = match (parts.get(&Role::Alpha), &self.settings) {
+            (Some(&(name, shape)), _) => self.alpha(name, shape)? / as_number(rank),
+            (None, Some(settings)) => {
+                let (listed, scale) = settings.rank_and_scale(module)?;
+                if listed != rank {
+                    return Err(self.shape_fault(down.0, down.1, &[listed, width_in]));
+                }
+                scale
+            }
+            (None, None) => 1.0,
+        };
+        let (down, up) = ((down.0, [rank, width_in]), (up.0, [width_out, rank]));
+        Ok(Planned { down, up, scale: scale * self.strength })
+    }
+
+    fn alpha(&self, name: &str, shape: &[usize]) -> Result<f64> {
+        if !matches!(shape, [] | [1]) {
+            return Err(self.shape_fault(name, shape, &[]));
+        }
+        let alpha = self.weights.tensor(name, shape)?.sum_all()?.to_scalar::<f32>()?;
+        if alpha.is_finite() {
+            return Ok(f64::from(alpha));
+        }
+        let hint = "the file is damaged; download it again";
+        Err(self.corrupt(format!("tensor {name} is {alpha}"), "a finite number", hint))
+    }
+}
+
+impl LowRankChanges {
+    /// Matches files with the matrices of `model`, which has its own names, and reads their
+    /// numbers; one report for each file. Several changes of a matrix add up.
+    ///
+    /// # Errors
+    /// Tensors that are no part of a low-rank change, modules that the model does not have, files
+    /// without modules, shapes that do not fit, or cancellation.
+    pub fn read(
+        files: &[LoraFile],
+        model: &Checkpoint,
+        precision: &Precision,
+    ) -> Result<(Self, Vec<LoraReport>)> {
+        let model = Modules::of(model);
+        let mut waiting: BTreeMap<String, Vec<Change>> = BTreeMap::new();
+        let mut reports = Vec::with_capacity(files.len());
+        for file in files {
+            let (parts, skipped) = file.parts()?;
+            let changes = file.planned(&parts, &model)?;
+            reports.push(LoraReport {
+                name: file.name(),
+                strength: file.strength,
+                modules: changes.len(),
+                skipped,
+            });
+            for (module, planned) in changes.into_iter().filter(|_| file.is_on()) {
+                precision.cancel.check()?;
+                let factor = |(name, shape): (&str, [usize; 2])| {
+                    let tensor = file.weights.tensor(name, &shape)?.to_dtype(precision.compute)?;
+                    Result::<_>::Ok(tensor.to_device(&precision.device)?)
+                };
+                let (down, up) = (factor(planned.down)?, factor(planned.up)?);
+                let change = Change { down, up, scale: planned.scale };
+                waiting.entry(module.to_owned()).or_default().push(change);
+            }
+        }
+        Ok((Self { waiting: Mutex::new(waiting) }, reports))
+    }
+
+    /// The changes of `module`, which are handed out once.
+    pub(crate) fn take(&self, module: &str) -> Vec<Change> {
+        let mut waiting = self.waiting.lock().unwrap_or_else(PoisonError::into_inner);
+        waiting.remove(module).unwrap_or_default()
+    }
+
+    /// Fails when a matrix was not loaded as a layer that takes changes. Call it when the whole
+    /// model is loaded.
+    ///
+    /// # Errors
+    /// [`ModelError::TensorsUnused`] with the first names.
+    pub fn finish(&self) -> Result<()> {
+        let waiting = self.waiting.lock().unwrap_or_else(PoisonError::into_inner);
+        if waiting.is_empty() {
+            return Ok(());
+        }
+        let names: Vec<&str> = waiting.keys().take(NAMES_MAX).map(String::as_str).collect();
+        let (path, count, names) = ("LoRA".to_owned(), waiting.len(), names.join(", "));
+        Err(ModelError::TensorsUnused { path, count, names }.into())
+    }
+}
+
+#[expect(clippy::cast_precision_loss, reason = "a rank is a side of a tensor in memory")]
+fn as_number(rank: usize) -> f64 {
+    rank as f64
+}
