@@ -23,7 +23,7 @@ from training import launch  # noqa: E402
 HERE = Path(__file__).resolve().parent
 STAGES = ("vae", "lm", "dit", "export", "check")
 BUDGETS_S = dict(vae=1400, lm=1800, dit=7200)  # processor seconds of one process
-CASES = dict(vae=300, lm=200, dit=50, check=60)
+CASES = dict(vae=300, lm=200, dit=50, check=30)
 SMOKE_S = dict(vae=4, lm=4, dit=4)
 SMOKE_CASES = dict(vae=4, lm=4, dit=2, check=1)
 

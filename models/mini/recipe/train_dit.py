@@ -17,6 +17,7 @@ from training import Muon, Run, rank, say
 BATCH = 64
 POOL = 8  # batches whose pictures are encoded together and passed through twice, with two different prompts
 EDITED_WEIGHT = 4.0
+TOLERANCE = 0.03  # of the summed success; less is chance, and later weights saw more at a lower learning rate
 WORN_SHARE = 4  # every so many-th reference of a pool is a worn copy
 WORN_NOISE = 0.4  # largest noise on its latents, in units of their spread
 WARM_SEEDS = 1 << 43  # further up than any training from scratch has counted
@@ -215,12 +216,12 @@ def averaged(run, frozen):
 
 
 def report(run, frozen, out, count):
-    """Measures the averaged weights; keeps them if they are the best so far."""
+    """Measures the averaged weights; keeps them unless earlier ones were clearly better."""
     model = averaged(run, frozen)
     figures = measure(model, frozen, count)
     run.log.append(dict(seconds=round(run.seconds), samples=run.samples, **figures))
     best = max(entry["single"] + entry["merged"] for entry in run.log)
-    if figures["single"] + figures["merged"] >= best:
+    if figures["single"] + figures["merged"] >= best - TOLERANCE:
         torch.save(model.state_dict(), Path(out) / "dit_final.pt")
     (Path(out) / "dit.json").write_text(json.dumps(run.log, indent=1))
     say("dit", figures)

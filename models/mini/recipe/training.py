@@ -125,7 +125,7 @@ class Run:
         now, cpu = time.time(), time.process_time()
         self.seconds += cpu - self._last
         self._last = cpu
-        if world_size() > 1 and self.steps % 20 == 0:
+        if world_size() > 1:  # or one of them would leave its last steps' partners waiting
             self.seconds = broadcast_float(self.seconds)
         if now - self._saved > 60:
             self.save()
