@@ -1,7 +1,7 @@
 #!/bin/sh
 # Estimates which share of an edit planning takes at the published dimensions, from few layers.
 #
-#   benches/planning.sh WORK [ROUNDS]
+#   benches/planning.sh WORK [ROUNDS] [RAW.csv]
 #
 # Times the language model at the 7B model's dimensions with 2 and with 4 layers, and the editor's
 # transformer with 2 of its 60, all as Q8_0, in turn. A straight line through the two depths gives a
@@ -31,7 +31,8 @@ bench() { # name
 decode=$(bench decode)
 forward=$(bench forward)
 
-raw=$(mktemp)
+raw=${3:-$(mktemp)}
+: >"$raw"
 round=0
 while [ "$round" -lt "$rounds" ]; do
     for layers in 2 4; do
