@@ -8,7 +8,10 @@ use std::{
     sync::{Mutex, PoisonError},
 };
 
-use candle_core::{DType, Device, Tensor, quantized::QTensor};
+use candle_core::{
+    DType, Device, Tensor,
+    quantized::{GgmlDType, QTensor},
+};
 use sha2::{Digest, Sha256};
 
 use super::{
@@ -89,8 +92,16 @@ impl TensorEntry {
 
     /// The quantized type that the matrix `[out, in]` is multiplied in, where there is one and a
     /// row is a whole number of its blocks.
-    pub(super) fn multiplied_as(&self) -> Option<candle_core::quantized::GgmlDType> {
-        self.kind.multiplied_as().filter(|dtype| self.has_rows_of(dtype.block_size()))
+    pub(super) fn multiplied_as(&self) -> Option<GgmlDType> {
+        // Candle's products with the types of 32 numbers a block take blocks in pairs; Q8_0 has a
+        // product of its own.
+        let unit = |dtype: &GgmlDType| match dtype {
+            GgmlDType::Q4_0 | GgmlDType::Q4_1 | GgmlDType::Q5_0 | GgmlDType::Q5_1 => {
+                2 * dtype.block_size()
+            }
+            _ => dtype.block_size(),
+        };
+        self.kind.multiplied_as().filter(|dtype| self.has_rows_of(unit(dtype)))
     }
 
     /// The entry and, below it, those it is put together from that lie in one piece.

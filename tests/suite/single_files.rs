@@ -446,7 +446,7 @@ fn the_program_takes_single_files() {
     let tower = text(&folder.path().join("llm/mmproj-F16.gguf"));
     let vae = text(files.vae.as_ref().unwrap());
     let mut arguments = vec!["edit", "-i", &input, "-p", "make it night", "-o", &out, "-s", "7"];
-    arguments.extend(["--area", "64x64", "--steps", "1", "--strategy", "direct"]);
+    arguments.extend(["--area", "64x64", "--steps", "2", "--strategy", "direct"]);
     arguments.extend(["--diffusion-model", &transformer]);
     arguments.extend(["--qwen2vl", &llm, "--llm_vision", &tower]);
     arguments.extend(["--model-args", "qwen_image_zero_cond_t=false"]);
