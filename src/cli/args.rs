@@ -143,6 +143,29 @@ pub(crate) struct PromptArgs {
     pub(crate) prompt_words: Option<String>,
 }
 
+/// What is edited, and what should change.
+#[derive(Debug, Args)]
+pub(crate) struct WishArgs {
+    /// Picture to edit; repeat for models that take several; `-` reads stdin
+    #[arg(
+        short = 'i',
+        long = "image",
+        alias = "ref-image",
+        short_alias = 'r',
+        required = true,
+        value_name = "FILE"
+    )]
+    pub(crate) images: Vec<PathBuf>,
+    #[command(flatten)]
+    pub(crate) prompt: PromptArgs,
+    /// Area of the working size: square pixels, or WxH [default: the model's]
+    #[arg(long, value_name = "AREA", value_parser = area)]
+    pub(crate) area: Option<u64>,
+    /// Area of the copies that the vision-language model sees [default: the model's]
+    #[arg(long, value_name = "AREA", value_parser = area)]
+    pub(crate) vl_area: Option<u64>,
+}
+
 /// Who plans, and how.
 #[derive(Debug, Args)]
 #[command(next_help_heading = "Planner")]
@@ -189,18 +212,8 @@ pub(crate) struct ReportArgs {
 /// `pentimento edit`
 #[derive(Debug, Args)]
 pub(crate) struct EditArgs {
-    /// Picture to edit; repeat for models that take several; `-` reads stdin
-    #[arg(
-        short = 'i',
-        long = "image",
-        alias = "ref-image",
-        short_alias = 'r',
-        required = true,
-        value_name = "FILE"
-    )]
-    pub(crate) images: Vec<PathBuf>,
     #[command(flatten)]
-    pub(crate) prompt: PromptArgs,
+    pub(crate) wish: WishArgs,
     /// Carry out this plan, as `plan --json` prints it, instead of making one; `-` reads stdin
     #[arg(long, value_name = "FILE")]
     pub(crate) plan: Option<PathBuf>,
@@ -235,12 +248,6 @@ pub(crate) struct EditArgs {
     /// Height of the working size and of the result [default: follows the input]
     #[arg(short = 'H', long, value_name = "PX")]
     pub(crate) height: Option<u32>,
-    /// Area of the working size: square pixels, or WxH [default: the model's]
-    #[arg(long, value_name = "AREA", value_parser = area)]
-    pub(crate) area: Option<u64>,
-    /// Area of the copies that the vision-language model sees [default: the model's]
-    #[arg(long, value_name = "AREA", value_parser = area)]
-    pub(crate) vl_area: Option<u64>,
     /// How the request is carried out
     #[arg(long, value_enum, default_value_t = StrategyArg::Single)]
     pub(crate) strategy: StrategyArg,
@@ -277,24 +284,8 @@ pub(crate) struct LoraArgs {
 /// `pentimento plan`
 #[derive(Debug, Args)]
 pub(crate) struct PlanArgs {
-    /// Picture to edit; repeat for models that take several; `-` reads stdin
-    #[arg(
-        short = 'i',
-        long = "image",
-        alias = "ref-image",
-        short_alias = 'r',
-        required = true,
-        value_name = "FILE"
-    )]
-    pub(crate) images: Vec<PathBuf>,
     #[command(flatten)]
-    pub(crate) prompt: PromptArgs,
-    /// Area of the working size, as for edit: square pixels, or WxH [default: the model's]
-    #[arg(long, value_name = "AREA", value_parser = area)]
-    pub(crate) area: Option<u64>,
-    /// Area of the copies that the vision-language model sees [default: the model's]
-    #[arg(long, value_name = "AREA", value_parser = area)]
-    pub(crate) vl_area: Option<u64>,
+    pub(crate) wish: WishArgs,
     #[command(flatten)]
     pub(crate) planner: PlannerArgs,
     #[command(flatten)]

@@ -70,7 +70,7 @@ pub(crate) fn run(args: EditArgs) -> Result<()> {
 }
 
 fn request(args: &EditArgs) -> Result<EditRequest> {
-    let stdin = args.images.iter().chain(&args.plan).filter(|path| path.as_os_str() == "-");
+    let stdin = args.wish.images.iter().chain(&args.plan).filter(|path| path.as_os_str() == "-");
     if stdin.count() > 1 {
         return Err(pentimento::RequestError::Field {
             field: "--plan",
@@ -80,7 +80,7 @@ fn request(args: &EditArgs) -> Result<EditRequest> {
         .into());
     }
     let plan = args.plan.as_deref().map(plan::read).transpose()?;
-    let prompt = match plan::prompt(&args.prompt)? {
+    let prompt = match plan::prompt(&args.wish.prompt)? {
         Some(prompt) => prompt,
         None if plan.is_some() => String::new(),
         None => {
@@ -88,7 +88,7 @@ fn request(args: &EditArgs) -> Result<EditRequest> {
             return Err(plan::no_prompt(expected));
         }
     };
-    let mut pictures = model::pictures(&args.images)?;
+    let mut pictures = model::pictures(&args.wish.images)?;
     let first = pictures.remove(0); // clap asks for at least one
     let mut request = EditRequest::new(first, prompt);
     request.pictures.append(&mut pictures);
@@ -98,7 +98,7 @@ fn request(args: &EditArgs) -> Result<EditRequest> {
     request.rng = args.rng;
     request.cfg_scale = args.cfg_scale;
     (request.width, request.height) = (args.width, args.height);
-    (request.area, request.vl_area) = (args.area, args.vl_area);
+    (request.area, request.vl_area) = (args.wish.area, args.wish.vl_area);
     request.strategy = args.strategy.strategy();
     request.hand_over = match args.hand_over {
         HandOverArg::Latents => HandOver::Latents,

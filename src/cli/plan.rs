@@ -18,10 +18,10 @@ use super::{
 const PLAN_BYTES_MAX: u64 = 2 << 20;
 
 pub(crate) fn run(args: &PlanArgs) -> Result<()> {
-    let prompt = prompt(&args.prompt)?
+    let prompt = prompt(&args.wish.prompt)?
         .ok_or_else(|| no_prompt("a sentence that says what should change, or --prompt-file"))?;
-    let mut request = PlanRequest::new(model::pictures(&args.images)?, prompt);
-    (request.area, request.vl_area) = (args.area, args.vl_area);
+    let mut request = PlanRequest::new(model::pictures(&args.wish.images)?, prompt);
+    (request.area, request.vl_area) = (args.wish.area, args.wish.vl_area);
     request.planner = options(&args.planner);
     request.cancel = super::cancel_on_interrupt()?;
     let bar = Bar::new(args.report.quiet);
