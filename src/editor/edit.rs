@@ -36,7 +36,7 @@ pub(super) fn run(
     let checked = Checked::new(engine, request)?;
     let mut notes = checked.notes.clone();
     let mut stages = Stages::new(observer);
-    let mut work = Work::begin(engine, &checked)?;
+    let mut work = Work::begin(engine, &checked);
 
     // 1. The planner says what the editor is told.
     let course = course(engine, &checked, &work, &mut stages)?;
@@ -92,11 +92,11 @@ fn course(
         (Some(plan), _) => (plan.clone(), None),
         (None, Strategy::Direct) => return Ok(Course::direct(request, None, None)),
         (None, _) => {
-            let (pictures, seen) = work.sight()?;
+            let sight = work.sight()?;
             let plan_work = PlanWork {
                 request: &request.prompt,
-                pictures: &pictures,
-                seen: &seen,
+                pictures: &sight.pictures,
+                seen: &sight.seen,
                 options: &request.planner,
                 cancel: &request.cancel,
             };

@@ -213,13 +213,8 @@ impl Engine {
     /// cancellation.
     pub fn decompose(&self, request: &PlanRequest, observer: &dyn Observer) -> Result<String> {
         let pictures = plan_pictures(&self.pipeline, request)?;
-        let work = PlanWork {
-            request: &request.prompt,
-            pictures: &pictures,
-            seen: &self.vlm.look(&pictures)?,
-            options: &request.planner,
-            cancel: &request.cancel,
-        };
+        let seen = self.vlm.look(&pictures)?;
+        let work = PlanWork::of(request, &pictures, &seen);
         self.planner.decompose(&self.vlm, &work, &mut Stages::new(observer))
     }
 
@@ -302,13 +297,8 @@ impl Assistant {
     /// cancellation.
     pub fn plan(&self, request: &PlanRequest, observer: &dyn Observer) -> Result<PlanOutcome> {
         let pictures = plan_pictures(&self.pipeline, request)?;
-        let work = PlanWork {
-            request: &request.prompt,
-            pictures: &pictures,
-            seen: &self.vlm.look(&pictures)?,
-            options: &request.planner,
-            cancel: &request.cancel,
-        };
+        let seen = self.vlm.look(&pictures)?;
+        let work = PlanWork::of(request, &pictures, &seen);
         let mut stages = Stages::new(observer);
         let planning = self.planner.plan(&self.vlm, &work, &mut stages)?;
         observer.event(&Event::Planned(&planning.plan));

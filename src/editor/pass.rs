@@ -20,6 +20,13 @@ use crate::{
     vlm::Seen,
 };
 
+/// Pictures as the vision-language model sees them.
+pub(super) struct Sight {
+    pub(super) pictures: Vec<RgbImage>,
+    pub(super) seen: Seen,
+    key: Key,
+}
+
 /// A request under way.
 pub(super) struct Work<'a> {
     engine: &'a Engine,
@@ -34,9 +41,9 @@ pub(super) struct Work<'a> {
 }
 
 impl<'a> Work<'a> {
-    pub(super) fn begin(engine: &'a Engine, checked: &'a Checked<'a>) -> Result<Self> {
+    pub(super) fn begin(engine: &'a Engine, checked: &'a Checked<'a>) -> Self {
         let tiling = Tiling::default();
-        Ok(Self { engine, checked, tiling, passes: 0, made: None, latents: None })
+        Self { engine, checked, tiling, passes: 0, made: None, latents: None }
     }
 
     /// Carries out one prompt on the picture as it is now.
@@ -96,7 +103,7 @@ impl<'a> Work<'a> {
     }
 
     /// The pictures as the vision-language model sees them now.
-    pub(super) fn sight(&self) -> Result<(Vec<RgbImage>, Seen)> {
+    pub(super) fn sight(&self) -> Result<Sight> {
         let pictures = self
             .pictures()
             .zip(&self.checked.sizes.vision)
@@ -104,7 +111,7 @@ impl<'a> Work<'a> {
             .collect::<Result<Vec<_>>>()?;
         let key = key_of_pictures(&pictures);
         let seen = self.engine.memo.seen.get_or(key, || self.engine.vlm.look(&pictures))?;
-        Ok((pictures, seen))
+        Ok(Sight { pictures, key, seen })
     }
 
     /// The picture that is edited, as it is now.
@@ -118,20 +125,19 @@ impl<'a> Work<'a> {
     }
 
     fn conditioning(&self, prompt: &str) -> Result<(Conditioning, Option<Conditioning>)> {
-        let (pictures, seen) = self.sight()?;
-        let key = key_of_pictures(&pictures);
+        let sight = self.sight()?;
         let encode = |prompt: &str| {
-            let text = self.engine.pipeline.text(prompt, pictures.len());
-            self.encode(&key, &text, &seen)
+            let text = self.engine.pipeline.text(prompt, sight.pictures.len());
+            self.encode(&sight, &text)
         };
         Ok((encode(prompt)?, self.checked.negative.map(encode).transpose()?))
     }
 
-    fn encode(&self, pictures: &Key, text: &str, seen: &Seen) -> Result<Conditioning> {
+    fn encode(&self, sight: &Sight, text: &str) -> Result<Conditioning> {
         let (vlm, memo) = (&self.engine.vlm, &self.engine.memo);
-        let hidden_states = memo.conditioning.get_or(key_of_text(pictures, text), || {
+        let hidden_states = memo.conditioning.get_or(key_of_text(&sight.key, text), || {
             // What the reference pipelines compute with; see `with_sequential_positions`.
-            let inputs = vlm.prepare_seen(text, seen)?.with_sequential_positions();
+            let inputs = vlm.prepare_seen(text, &sight.seen)?.with_sequential_positions();
             let hidden = vlm.hidden_states(&inputs, &self.checked.request.cancel)?; // (1, n, dim)
             let dropped = Pipeline::TOKENS_DROPPED;
             let kept = hidden.dim(1)?.saturating_sub(dropped);

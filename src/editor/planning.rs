@@ -10,6 +10,7 @@ use crate::{
     memory::Budget,
     plan::{PlanOptions, Planner, Planning, Prompts},
     progress::{CancelToken, Event, Observer, Stage},
+    request::PlanRequest,
     vlm::{Adapter, Call, Seen, VisionLanguageModel, canonical_name},
     weights::{ModelFiles, Precision},
 };
@@ -159,6 +160,14 @@ pub(super) struct PlanWork<'a> {
     pub(super) seen: &'a Seen,
     pub(super) options: &'a PlanOptions,
     pub(super) cancel: &'a CancelToken,
+}
+
+impl<'a> PlanWork<'a> {
+    /// A request's own words and options, with its pictures as the text encoder sees them.
+    pub(super) fn of(request: &'a PlanRequest, pictures: &'a [RgbImage], seen: &'a Seen) -> Self {
+        let PlanRequest { prompt, planner, cancel, .. } = request;
+        Self { request: prompt, pictures, seen, options: planner, cancel }
+    }
 }
 
 fn check_options(options: &PlanOptions) -> Result<()> {
