@@ -82,7 +82,7 @@ impl Header {
             "_class_name": config::CLASS,
             "patch_size": config::PATCH,
             "in_channels": latent,
-            "out_channels": null,
+            "out_channels": side("proj_out.weight", 0)?.div_euclid(config::PATCH * config::PATCH),
             "num_layers": last.map_or(0, |last| last.saturating_add(1)),
             "attention_head_dim": head,
             "num_attention_heads": dim.checked_div(head).unwrap_or(0),
@@ -97,4 +97,44 @@ impl Header {
 pub(crate) fn decide(config: &mut Map<String, Json>, zero_cond_t: bool) {
     config.insert("zero_cond_t".to_owned(), zero_cond_t.into());
     config.insert(DECIDED.to_owned(), true.into());
+}
+
+#[cfg(test)]
+mod tests {
+    use std::collections::HashMap;
+
+    use candle_core::{DType, Device, Tensor};
+
+    use super::*;
+
+    #[test]
+    fn dimensions_follow_from_the_tensors() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("transformer.safetensors");
+        let shapes: [(&str, &[usize]); 6] = [
+            ("txt_norm.weight", &[24]),
+            ("img_in.weight", &[256, 64]),
+            ("txt_in.weight", &[256, 24]),
+            ("proj_out.weight", &[64, 256]),
+            ("transformer_blocks.0.attn.norm_q.weight", &[128]),
+            ("transformer_blocks.2.attn.norm_q.weight", &[128]),
+        ];
+        let zeros = |shape: &[usize]| Tensor::zeros(shape, DType::BF16, &Device::Cpu).unwrap();
+        let tensors: HashMap<_, _> = shapes
+            .map(|(name, shape)| (format!("model.diffusion_model.{name}"), zeros(shape)))
+            .into();
+        candle_core::safetensors::save(&tensors, &path).unwrap();
+        let header = Header::new(Checkpoint::open_file(&path).unwrap()).unwrap();
+        let config = Json::Object(header.config().unwrap());
+        for (field, number) in [
+            ("in_channels", 64),
+            ("out_channels", 16),
+            ("num_layers", 3),
+            ("num_attention_heads", 2),
+            ("attention_head_dim", 128),
+            ("joint_attention_dim", 24),
+        ] {
+            assert_eq!(config[field], number, "{field}");
+        }
+    }
 }
