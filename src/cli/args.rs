@@ -5,6 +5,8 @@ use std::{ffi::OsString, path::PathBuf};
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use pentimento::{LoraSource, Rng, Strategy, diffusion::noise::CudaGrid};
 
+use super::weights_args::ConvertArgs;
+
 /// Edit pictures on this machine: one sentence says what should change.
 #[derive(Debug, Parser)]
 #[command(name = "pentimento", version, arg_required_else_help = true, after_help = EXIT_CODES)]
@@ -31,6 +33,8 @@ pub(crate) enum Command {
     },
     /// Show what a weight file, a model folder or a picture holds
     Info(InfoArgs),
+    /// Write a part of a model as another file: in another format, in other types
+    Convert(Box<ConvertArgs>),
     /// Show the devices, features and packs that this program sees
     Doctor(DoctorArgs),
     /// Print a completion script for a shell
@@ -437,7 +441,7 @@ fn seed(text: &str) -> Result<SeedArg, String> {
     Ok(SeedArg::Number(number))
 }
 
-fn zero_cond_t(text: &str) -> Result<bool, String> {
+pub(super) fn zero_cond_t(text: &str) -> Result<bool, String> {
     match text.split_once('=') {
         Some(("qwen_image_zero_cond_t", "true")) => Ok(true),
         Some(("qwen_image_zero_cond_t", "false")) => Ok(false),

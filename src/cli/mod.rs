@@ -2,6 +2,7 @@
 
 mod args;
 mod ask;
+mod convert;
 mod doctor;
 mod edit;
 mod eval;
@@ -11,6 +12,7 @@ mod model;
 mod plan;
 mod progress;
 mod steps;
+mod weights_args;
 
 use std::{
     process::ExitCode,
@@ -48,6 +50,7 @@ fn dispatch(command: Command) -> Result<()> {
         Command::Eval { what: EvalCommand::Scenes(args) } => eval::scenes(&args),
         Command::Eval { what: EvalCommand::Drift(args) } => eval::drift(&args),
         Command::Info(args) => info::run(&args),
+        Command::Convert(args) => convert::run(*args),
         Command::Doctor(args) => doctor::run(&args),
         Command::Completions { shell } => {
             let mut out = Vec::new();
@@ -114,6 +117,7 @@ impl Command {
             Self::Eval { what: EvalCommand::Scenes(args) } => args.report.json,
             Self::Eval { what: EvalCommand::Drift(args) } => args.report.json,
             Self::Info(args) => args.json,
+            Self::Convert(args) => args.report.json,
             Self::Doctor(args) => args.json,
             Self::Completions { .. } => false,
         }
@@ -124,6 +128,7 @@ impl Command {
             Self::Edit(args) => args.report.verbose,
             Self::Plan(args) => args.report.verbose,
             Self::Ask(args) => args.report.verbose,
+            Self::Convert(args) => args.report.verbose,
             Self::Eval { what: EvalCommand::Scenes(args) } => args.report.verbose,
             Self::Eval { what: EvalCommand::Drift(args) } => args.report.verbose,
             _ => 0,

@@ -5,10 +5,7 @@ use std::collections::BTreeMap;
 use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
 
-use super::{
-    pipeline::{Kind, Pipeline},
-    source::ModelSource,
-};
+use super::{assemble::version::version_name, pipeline::Pipeline, source::ModelSource};
 use crate::{
     error::Result,
     weights::{Checkpoint, ModelFiles},
@@ -97,11 +94,7 @@ impl ModelInfo {
         Ok(Self {
             name: pipeline.name.clone(),
             class: pipeline.kind.class_name(),
-            version: match (pipeline.kind, flags.zero_cond_t) {
-                (Kind::Edit, _) => "Qwen-Image-Edit",
-                (Kind::Plus, false) => "Qwen-Image-Edit-2509",
-                (Kind::Plus, true) => "Qwen-Image-Edit-2511",
-            },
+            version: version_name(pipeline.kind, flags.zero_cond_t),
             digest: digest.finalize().iter().map(|byte| format!("{byte:02x}")).collect(),
             untrained: pipeline.untrained,
             area: pipeline.area,

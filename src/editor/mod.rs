@@ -3,6 +3,7 @@
 mod ask;
 mod assemble;
 mod checked;
+mod convert;
 mod edit;
 mod estimate;
 mod inspect;
@@ -29,6 +30,7 @@ use self::{
     stages::Stages,
 };
 pub use self::{
+    convert::{ConvertOutcome, ConvertRequest, convert},
     inspect::{ModelInfo, PartInfo},
     lora::LoraSource,
     pipeline::Kind,

@@ -14,12 +14,12 @@ use crate::{
 
 /// A version of the editor.
 #[derive(Debug)]
-pub(super) struct Version {
-    pub(super) kind: Kind,
+pub(in crate::editor) struct Version {
+    pub(in crate::editor) kind: Kind,
     /// References are modulated as free of noise (the 2511 version).
-    pub(super) zero_cond_t: bool,
+    pub(in crate::editor) zero_cond_t: bool,
     /// What the user should know about the choice.
-    pub(super) note: Option<String>,
+    pub(in crate::editor) note: Option<String>,
 }
 
 impl Version {
@@ -28,7 +28,7 @@ impl Version {
     ///
     /// # Errors
     /// A folder whose pipeline is not supported.
-    pub(super) fn find(
+    pub(in crate::editor) fn find(
         parts: &ModelParts,
         header: &Header,
         config: &Map<String, Json>,
@@ -70,8 +70,17 @@ impl Version {
     }
 }
 
+/// What the published version is called.
+pub(in crate::editor) fn version_name(kind: Kind, zero_cond_t: bool) -> &'static str {
+    match (kind, zero_cond_t) {
+        (Kind::Edit, _) => "Qwen-Image-Edit",
+        (Kind::Plus, false) => "Qwen-Image-Edit-2509",
+        (Kind::Plus, true) => "Qwen-Image-Edit-2511",
+    }
+}
+
 /// The version that a name tells.
-fn by_name(name: &str) -> Option<(Kind, bool)> {
+pub(in crate::editor) fn by_name(name: &str) -> Option<(Kind, bool)> {
     let name = name.to_lowercase();
     [("2511", Kind::Plus, true), ("2509", Kind::Plus, false), ("edit", Kind::Edit, false)]
         .into_iter()
