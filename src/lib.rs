@@ -18,6 +18,7 @@ pub mod editor;
 pub mod error;
 pub mod eval;
 pub mod layers;
+pub mod library;
 pub mod memory;
 pub mod ops;
 pub mod pixels;
@@ -29,7 +30,7 @@ pub mod weights;
 mod whole_file;
 
 pub use editor::{
-    Assistant, ConvertOutcome, ConvertRequest, Engine, EngineOptions, LoraSource, ModelInfo,
+    Assistant, ConvertOutcome, ConvertRequest, EditVersion, Engine, EngineOptions, LoraSource, ModelInfo,
     ModelParts, ModelSource, PlannerSource, convert,
 };
 pub use error::{Error, ModelError, PictureError, RequestError, Result};

@@ -2,7 +2,7 @@
 
 use std::path::PathBuf;
 
-use clap::{Args, ValueEnum};
+use clap::{Args, Subcommand, ValueEnum};
 use pentimento::weights::{TypeRules, WriteFormat, WriteType};
 
 use super::args::{ReportArgs, zero_cond_t};
@@ -66,4 +66,66 @@ impl FormatArg {
             Self::Safetensors => WriteFormat::Safetensors,
         }
     }
+}
+
+/// Where models are looked for.
+#[derive(Debug, Clone, Args)]
+pub(crate) struct PlacesArgs {
+    /// Folder with models, beside Hugging Face's cache and ~/ComfyUI; may be repeated, adds to
+    /// PENTIMENTO_MODELS_DIR
+    #[arg(long, value_name = "DIR", help_heading = "Model")]
+    pub(crate) models_dir: Vec<PathBuf>,
+}
+
+/// `pentimento models`
+#[derive(Debug, Subcommand)]
+pub(crate) enum ModelsCommand {
+    /// Show which models there are, and what each is
+    List(ListArgs),
+    /// Show what a weight file or a model folder holds, by name or path
+    Info(ModelInfoArgs),
+    /// Check that files are whole and hold what was published
+    Verify(VerifyArgs),
+}
+
+/// `pentimento models list`
+#[derive(Debug, Args)]
+pub(crate) struct ListArgs {
+    #[command(flatten)]
+    pub(crate) places: PlacesArgs,
+    /// Print as JSON
+    #[arg(long)]
+    pub(crate) json: bool,
+}
+
+/// `pentimento models info`
+#[derive(Debug, Args)]
+pub(crate) struct ModelInfoArgs {
+    /// A file, a folder, or the name of either, as `models list` shows it
+    #[arg(value_name = "NAME")]
+    pub(crate) name: PathBuf,
+    #[command(flatten)]
+    pub(crate) places: PlacesArgs,
+    /// Print as JSON
+    #[arg(long)]
+    pub(crate) json: bool,
+}
+
+/// `pentimento models verify`
+#[derive(Debug, Args)]
+pub(crate) struct VerifyArgs {
+    /// Files, folders, or names of either [default: all that is found]
+    #[arg(value_name = "NAME")]
+    pub(crate) names: Vec<PathBuf>,
+    /// Also look at every number: none may be infinite or not a number
+    #[arg(long)]
+    pub(crate) deep: bool,
+    #[command(flatten)]
+    pub(crate) places: PlacesArgs,
+    /// Print as JSON
+    #[arg(long)]
+    pub(crate) json: bool,
+    /// No progress bar
+    #[arg(short, long)]
+    pub(crate) quiet: bool,
 }

@@ -31,7 +31,7 @@ use self::{
 };
 pub use self::{
     convert::{ConvertOutcome, ConvertRequest, convert},
-    inspect::{ModelInfo, PartInfo},
+    inspect::{EditVersion, ModelInfo, PartInfo},
     lora::LoraSource,
     pipeline::Kind,
     planning::PlannerSource,

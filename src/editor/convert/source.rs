@@ -158,7 +158,10 @@ fn transformer(
     parts: &ModelParts,
 ) -> Result<Transformer> {
     let header = Header::new(checkpoint)?;
-    let config = config.or_else(|| header.config().ok());
+    let config = match config {
+        Some(config) => Some(config),
+        None => header.own_config()?.or_else(|| header.config().ok()),
+    };
     let mut version = Version::find(parts, &header, &config.clone().unwrap_or_default(), &name)?;
     if let Some(folder) = parts.folder.clone().filter(|it| it.join("model_index.json").is_file()) {
         version.kind = Pipeline::read(&ModelFiles::Folder(folder))?.kind;
