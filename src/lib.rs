@@ -30,8 +30,8 @@ pub mod weights;
 mod whole_file;
 
 pub use editor::{
-    Assistant, ConvertOutcome, ConvertRequest, EditVersion, Engine, EngineOptions, LoraSource, ModelInfo,
-    ModelParts, ModelSource, PlannerSource, convert,
+    Assistant, ConvertOutcome, ConvertRequest, EditVersion, Engine, EngineOptions, LoraSource,
+    ModelInfo, ModelParts, ModelSource, PlannerSource, convert,
 };
 pub use error::{Error, ModelError, PictureError, RequestError, Result};
 pub use memory::Device;

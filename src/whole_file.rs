@@ -115,9 +115,8 @@ fn put_in_place(file: NamedTempFile, target: &Path, overwrite: Overwrite) -> io:
 
 /// The path that a file goes to, links followed.
 fn target_of(path: &Path, overwrite: Overwrite) -> Result<PathBuf, Refused> {
-    let refused = |reason: &str, hint: &'static str| {
-        Err(Refused::Failed { reason: reason.to_owned(), hint })
-    };
+    let refused =
+        |reason: &str, hint: &'static str| Err(Refused::Failed { reason: reason.to_owned(), hint });
     if path.file_name().is_none() || path.as_os_str().to_string_lossy().ends_with(['/', '\\']) {
         return refused("this is not the name of a file", "add the name of a file");
     }

@@ -69,9 +69,8 @@ fn weights(checkpoint: &Checkpoint, version: Option<&EditVersion>) -> String {
         text += &format!("metadata {key}: {}{more}\n", shown.replace('\n', "\\n"));
     }
     text += &types(checkpoint);
-    let version = version.map_or_else(String::new, |it| {
-        format!("version: {}, since {}\n", it.version, it.reason)
-    });
+    let version = version
+        .map_or_else(String::new, |it| format!("version: {}, since {}\n", it.version, it.reason));
     text + &format!(
         "{} tensors, {} parameters, {}\nmodel: {}\n{version}fingerprint: {}\n",
         checkpoint.tensors().count(),

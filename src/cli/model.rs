@@ -18,9 +18,8 @@ use super::{
 /// Where the model comes from; names are looked up.
 pub(crate) fn source(args: &ModelArgs) -> Result<ModelSource> {
     let places = places::places(&args.places);
-    let file = |flag, value, families: &[Family]| {
-        places::weight_file(flag, value, families, &places)
-    };
+    let file =
+        |flag, value, families: &[Family]| places::weight_file(flag, value, families, &places);
     let language = [Family::Language, Family::VisionLanguage];
     let parts = ModelParts {
         folder: places::model_folder("--model", &args.model, &places)?,

@@ -26,7 +26,12 @@ pub enum Want<'a> {
 /// # Errors
 /// Nothing of that name, with the places that were looked through; or several of that name, with
 /// their paths.
-pub fn resolve(flag: &'static str, text: &Path, want: Want<'_>, places: &Places) -> Result<PathBuf> {
+pub fn resolve(
+    flag: &'static str,
+    text: &Path,
+    want: Want<'_>,
+    places: &Places,
+) -> Result<PathBuf> {
     let written = text.to_string_lossy();
     let is_path = text.is_absolute() || written.starts_with(['.', '~']) || written.contains('\\');
     if is_path || text.exists() {

@@ -161,7 +161,8 @@ fn hugging_face(hub: &Path, found: &mut Vec<Candidate>) {
         let main = fs_err::read_to_string(repository.join("refs/main")).unwrap_or_default();
         let main = snapshots.join(main.trim());
         let named = main != snapshots && main.is_dir();
-        let other = || children(&snapshots, &mut { ENTRIES_MAX }).into_iter().rfind(|it| it.is_dir());
+        let other =
+            || children(&snapshots, &mut { ENTRIES_MAX }).into_iter().rfind(|it| it.is_dir());
         let snapshot = if named { Some(main) } else { other() };
         let Some(snapshot) = snapshot else { continue };
         let mut here = Vec::new();

@@ -224,7 +224,9 @@ fn tokenizer_keys(
     let raw = checkpoint.raw_metadata();
     if raw.contains_key("tokenizer.ggml.tokens") {
         let of_tokenizer = raw.iter().filter(|(name, _)| name.starts_with("tokenizer."));
-        return Ok(of_tokenizer.map(|(name, value)| ((*name).to_owned(), value.to_vec())).collect());
+        return Ok(of_tokenizer
+            .map(|(name, value)| ((*name).to_owned(), value.to_vec()))
+            .collect());
     }
     let folders = ["tokenizer", "processor", folder];
     let mut json = folders.iter().map(|folder| format!("{folder}/tokenizer.json"));
@@ -244,7 +246,8 @@ fn tokenizer_keys(
         None => vocabulary_files(files, &folders)?,
     };
     let count = config.text.vocab_size;
-    let mut tokens: Vec<(String, i32)> = (0..count).map(|id| (format!("[PAD{id}]"), UNUSED)).collect();
+    let mut tokens: Vec<(String, i32)> =
+        (0..count).map(|id| (format!("[PAD{id}]"), UNUSED)).collect();
     let mut put = |id: u32, token: String, kind| {
         if let Some(place) = tokens.get_mut(id as usize) {
             *place = (token, kind);

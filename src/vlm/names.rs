@@ -81,9 +81,8 @@ fn gguf_name(name: &str, start: &str, place: &str, parts: &[(&str, &str)]) -> Op
 /// The name in GGUF files of what is published under `name`; a vision tower's q, k and v and the two
 /// frames of its patch embedding are in parts there. `None` for a name that is not of this model.
 pub(super) fn gguf_name_of(name: &str) -> Option<String> {
-    let whole = |(gguf, published): &(&str, &str)| {
-        Some(format!("{gguf}{}", name.strip_prefix(published)?))
-    };
+    let whole =
+        |(gguf, published): &(&str, &str)| Some(format!("{gguf}{}", name.strip_prefix(published)?));
     let layer = |start: &str, place: &str, parts: &[(&str, &str)]| {
         let (index, rest) = name.strip_prefix(place)?.strip_prefix('.')?.split_once('.')?;
         let (part, end) = rest.rsplit_once('.')?;

@@ -241,8 +241,7 @@ fn bytes_by_character() -> BTreeMap<char, u8> {
 }
 
 /// A vocabulary, its merges as they are written, and its added tokens, with whether they are special.
-pub(super) type Vocabulary =
-    (BTreeMap<String, u32>, Vec<String>, BTreeMap<u32, (String, bool)>);
+pub(super) type Vocabulary = (BTreeMap<String, u32>, Vec<String>, BTreeMap<u32, (String, bool)>);
 
 /// What `vocab.json`, `merges.txt` and the files beside them say, in the first of `folders` that has
 /// them.

@@ -422,12 +422,7 @@ impl Checkpoint {
         }
     }
 
-    pub(super) fn plain(
-        &self,
-        name: &str,
-        entry: &TensorEntry,
-        device: &Device,
-    ) -> Result<Tensor> {
+    pub(super) fn plain(&self, name: &str, entry: &TensorEntry, device: &Device) -> Result<Tensor> {
         let plain_parts = |parts: &[TensorEntry]| -> Result<Vec<Tensor>> {
             let tensors = parts.iter().map(|part| self.plain(name, part, device));
             let tensors: Vec<Tensor> = tensors.collect::<Result<_>>()?;

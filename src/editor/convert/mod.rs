@@ -106,12 +106,8 @@ pub struct ConvertOutcome {
 pub fn convert(request: &ConvertRequest, observer: &dyn Observer) -> Result<ConvertOutcome> {
     let format = plan::format(request)?;
     write::check_output(&request.output, request.overwrite)?;
-    let wish = Wish {
-        format,
-        kind: request.kind,
-        rules: request.rules.clone(),
-        pure: request.pure,
-    };
+    let wish =
+        Wish { format, kind: request.kind, rules: request.rules.clone(), pure: request.pure };
     let mut notes = Notes::default();
     let (checkpoint, name, version, planned) =
         match source::open(&request.inputs, request.zero_cond_t)? {
@@ -130,7 +126,13 @@ pub fn convert(request: &ConvertRequest, observer: &dyn Observer) -> Result<Conv
                     WriteFormat::Safetensors => {
                         let drafts = plan::whole(&checkpoint, language_role);
                         let named = (name.as_str(), drafts);
-                        vec![plan::safetensors(&request.output, &wish, &checkpoint, named, &mut notes)]
+                        vec![plan::safetensors(
+                            &request.output,
+                            &wish,
+                            &checkpoint,
+                            named,
+                            &mut notes,
+                        )]
                     }
                 };
                 (checkpoint, name, None, planned)

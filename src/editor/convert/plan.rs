@@ -67,7 +67,11 @@ impl Notes {
 pub(super) fn format(request: &ConvertRequest) -> Result<WriteFormat> {
     let Some(format) = request.format.or_else(|| WriteFormat::from_path(&request.output)) else {
         let found = request.output.display();
-        return Err(Error::field("--output", found, "a name that ends in .gguf or .safetensors, or --format"));
+        return Err(Error::field(
+            "--output",
+            found,
+            "a name that ends in .gguf or .safetensors, or --format",
+        ));
     };
     let mut kinds = std::iter::once(request.kind).chain(request.rules.kinds());
     match kinds.find(|kind| !format.holds(*kind)) {
@@ -164,7 +168,11 @@ pub(super) fn gguf_pair(
     };
     let tower_path = request.mmproj_output.clone().unwrap_or_else(beside);
     if tower_path == request.output {
-        return Err(Error::field("--mmproj-output", tower_path.display(), "another file than --output"));
+        return Err(Error::field(
+            "--mmproj-output",
+            tower_path.display(),
+            "another file than --output",
+        ));
     }
     let paths = [request.output.clone(), tower_path];
     let mut planned = Vec::with_capacity(paths.len());
@@ -209,12 +217,7 @@ fn texts(name: &str) -> Vec<(String, String)> {
 }
 
 /// Chooses a type for every tensor.
-fn items(
-    wish: &Wish,
-    checkpoint: &Checkpoint,
-    drafts: Vec<Draft>,
-    notes: &mut Notes,
-) -> Vec<Item> {
+fn items(wish: &Wish, checkpoint: &Checkpoint, drafts: Vec<Draft>, notes: &mut Notes) -> Vec<Item> {
     let mut items = Vec::with_capacity(drafts.len());
     for Draft { name, source, part, shape, role } in drafts {
         let Some(entry) = checkpoint.entry(&source) else { continue };
@@ -236,7 +239,9 @@ fn items(
         let Some(layer) = name.strip_suffix(".weight").filter(|_| is_fp8) else { continue };
         // ComfyUI's newer form: a scale and a description for each matrix.
         let content = match copied {
-            true => Content::Bytes { kind: ("F32", 0), bytes: entry.scale().to_le_bytes().to_vec() },
+            true => {
+                Content::Bytes { kind: ("F32", 0), bytes: entry.scale().to_le_bytes().to_vec() }
+            }
             false => Content::Scale(name.clone()),
         };
         items.push(Item { name: format!("{layer}.weight_scale"), shape: Vec::new(), content });

@@ -18,7 +18,8 @@ use crate::{
 
 /// Names of weights in a part's folder.
 const STEMS: [&str; 2] = ["diffusion_pytorch_model", "model"];
-const EXPECTED: &str = "a transformer, an autoencoder or a vision-language model of Qwen-Image-Edit";
+const EXPECTED: &str =
+    "a transformer, an autoencoder or a vision-language model of Qwen-Image-Edit";
 
 /// A part of a model.
 #[derive(Debug)]
@@ -63,7 +64,11 @@ fn open_folder(folder: &Path, zero_cond_t: Option<bool>) -> Result<Source> {
     if folder.join("model_index.json").is_file() {
         let parts = ["transformer", "text_encoder", "vae"].map(|part| folder.join(part));
         let expected = format!("one of its parts: {}", list(&parts));
-        return Err(Error::field("INPUT", format!("{}, a whole model", folder.display()), expected));
+        return Err(Error::field(
+            "INPUT",
+            format!("{}, a whole model", folder.display()),
+            expected,
+        ));
     }
     let whole = folder.canonicalize()?;
     let parent = whole.parent().unwrap_or(&whole).to_owned();
@@ -128,9 +133,8 @@ fn open_files(files: &[PathBuf], zero_cond_t: Option<bool>) -> Result<Source> {
         }
         Some(Family::VisionLanguage | Family::Language) => {
             let is_tower = |file: &&PathBuf| {
-                Checkpoint::open_file(file).is_ok_and(|file| {
-                    family(&file) == Some(Family::VisionTower)
-                })
+                Checkpoint::open_file(file)
+                    .is_ok_and(|file| family(&file) == Some(Family::VisionTower))
             };
             let mmproj = files.iter().find(is_tower).cloned();
             let llm = files.iter().find(|file| Some(*file) != mmproj.as_ref()).cloned();

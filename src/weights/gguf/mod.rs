@@ -137,11 +137,7 @@ fn parse(bytes: &[u8], place: &mut String, unknown: &mut Option<(String, u32)>) 
     Ok(Header { metadata, spans, tensors: placed })
 }
 
-fn metadata(
-    reader: &mut Reader<'_>,
-    count: usize,
-    place: &mut String,
-) -> Step<(Metadata, Spans)> {
+fn metadata(reader: &mut Reader<'_>, count: usize, place: &mut String) -> Step<(Metadata, Spans)> {
     let (mut metadata, mut spans) = (Metadata::new(), Spans::new());
     for index in 0..count {
         *place = format!("key {index} of {count}");

@@ -75,9 +75,7 @@ pub(crate) fn check_output(path: &Path, overwrite: Overwrite) -> Result<()> {
 
 fn output_error(path: &Path, refused: Refused) -> Error {
     let (reason, hint) = match refused {
-        Refused::Exists => {
-            ("it already exists".to_owned(), "choose another name or pass --force")
-        }
+        Refused::Exists => ("it already exists".to_owned(), "choose another name or pass --force"),
         Refused::Failed { reason, hint } => (reason, hint),
     };
     let (path, hint) = (path.to_owned(), hint.to_owned());
@@ -106,14 +104,7 @@ pub(crate) fn stage(
     };
     let mut sink = Sink { file, hash: Sha256::new(), bytes: 0, path };
     sink.write(&[header])?;
-    let mut work = Work {
-        checkpoint,
-        layout,
-        cancel,
-        item: 0,
-        at: 0,
-        scales: BTreeMap::new(),
-    };
+    let mut work = Work { checkpoint, layout, cancel, item: 0, at: 0, scales: BTreeMap::new() };
     let mut ready: Vec<Vec<u8>> = Vec::new();
     loop {
         cancel.check()?;
@@ -142,9 +133,7 @@ struct Sink<'a> {
 impl Sink<'_> {
     fn write(&mut self, pieces: &[Vec<u8>]) -> Result<()> {
         for piece in pieces {
-            self.file
-                .write_all(piece)
-                .map_err(|error| output_error(self.path, failed(&error)))?;
+            self.file.write_all(piece).map_err(|error| output_error(self.path, failed(&error)))?;
             self.hash.update(piece);
             self.bytes += piece.len() as u64;
         }
@@ -164,7 +153,9 @@ impl Sink<'_> {
             Content::Bytes { kind: (name, _), .. } => *name != "U8",
             _ => true,
         });
-        if let Some(item) = tensors.clone().find(|item| checkpoint.shape(&item.name) != Some(&item.shape[..]) && !item.shape.is_empty()) {
+        if let Some(item) = tensors.clone().find(|item| {
+            checkpoint.shape(&item.name) != Some(&item.shape[..]) && !item.shape.is_empty()
+        }) {
             return Err(ModelError::Corrupt {
                 path: self.path.display().to_string(),
                 found: format!("tensor {} other than it was written", item.name),
@@ -262,9 +253,7 @@ impl<'a> Work<'a> {
             let scale = scale.copied().unwrap_or(1.0);
             let last = end == count;
             let padding = match self.layout.format {
-                WriteFormat::Gguf if last => {
-                    gguf::padding(listed(self.checkpoint, item)?.bytes)
-                }
+                WriteFormat::Gguf if last => gguf::padding(listed(self.checkpoint, item)?.bytes),
                 _ => 0,
             };
             batch.push(Chunk { item, range: self.at..end, scale, padding });
@@ -352,7 +341,10 @@ fn fault_error(checkpoint: &Checkpoint, item: &Item, kind: WriteType, fault: Fau
         Fault::Range(number) => (
             format!("tensor {} holds numbers up to {number}", item.name),
             format!("numbers up to 65504, the largest of f16, for {kind}"),
-            format!("write this tensor in a wider type: --tensor-type-rules \"^{}$=bf16\"", item.name),
+            format!(
+                "write this tensor in a wider type: --tensor-type-rules \"^{}$=bf16\"",
+                item.name
+            ),
         ),
     };
     ModelError::Corrupt { path: checkpoint.name().to_owned(), found, expected, hint }.into()
