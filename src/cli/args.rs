@@ -25,7 +25,7 @@ pub(crate) enum Command {
     /// Show how a request would be carried out, without editing
     Plan(Box<PlanArgs>),
     /// Ask a question about pictures
-    Ask(AskArgs),
+    Ask(Box<AskArgs>),
     /// Measure a model on pictures whose exact edits are known
     Eval {
         #[command(subcommand)]

@@ -51,7 +51,7 @@ fn dispatch(command: Command) -> Result<ExitCode> {
     match command {
         Command::Edit(args) => edit::run(*args),
         Command::Plan(args) => plan::run(&args),
-        Command::Ask(args) => ask::run(args),
+        Command::Ask(args) => ask::run(*args),
         Command::Eval { what: EvalCommand::Scenes(args) } => eval::scenes(&args),
         Command::Eval { what: EvalCommand::Drift(args) } => eval::drift(&args),
         Command::Info(args) => info::run(&args),

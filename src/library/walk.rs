@@ -99,10 +99,10 @@ pub fn walk(places: &Places) -> Vec<Candidate> {
     found
 }
 
-/// The folder that holds ComfyUI's folders: this one, or `models` in it.
+/// `models` in ComfyUI's folder, told by the folders in it.
 fn comfy_root(folder: &Path) -> Option<PathBuf> {
-    let is_root = |root: &Path| COMFY_FOLDERS[..2].iter().any(|name| root.join(name).is_dir());
-    [folder.to_owned(), folder.join("models")].into_iter().find(|root| is_root(root))
+    let root = folder.join("models");
+    COMFY_FOLDERS[..2].iter().any(|name| root.join(name).is_dir()).then_some(root)
 }
 
 fn comfy(root: &Path, found: &mut Vec<Candidate>) {

@@ -2,6 +2,8 @@
 //!
 //! In a binary of its own, so that the allocations it counts are its own.
 
+#![expect(clippy::unwrap_used, reason = "a test may panic")]
+
 use std::{
     alloc::System,
     io::{Seek, SeekFrom, Write},

@@ -196,7 +196,7 @@ fn fp8_is_scaled_as_comfyui_scales_it() {
             continue;
         };
         let scale = f32::from_le_bytes(scale.data().try_into().unwrap());
-        assert_eq!(scale, largest / 448.0, "{name}");
+        assert_eq!(scale.to_bits(), (largest / 448.0).to_bits(), "{name}");
         assert_eq!(raw.tensor(name).unwrap().dtype(), safetensors::Dtype::F8_E4M3);
         let text = raw.tensor(&format!("{layer}.comfy_quant")).unwrap().data();
         assert_eq!(text, br#"{"format": "float8_e4m3fn"}"#);
@@ -270,7 +270,8 @@ fn shards_autoencoders_and_quantized_sources_are_read() {
         let shard = data.join(format!("model-0000{shard}-of-00005.safetensors"));
         for (name, tensor) in parts::load(&shard) {
             let wide = tensor.to_dtype(DType::BF16).unwrap();
-            assert_eq!(bits(&found[&name]), bits(&wide), "{name}");
+            let published = pentimento::vlm::canonical_name(&name);
+            assert_eq!(bits(&found[&published]), bits(&wide), "{name}");
             tensors += 1;
         }
     }
@@ -331,7 +332,7 @@ fn quantizers_are_as_good_as_ggmls() {
         ("q5_1", None),
         ("q4_0", None),
         ("q4_1", None),
-        ("q3_k", None),
+        ("q3_k", Some(1.001)),
         ("q6_k", Some(1.05)),
         ("q5_k", Some(1.05)),
         ("q4_k", Some(1.06)),

@@ -68,6 +68,6 @@ fn stable_diffusion_cpps_transformer_edits() {
     });
     let engine = Engine::open(&source, &options(), &()).unwrap();
     let mut request = engine::request(&reference, "pipe.cfg");
-    request.steps = Some(1);
+    request.steps = Some(2);
     engine.edit(&request, &()).unwrap();
 }
