@@ -103,6 +103,16 @@ pub enum RequestError {
         /// The reply.
         reply: String,
     },
+    /// A file cannot be written; nothing is left behind.
+    #[error("{path}: cannot write the file: {reason}\nhint: {hint}")]
+    Output {
+        /// The output.
+        path: PathBuf,
+        /// What the system said.
+        reason: String,
+        /// What to do.
+        hint: String,
+    },
     /// The model cannot do what is asked.
     #[error("{model} does not support {what}\nhint: {hint}")]
     Unsupported {

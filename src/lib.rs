@@ -18,6 +18,7 @@ pub mod editor;
 pub mod error;
 pub mod eval;
 pub mod layers;
+pub mod library;
 pub mod memory;
 pub mod ops;
 pub mod pixels;
@@ -26,9 +27,11 @@ pub mod progress;
 pub mod request;
 pub mod vlm;
 pub mod weights;
+mod whole_file;
 
 pub use editor::{
-    Assistant, Engine, EngineOptions, LoraSource, ModelInfo, ModelParts, ModelSource, PlannerSource,
+    Assistant, ConvertOutcome, ConvertRequest, EditVersion, Engine, EngineOptions, LoraSource,
+    ModelInfo, ModelParts, ModelSource, PlannerSource, convert,
 };
 pub use error::{Error, ModelError, PictureError, RequestError, Result};
 pub use memory::Device;
@@ -38,6 +41,8 @@ pub use request::{
     AskOutcome, AskRequest, EditOutcome, EditRequest, HandOver, PlanOutcome, PlanRequest, Rng,
     StageReport, Strategy, WeightShare,
 };
+
+pub use whole_file::Overwrite;
 
 /// Sets how many threads the computation uses, for the whole process. Call it once, before the
 /// first request; without it every core is used.

@@ -77,6 +77,10 @@ pub enum Stage {
     Generate,
     /// Edits are made and judged.
     Measure,
+    /// Weights are written as another file; a step is a MiB of the numbers that are read, as f32.
+    Convert,
+    /// Weight files are read through and checked; a step is a MiB.
+    Verify,
 }
 
 impl Stage {
@@ -92,6 +96,8 @@ impl Stage {
             Self::Decode => "decode",
             Self::Generate => "generate",
             Self::Measure => "measure",
+            Self::Convert => "convert",
+            Self::Verify => "verify",
         }
     }
 
@@ -107,6 +113,8 @@ impl Stage {
             Self::Decode => "decoding",
             Self::Generate => "answering",
             Self::Measure => "measuring",
+            Self::Convert => "converting",
+            Self::Verify => "checking",
         }
     }
 }

@@ -5,6 +5,8 @@ use std::{ffi::OsString, path::PathBuf};
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use pentimento::{LoraSource, Rng, Strategy, diffusion::noise::CudaGrid};
 
+use super::weights_args::{ConvertArgs, ModelsCommand, PlacesArgs};
+
 /// Edit pictures on this machine: one sentence says what should change.
 #[derive(Debug, Parser)]
 #[command(name = "pentimento", version, arg_required_else_help = true, after_help = EXIT_CODES)]
@@ -23,7 +25,7 @@ pub(crate) enum Command {
     /// Show how a request would be carried out, without editing
     Plan(Box<PlanArgs>),
     /// Ask a question about pictures
-    Ask(AskArgs),
+    Ask(Box<AskArgs>),
     /// Measure a model on pictures whose exact edits are known
     Eval {
         #[command(subcommand)]
@@ -31,6 +33,13 @@ pub(crate) enum Command {
     },
     /// Show what a weight file, a model folder or a picture holds
     Info(InfoArgs),
+    /// Write a part of a model as another file: in another format, in other types
+    Convert(Box<ConvertArgs>),
+    /// Find models on this machine, show what they are, check that they are whole
+    Models {
+        #[command(subcommand)]
+        what: ModelsCommand,
+    },
     /// Show the devices, features and packs that this program sees
     Doctor(DoctorArgs),
     /// Print a completion script for a shell
@@ -45,7 +54,8 @@ pub(crate) enum Command {
 #[command(next_help_heading = "Model")]
 pub(crate) struct ModelArgs {
     /// Model folder in the published layout, for all parts that have no file of their own; without
-    /// any of them the miniature pack is used
+    /// any of them the miniature pack is used. This and the files below may also be names, as `models
+    /// list` shows them
     #[arg(long, value_name = "DIR", env = "PENTIMENTO_MODEL")]
     pub(crate) model: Option<PathBuf>,
     /// Transformer in one file, safetensors or GGUF
@@ -63,6 +73,8 @@ pub(crate) struct ModelArgs {
     /// What files do not tell: qwen_image_zero_cond_t=true for a 2511 transformer, =false for others
     #[arg(long, value_name = "KEY=VALUE", value_parser = zero_cond_t)]
     pub(crate) model_args: Option<bool>,
+    #[command(flatten)]
+    pub(crate) places: PlacesArgs,
     /// Device of the computation: auto, cpu, cuda or cuda:N
     #[arg(long, value_name = "DEVICE", default_value = "auto")]
     pub(crate) device: String,
@@ -437,7 +449,7 @@ fn seed(text: &str) -> Result<SeedArg, String> {
     Ok(SeedArg::Number(number))
 }
 
-fn zero_cond_t(text: &str) -> Result<bool, String> {
+pub(super) fn zero_cond_t(text: &str) -> Result<bool, String> {
     match text.split_once('=') {
         Some(("qwen_image_zero_cond_t", "true")) => Ok(true),
         Some(("qwen_image_zero_cond_t", "false")) => Ok(false),

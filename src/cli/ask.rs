@@ -32,7 +32,7 @@ pub(crate) fn run(args: AskArgs) -> Result<()> {
     let bar = Bar::new(args.report.quiet);
     let options = model::options(&args.model, &request.cancel)?;
     let speaker = Speaker { bar: &bar, speak: !args.report.json };
-    let result = Assistant::open(&model::source(&args.model), &options, &bar)
+    let result = Assistant::open(&model::source(&args.model)?, &options, &bar)
         .and_then(|assistant| assistant.ask(&request, &speaker));
     bar.clear();
     let outcome = result?;

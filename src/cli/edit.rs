@@ -31,7 +31,7 @@ pub(crate) fn run(args: EditArgs) -> Result<()> {
     }
     let mut options = model::options(&args.model, &request.cancel)?;
     options.planner = plan::source(&args.planner)?;
-    options.loras.clone_from(&args.lora.files);
+    options.loras = model::loras(&args.lora.files, &args.model)?;
     options.no_lightning_defaults = args.lora.no_lightning_defaults;
     let observer = |event: &Event<'_>| {
         bar.event(event);
@@ -39,7 +39,7 @@ pub(crate) fn run(args: EditArgs) -> Result<()> {
             kept.event(event);
         }
     };
-    let result = Engine::open(&model::source(&args.model), &options, &bar)
+    let result = Engine::open(&model::source(&args.model)?, &options, &bar)
         .and_then(|engine| Ok((engine.edit(&request, &observer)?, engine)));
     bar.clear();
     let (outcome, engine) = result?;

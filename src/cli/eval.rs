@@ -34,7 +34,7 @@ pub(crate) fn scenes(args: &ScenesArgs) -> Result<()> {
     let mut options = model::options(&args.model, &measurement.cancel)?;
     options.planner = plan::source(&args.planner)?;
     let start = Instant::now();
-    let result = Engine::open(&model::source(&args.model), &options, &bar).and_then(|engine| {
+    let result = Engine::open(&model::source(&args.model)?, &options, &bar).and_then(|engine| {
         match &args.contact_sheet {
             Some(path) => contact_sheet(args, &measurement, &engine, &bar, (path, overwrite)),
             None => measure(args, &measurement, &engine, &bar),
@@ -57,7 +57,7 @@ pub(crate) fn drift(args: &DriftArgs) -> Result<()> {
     };
     let bar = Bar::new(args.report.quiet);
     let options = model::options(&args.model, &measurement.cancel)?;
-    let result = Engine::open(&model::source(&args.model), &options, &bar)
+    let result = Engine::open(&model::source(&args.model)?, &options, &bar)
         .and_then(|engine| measurement.run(&engine, &bar));
     bar.clear();
     let report = result?;

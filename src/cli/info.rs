@@ -3,9 +3,9 @@
 use std::{collections::BTreeMap, path::Path};
 
 use pentimento::{
-    ModelInfo, ModelSource, Result,
+    EditVersion, ModelInfo, ModelSource, Result,
     pixels::{self, Limits},
-    weights::{Checkpoint, identify},
+    weights::{Checkpoint, Family, family, identify},
 };
 use serde_json::{Value, json};
 
@@ -31,10 +31,14 @@ pub(crate) fn run(args: &InfoArgs) -> Result<()> {
             || starts_like_weights(path)?;
     if is_weights {
         let checkpoint = Checkpoint::open_file(path)?;
+        let version = match family(&checkpoint) {
+            Some(Family::Transformer) => EditVersion::of_file(path).ok(),
+            _ => None,
+        };
         if args.json {
-            return super::print_json(&weights_json(&checkpoint));
+            return super::print_json(&weights_json(&checkpoint, version.as_ref()));
         }
-        return super::print(weights(&checkpoint).as_bytes());
+        return super::print(weights(&checkpoint, version.as_ref()).as_bytes());
     }
     picture(path, args.json)
 }
@@ -52,7 +56,7 @@ fn shape(shape: &[usize]) -> String {
     format!("[{}]", sides.join(", "))
 }
 
-fn weights(checkpoint: &Checkpoint) -> String {
+fn weights(checkpoint: &Checkpoint, version: Option<&EditVersion>) -> String {
     let width = checkpoint.tensors().map(|(name, _)| name.len()).max().unwrap_or(0);
     let mut text = String::new();
     for (name, entry) in checkpoint.tensors() {
@@ -65,14 +69,23 @@ fn weights(checkpoint: &Checkpoint) -> String {
         text += &format!("metadata {key}: {}{more}\n", shown.replace('\n', "\\n"));
     }
     text += &types(checkpoint);
+    let version = version
+        .map_or_else(String::new, |it| format!("version: {}, since {}\n", it.version, it.reason));
     text + &format!(
-        "{} tensors, {} parameters, {}\nmodel: {}\nfingerprint: {}\n",
+        "{} tensors, {} parameters, {}\nmodel: {}\n{version}fingerprint: {}\n",
         checkpoint.tensors().count(),
         checkpoint.elements(),
         indicatif::BinaryBytes(checkpoint.stored_bytes()),
-        identify(checkpoint).unwrap_or("unknown"),
+        model(checkpoint),
         checkpoint.fingerprint(),
     )
+}
+
+fn model(checkpoint: &Checkpoint) -> &'static str {
+    match family(checkpoint) {
+        Some(Family::Lora) => "LoRA",
+        _ => identify(checkpoint).unwrap_or("unknown"),
+    }
 }
 
 /// How many tensors there are of each type, and which types are not read.
@@ -89,7 +102,7 @@ fn types(checkpoint: &Checkpoint) -> String {
     types.into_iter().map(line).collect()
 }
 
-fn weights_json(checkpoint: &Checkpoint) -> Value {
+fn weights_json(checkpoint: &Checkpoint, version: Option<&EditVersion>) -> Value {
     let tensors: BTreeMap<&str, Value> = checkpoint
         .tensors()
         .map(|(name, entry)| {
@@ -98,6 +111,8 @@ fn weights_json(checkpoint: &Checkpoint) -> Value {
         .collect();
     json!({
         "model": identify(checkpoint),
+        "family": family(checkpoint),
+        "version": version,
         "fingerprint": checkpoint.fingerprint(),
         "parameters": checkpoint.elements(),
         "stored_bytes": checkpoint.stored_bytes(),

@@ -2,15 +2,19 @@
 
 mod args;
 mod ask;
+mod convert;
 mod doctor;
 mod edit;
 mod eval;
 mod exit;
 mod info;
 mod model;
+mod models;
+mod places;
 mod plan;
 mod progress;
 mod steps;
+mod weights_args;
 
 use std::{
     process::ExitCode,
@@ -20,7 +24,10 @@ use std::{
 use clap::CommandFactory;
 use pentimento::{CancelToken, Error, Result};
 
-use self::args::{Cli, Command, EvalCommand};
+use self::{
+    args::{Cli, Command, EvalCommand},
+    weights_args::ModelsCommand,
+};
 
 /// Runs the program.
 pub(crate) fn run() -> ExitCode {
@@ -31,7 +38,7 @@ pub(crate) fn run() -> ExitCode {
     let json = cli.command.json();
     init_log(cli.command.verbose());
     match dispatch(cli.command) {
-        Ok(()) => ExitCode::SUCCESS,
+        Ok(code) => code,
         // Whoever read our output has gone; that is not a failure of ours.
         Err(Error::Io(error)) if error.kind() == std::io::ErrorKind::BrokenPipe => {
             ExitCode::SUCCESS
@@ -40,21 +47,26 @@ pub(crate) fn run() -> ExitCode {
     }
 }
 
-fn dispatch(command: Command) -> Result<()> {
+fn dispatch(command: Command) -> Result<ExitCode> {
     match command {
         Command::Edit(args) => edit::run(*args),
         Command::Plan(args) => plan::run(&args),
-        Command::Ask(args) => ask::run(args),
+        Command::Ask(args) => ask::run(*args),
         Command::Eval { what: EvalCommand::Scenes(args) } => eval::scenes(&args),
         Command::Eval { what: EvalCommand::Drift(args) } => eval::drift(&args),
         Command::Info(args) => info::run(&args),
+        Command::Convert(args) => convert::run(*args),
+        Command::Models { what: ModelsCommand::List(args) } => models::list(&args),
+        Command::Models { what: ModelsCommand::Info(args) } => models::info(&args),
+        Command::Models { what: ModelsCommand::Verify(args) } => return models::check(&args),
         Command::Doctor(args) => doctor::run(&args),
         Command::Completions { shell } => {
             let mut out = Vec::new();
             clap_complete::generate(shell, &mut Cli::command(), "pentimento", &mut out);
             print(&out)
         }
-    }
+    }?;
+    Ok(ExitCode::SUCCESS)
 }
 
 /// Prints what clap has to say: help on stdout with 0, a mistake on stderr with 2.
@@ -114,6 +126,10 @@ impl Command {
             Self::Eval { what: EvalCommand::Scenes(args) } => args.report.json,
             Self::Eval { what: EvalCommand::Drift(args) } => args.report.json,
             Self::Info(args) => args.json,
+            Self::Convert(args) => args.report.json,
+            Self::Models { what: ModelsCommand::List(args) } => args.json,
+            Self::Models { what: ModelsCommand::Info(args) } => args.json,
+            Self::Models { what: ModelsCommand::Verify(args) } => args.json,
             Self::Doctor(args) => args.json,
             Self::Completions { .. } => false,
         }
@@ -124,6 +140,7 @@ impl Command {
             Self::Edit(args) => args.report.verbose,
             Self::Plan(args) => args.report.verbose,
             Self::Ask(args) => args.report.verbose,
+            Self::Convert(args) => args.report.verbose,
             Self::Eval { what: EvalCommand::Scenes(args) } => args.report.verbose,
             Self::Eval { what: EvalCommand::Drift(args) } => args.report.verbose,
             _ => 0,

@@ -3,30 +3,49 @@
 use std::{io::Read, path::Path};
 
 use pentimento::{
-    CancelToken, Device, EngineOptions, ModelParts, ModelSource, PlannerSource, Result,
+    CancelToken, Device, EngineOptions, LoraSource, ModelParts, ModelSource, PlannerSource, Result,
+    library::{self, Want},
     memory::Budget,
     pixels::{Limits, Picture},
-    weights::Storage,
+    weights::{Family, Storage},
 };
 
-use super::args::{DtypeArg, ModelArgs};
+use super::{
+    args::{DtypeArg, ModelArgs},
+    places,
+};
 
-/// Where the model comes from.
-pub(crate) fn source(args: &ModelArgs) -> ModelSource {
+/// Where the model comes from; names are looked up.
+pub(crate) fn source(args: &ModelArgs) -> Result<ModelSource> {
+    let places = places::places(&args.places);
+    let file =
+        |flag, value, families: &[Family]| places::weight_file(flag, value, families, &places);
+    let language = [Family::Language, Family::VisionLanguage];
     let parts = ModelParts {
-        folder: args.model.clone(),
-        diffusion_model: args.diffusion_model.clone(),
-        llm: args.llm.clone(),
-        mmproj: args.mmproj.clone(),
-        vae: args.vae.clone(),
+        folder: places::model_folder("--model", &args.model, &places)?,
+        diffusion_model: file("--diffusion-model", &args.diffusion_model, &[Family::Transformer])?,
+        llm: file("--llm", &args.llm, &language)?,
+        mmproj: file("--mmproj", &args.mmproj, &[Family::VisionTower])?,
+        vae: file("--vae", &args.vae, &[Family::Autoencoder])?,
         zero_cond_t: args.model_args,
     };
-    let only_folder = ModelParts { folder: args.model.clone(), ..ModelParts::default() };
-    match &parts.folder {
+    let only_folder = ModelParts { folder: parts.folder.clone(), ..ModelParts::default() };
+    Ok(match &parts.folder {
         _ if parts != only_folder => ModelSource::Files(parts),
         Some(folder) => ModelSource::Folder(folder.clone()),
         None => ModelSource::Mini,
-    }
+    })
+}
+
+/// LoRA files; names are looked up.
+pub(crate) fn loras(files: &[LoraSource], args: &ModelArgs) -> Result<Vec<LoraSource>> {
+    let places = places::places(&args.places);
+    let found = |lora: &LoraSource| {
+        let want = Want::File(&[Family::Lora]);
+        let path = library::resolve("--lora", &lora.path, want, &places)?;
+        Ok(LoraSource { path, ..lora.clone() })
+    };
+    files.iter().map(found).collect()
 }
 
 /// Where and how it runs. Sets the number of threads for the whole process.

@@ -35,7 +35,7 @@ pub(crate) fn run(args: &PlanArgs) -> Result<()> {
             bar.event(event); // the plan itself goes to stdout
         }
     };
-    let outcome = Assistant::open(&model::source(&args.model), &engine, &observer)
+    let outcome = Assistant::open(&model::source(&args.model)?, &engine, &observer)
         .and_then(|assistant| assistant.plan(&request, &observer));
     bar.clear();
     let outcome = outcome?;

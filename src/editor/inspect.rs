@@ -1,15 +1,20 @@
 //! What a model folder holds, told from configs and headers without loading weights.
 
-use std::collections::BTreeMap;
+use std::{collections::BTreeMap, path::Path};
 
 use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
 
 use super::{
-    pipeline::{Kind, Pipeline},
-    source::ModelSource,
+    assemble::{
+        config_beside, stem,
+        version::{Version, version_name},
+    },
+    pipeline::Pipeline,
+    source::{ModelParts, ModelSource},
 };
 use crate::{
+    diffusion::qwen_image::header::Header,
     error::Result,
     weights::{Checkpoint, ModelFiles},
 };
@@ -69,6 +74,33 @@ pub struct PartInfo {
     pub types: BTreeMap<String, usize>,
 }
 
+/// Which published version a transformer in one file is taken for.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+#[non_exhaustive]
+pub struct EditVersion {
+    /// `Qwen-Image-Edit-2511`, for example.
+    pub version: &'static str,
+    /// Why.
+    pub reason: String,
+}
+
+impl EditVersion {
+    /// What an editor that opens the file with no other hint takes it for.
+    ///
+    /// # Errors
+    /// A file that is missing, damaged or no transformer of the family.
+    pub fn of_file(path: &Path) -> Result<Self> {
+        let header = Header::new(Checkpoint::open_file(path)?)?;
+        let config = match config_beside(path)? {
+            Some(config) => Some(config),
+            None => header.own_config()?,
+        };
+        let parts = ModelParts { diffusion_model: Some(path.to_owned()), ..ModelParts::default() };
+        let found = Version::find(&parts, &header, &config.unwrap_or_default(), &stem(path))?;
+        Ok(Self { version: version_name(found.kind, found.zero_cond_t), reason: found.reason })
+    }
+}
+
 #[derive(Deserialize)]
 struct TransformerFlags {
     #[serde(default)]
@@ -97,11 +129,7 @@ impl ModelInfo {
         Ok(Self {
             name: pipeline.name.clone(),
             class: pipeline.kind.class_name(),
-            version: match (pipeline.kind, flags.zero_cond_t) {
-                (Kind::Edit, _) => "Qwen-Image-Edit",
-                (Kind::Plus, false) => "Qwen-Image-Edit-2509",
-                (Kind::Plus, true) => "Qwen-Image-Edit-2511",
-            },
+            version: version_name(pipeline.kind, flags.zero_cond_t),
             digest: digest.finalize().iter().map(|byte| format!("{byte:02x}")).collect(),
             untrained: pipeline.untrained,
             area: pipeline.area,

@@ -16,7 +16,7 @@ const CONTROL: u64 = 3;
 const USER_DEFINED: u64 = 4;
 const TOKENS: &str = "tokenizer.ggml.tokens";
 /// The vision tower's norms add this to the mean square.
-const VISION_EPS: f64 = 1e-6;
+pub(super) const VISION_EPS: f64 = 1e-6;
 /// Side of an attention window in pixels, where a file names none.
 const WINDOW_PX: u64 = 112;
 

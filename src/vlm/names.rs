@@ -78,11 +78,29 @@ fn gguf_name(name: &str, start: &str, place: &str, parts: &[(&str, &str)]) -> Op
     Some(format!("{place}.{index}.{published}.{end}"))
 }
 
+/// The name in GGUF files of what is published under `name`; a vision tower's q, k and v and the two
+/// frames of its patch embedding are in parts there. `None` for a name that is not of this model.
+pub(super) fn gguf_name_of(name: &str) -> Option<String> {
+    let whole =
+        |(gguf, published): &(&str, &str)| Some(format!("{gguf}{}", name.strip_prefix(published)?));
+    let layer = |start: &str, place: &str, parts: &[(&str, &str)]| {
+        let (index, rest) = name.strip_prefix(place)?.strip_prefix('.')?.split_once('.')?;
+        let (part, end) = rest.rsplit_once('.')?;
+        let (gguf, _) = parts.iter().find(|(_, published)| *published == part)?;
+        Some(format!("{start}{index}.{gguf}.{end}"))
+    };
+    GGUF_STARTS
+        .iter()
+        .find_map(whole)
+        .or_else(|| layer("blk.", "model.layers", GGUF_LAYER))
+        .or_else(|| layer("v.blk.", "visual.blocks", GGUF_BLOCK))
+}
+
 /// A checkpoint under the published names, with what GGUF files keep in parts put together.
 ///
 /// # Errors
 /// Two tensors of one name, or parts that do not fit together.
-pub(super) fn canonical(checkpoint: Checkpoint) -> Result<Checkpoint> {
+pub(crate) fn canonical(checkpoint: Checkpoint) -> Result<Checkpoint> {
     let mut checkpoint = checkpoint.rename(canonical_name)?;
     let second = format!("{PATCHES}.1");
     if checkpoint.contains(&second) {

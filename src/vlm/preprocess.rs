@@ -100,6 +100,11 @@ impl Preprocessor {
         Err(files.missing(&format!("{folder}/preprocessor_config.json")))
     }
 
+    /// What is subtracted from each channel, and what it is divided by then.
+    pub(super) fn channels(&self) -> ([f32; CHANNELS], [f32; CHANNELS]) {
+        (self.mean, self.std)
+    }
+
     /// The size in pixels that a picture is resized to: multiples of the token's side, an area
     /// within the limits, the nearest ratio.
     ///

@@ -111,6 +111,29 @@ pub struct ChatTemplate {
     path: String,
 }
 
+/// Path and text of the template of the first of `folders` that has one.
+///
+/// # Errors
+/// A file that is damaged.
+pub(super) fn text(files: &ModelFiles, folders: &[&str]) -> Result<Option<(String, String)>> {
+    for folder in folders {
+        let path = format!("{folder}/chat_template.jinja");
+        if files.exists(&path) {
+            let text = files.read_text(&path)?.into_owned();
+            return Ok(Some((path, text)));
+        }
+        for name in ["chat_template.json", "tokenizer_config.json"] {
+            let path = format!("{folder}/{name}");
+            if files.exists(&path)
+                && let Some(text) = from_json(files, &path)?
+            {
+                return Ok(Some((path, text)));
+            }
+        }
+    }
+    Ok(None)
+}
+
 impl ChatTemplate {
     /// The template of the first of `folders` that has one, in `chat_template.jinja`,
     /// `chat_template.json` or `tokenizer_config.json`; ChatML when none has.
@@ -118,22 +141,10 @@ impl ChatTemplate {
     /// # Errors
     /// A file that is damaged or a template that cannot be parsed.
     pub fn load(files: &ModelFiles, folders: &[&str]) -> Result<Self> {
-        for folder in folders {
-            let path = format!("{folder}/chat_template.jinja");
-            if files.exists(&path) {
-                return Self::parse(files, &path, files.read_text(&path)?.into_owned());
-            }
-            for name in ["chat_template.json", "tokenizer_config.json"] {
-                let path = format!("{folder}/{name}");
-                if !files.exists(&path) {
-                    continue;
-                }
-                if let Some(template) = from_json(files, &path)? {
-                    return Self::parse(files, &path, template);
-                }
-            }
+        match text(files, folders)? {
+            Some((path, template)) => Self::parse(files, &path, template),
+            None => Self::parse(files, "built-in ChatML", CHATML.to_owned()),
         }
-        Self::parse(files, "built-in ChatML", CHATML.to_owned())
     }
 
     fn parse(files: &ModelFiles, path: &str, template: String) -> Result<Self> {

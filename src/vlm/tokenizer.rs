@@ -240,6 +240,27 @@ fn bytes_by_character() -> BTreeMap<char, u8> {
     plain.into_iter().map(|byte| (char::from(byte), byte)).chain(later).collect()
 }
 
+/// A vocabulary, its merges as they are written, and its added tokens, with whether they are special.
+pub(super) type Vocabulary = (BTreeMap<String, u32>, Vec<String>, BTreeMap<u32, (String, bool)>);
+
+/// What `vocab.json`, `merges.txt` and the files beside them say, in the first of `folders` that has
+/// them.
+///
+/// # Errors
+/// No such files, or files that are damaged.
+pub(super) fn vocabulary_files(files: &ModelFiles, folders: &[&str]) -> Result<Vocabulary> {
+    let has = |folder: &&&str| files.exists(&format!("{folder}/vocab.json"));
+    let Some(folder) = folders.iter().find(has) else {
+        return Err(files.missing("tokenizer/tokenizer.json"));
+    };
+    let vocabulary = files.read_json(&format!("{folder}/vocab.json"))?;
+    let merges = merges(files, &format!("{folder}/merges.txt"))?.into_iter();
+    let merges = merges.map(|(left, right)| format!("{left} {right}")).collect();
+    let added = added_tokens(files, folder)?.into_iter();
+    let added = added.map(|(id, token)| (id, (token.content, token.special))).collect();
+    Ok((vocabulary, merges, added))
+}
+
 /// `merges.txt`: a pair of tokens on each line.
 fn merges(files: &ModelFiles, path: &str) -> Result<Vec<(String, String)>> {
     let text = files.read_text(path)?;

@@ -119,6 +119,8 @@ struct File {
     name: String,
     bytes: Bytes,
     metadata: Metadata,
+    /// Where a GGUF file's values stand.
+    spans: gguf::Spans,
 }
 
 /// Mapped tensors by name, with a record of which were read.
@@ -146,17 +148,27 @@ impl Checkpoint {
         Self::open(vec![(path.display().to_string(), Bytes::map(path)?)])
     }
 
+    /// Maps files that together hold one model.
+    ///
+    /// # Errors
+    /// Files that are missing, damaged, of another kind, or that have tensors of the same name.
+    pub fn open_files(paths: &[impl AsRef<Path>]) -> Result<Self> {
+        let map = |path: &Path| Ok((path.display().to_string(), Bytes::map(path)?));
+        Self::open(paths.iter().map(|path| map(path.as_ref())).collect::<Result<_>>()?)
+    }
+
     pub(super) fn open(sources: Vec<(String, Bytes)>) -> Result<Self> {
         let mut files = Vec::with_capacity(sources.len());
         let mut entries = BTreeMap::new();
         for (name, bytes) in sources {
-            let metadata = if bytes.starts_with(gguf::MAGIC) {
+            let (metadata, spans) = if bytes.starts_with(gguf::MAGIC) {
                 read_gguf(files.len(), &name, &bytes, &mut entries)?
             } else {
                 let texts = safetensors_header::read(files.len(), &name, &bytes, &mut entries)?;
-                texts.into_iter().map(|(key, text)| (key, Value::Text(text))).collect()
+                let values = texts.into_iter().map(|(key, text)| (key, Value::Text(text)));
+                (values.collect(), gguf::Spans::new())
             };
-            files.push(File { name, bytes, metadata });
+            files.push(File { name, bytes, metadata, spans });
         }
         let mut checkpoint = Self { files, entries, read: Mutex::default() };
         scaled::resolve(&mut checkpoint)?;
@@ -360,6 +372,19 @@ impl Checkpoint {
         hash.finalize().iter().map(|byte| format!("{byte:02x}")).collect()
     }
 
+    /// The metadata of GGUF files as they are written there: type and value, in bytes.
+    pub(crate) fn raw_metadata(&self) -> BTreeMap<&str, &[u8]> {
+        let spans = self.files.iter().flat_map(|file| {
+            file.spans.iter().map(|(key, span)| (key.as_str(), &file.bytes[span.clone()]))
+        });
+        spans.collect()
+    }
+
+    /// The file of `index`, for a walk through the tensors' bytes.
+    pub(super) fn file(&self, index: usize) -> (&str, &[u8]) {
+        self.files.get(index).map_or(("", &[]), |file| (file.name.as_str(), &file.bytes))
+    }
+
     /// A tensor in a plain type, the stored one where that is plain, and the note that it was read.
     pub(super) fn load(&self, name: &str, device: &Device) -> Result<Tensor> {
         let Some(entry) = self.entries.get(name) else { return Err(self.missing(name)) };
@@ -397,7 +422,7 @@ impl Checkpoint {
         }
     }
 
-    fn plain(&self, name: &str, entry: &TensorEntry, device: &Device) -> Result<Tensor> {
+    pub(super) fn plain(&self, name: &str, entry: &TensorEntry, device: &Device) -> Result<Tensor> {
         let plain_parts = |parts: &[TensorEntry]| -> Result<Vec<Tensor>> {
             let tensors = parts.iter().map(|part| self.plain(name, part, device));
             let tensors: Vec<Tensor> = tensors.collect::<Result<_>>()?;
@@ -428,7 +453,7 @@ impl Checkpoint {
         }
     }
 
-    pub(super) fn entry(&self, name: &str) -> Option<&TensorEntry> {
+    pub(crate) fn entry(&self, name: &str) -> Option<&TensorEntry> {
         self.entries.get(name)
     }
 
@@ -463,7 +488,7 @@ impl Checkpoint {
     }
 
     /// The error for a tensor that is not there.
-    fn missing(&self, name: &str) -> crate::Error {
+    pub(super) fn missing(&self, name: &str) -> crate::Error {
         let near =
             self.closest(name).map_or_else(String::new, |near| format!(" (closest: {near})"));
         let path = self.name().to_owned();
@@ -485,7 +510,7 @@ fn read_gguf(
     name: &str,
     bytes: &[u8],
     entries: &mut BTreeMap<String, TensorEntry>,
-) -> Result<Metadata> {
+) -> Result<(Metadata, gguf::Spans)> {
     let header = gguf::read(name, bytes)?;
     for (tensor, gguf::Tensor { kind, shape, range }) in header.tensors {
         let entry = TensorEntry { kind, shape, scale: None, data: Data::Bytes { file, range } };
@@ -499,5 +524,5 @@ fn read_gguf(
             .into());
         }
     }
-    Ok(header.metadata)
+    Ok((header.metadata, header.spans))
 }

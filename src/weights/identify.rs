@@ -6,6 +6,47 @@ use super::checkpoint::Checkpoint;
 pub const TRANSFORMER_PREFIXES: &[&str] =
     &["transformer.", "model.diffusion_model.", "diffusion_model."];
 
+/// What a weight file is for, as far as this program has a use for it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, serde::Serialize)]
+#[serde(rename_all = "snake_case")]
+#[non_exhaustive]
+pub enum Family {
+    /// The editor's transformer.
+    Transformer,
+    /// A vision-language model, whole.
+    VisionLanguage,
+    /// A language model in GGUF, whose vision tower is a file of its own.
+    Language,
+    /// A vision tower in GGUF.
+    VisionTower,
+    /// The autoencoder.
+    Autoencoder,
+    /// Low-rank changes of a model.
+    Lora,
+    /// A model that is known, but not supported.
+    Other,
+}
+
+impl Family {
+    /// As lists name it.
+    #[must_use]
+    pub fn label(self) -> &'static str {
+        match self {
+            Self::Transformer => "transformer",
+            Self::VisionLanguage => "vision-language",
+            Self::Language => "language",
+            Self::VisionTower => "vision tower",
+            Self::Autoencoder => "autoencoder",
+            Self::Lora => "LoRA",
+            Self::Other => "not supported",
+        }
+    }
+}
+
+/// Prefixes under which ComfyUI saves a vision-language model.
+const ENCODER_PREFIXES: &[&str] =
+    &["text_encoders.qwen25_7b.transformer.", "qwen25_7b.transformer.", "text_encoders."];
+
 /// A rule: every name must be there. Rules that ask for more come first.
 const RULES: &[(&[&str], &str)] = &[
     (
@@ -47,7 +88,27 @@ pub fn identify(checkpoint: &Checkpoint) -> Option<&'static str> {
         checkpoint.contains(name)
             || TRANSFORMER_PREFIXES
                 .iter()
+                .chain(ENCODER_PREFIXES)
                 .any(|prefix| checkpoint.contains(&format!("{prefix}{name}")))
     };
     RULES.iter().find(|(names, _)| names.iter().all(|name| holds(name))).map(|(_, model)| *model)
+}
+
+/// What the file is for, where the tensors tell.
+#[must_use]
+pub fn family(checkpoint: &Checkpoint) -> Option<Family> {
+    /// Endings of the factors of low-rank changes.
+    const FACTORS: [&str; 4] = ["lora_A", "lora_down", "lora.down", "lora_linear_layer.down"];
+    let Some(model) = identify(checkpoint) else {
+        let is_factor = |name: &str| FACTORS.iter().any(|factor| name.contains(factor));
+        return checkpoint.tensors().any(|(name, _)| is_factor(name)).then_some(Family::Lora);
+    };
+    Some(match model {
+        "Qwen-Image transformer" => Family::Transformer,
+        "Qwen2.5-VL" => Family::VisionLanguage,
+        "a language model, GGUF names" => Family::Language,
+        "a vision tower (mmproj), GGUF names" => Family::VisionTower,
+        "Qwen-Image autoencoder" | "Qwen-Image autoencoder, Wan names" => Family::Autoencoder,
+        _ => Family::Other,
+    })
 }

@@ -11,9 +11,14 @@ use crate::{
     engine::{assert_same_picture, expected, tags},
 };
 
-fn pentimento() -> Command {
+/// The program, with nothing of this machine's own models.
+pub(crate) fn pentimento() -> Command {
     let mut command = Command::new(env!("CARGO_BIN_EXE_pentimento"));
     command.env_remove("PENTIMENTO_MODEL").env_remove("RUST_LOG");
+    for name in ["PENTIMENTO_MODELS_DIR", "HF_HUB_CACHE", "HF_HOME", "XDG_CACHE_HOME"] {
+        command.env_remove(name);
+    }
+    command.env("HOME", env!("CARGO_TARGET_TMPDIR"));
     command
 }
 

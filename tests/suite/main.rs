@@ -9,12 +9,15 @@
 
 mod cli;
 mod common;
+mod convert;
 mod diffusion;
 mod engine;
 mod eval;
 mod gguf;
+mod library;
 mod lora;
 mod ops;
+mod peers;
 mod pixels;
 mod plan;
 mod single_files;

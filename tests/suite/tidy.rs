@@ -13,6 +13,7 @@ const MAY_USE: &[(&str, &[&str])] = &[
     ("diffusion", &["memory", "ops", "layers", "weights"]),
     ("plan", &["pixels", "vlm"]),
     ("editor", &["diffusion", "memory", "pixels", "plan", "vlm", "weights"]),
+    ("library", &["editor", "weights"]),
     ("eval", &["editor", "pixels", "plan", "vlm"]),
     ("train", &["editor", "eval", "memory", "plan", "vlm", "weights"]),
     ("serve", &["editor"]),

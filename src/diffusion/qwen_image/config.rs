@@ -20,7 +20,7 @@ pub(crate) const CLASS: &str = "QwenImageTransformer2DModel";
 /// Side of the square of latent pixels that becomes one token; the pipelines pack with this number.
 pub(super) const PATCH: usize = 2;
 /// Present in files of the 2511 version that come without a config.
-pub(super) const ZERO_COND_MARK: &str = "__index_timestep_zero__";
+pub(crate) const ZERO_COND_MARK: &str = "__index_timestep_zero__";
 
 #[derive(Debug, Deserialize)]
 struct RawConfig {

@@ -10,6 +10,8 @@ use crate::{
 
 /// Width of a published head, and how it is shared among the axes of a position.
 const PUBLISHED_AXES: (usize, [usize; 3]) = (128, [16, 56, 56]);
+/// The key under which a weight file carries the model's config.
+pub(crate) const CONFIG_KEY: &str = "pentimento.config";
 /// Says in a config that was made that tensors have no say in `zero_cond_t` any more.
 const DECIDED: &str = "_zero_cond_t_decided";
 
@@ -37,6 +39,11 @@ impl Header {
         .into())
     }
 
+    /// The tensors.
+    pub(crate) fn into_checkpoint(self) -> Checkpoint {
+        self.0
+    }
+
     /// Whether the file has the mark of the 2511 version.
     pub(crate) fn is_marked(&self) -> bool {
         self.0.contains(ZERO_COND_MARK)
@@ -47,6 +54,23 @@ impl Header {
         const KEYS: [&str; 5] =
             ["general.name", "general.basename", "general.finetune", "modelspec.title", "name"];
         KEYS.iter().filter_map(|key| self.0.value(key)?.as_text()).collect()
+    }
+
+    /// The config that the file itself carries.
+    ///
+    /// # Errors
+    /// One that is no config of this model.
+    pub(crate) fn own_config(&self) -> Result<Option<Map<String, Json>>> {
+        let Some(value) = self.0.value(CONFIG_KEY) else { return Ok(None) };
+        let config: Option<Map<String, Json>> =
+            value.as_text().and_then(|text| serde_json::from_str(text).ok());
+        match config.filter(|config| config.get("_class_name") == Some(&config::CLASS.into())) {
+            Some(config) => Ok(Some(config)),
+            None => {
+                let found = value.to_string().chars().take(80).collect::<String>();
+                Err(self.0.metadata_fault(CONFIG_KEY, found, format!("a {}", config::CLASS)))
+            }
+        }
     }
 
     /// A config of the dimensions that the tensors have.

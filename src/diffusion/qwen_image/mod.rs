@@ -2,6 +2,7 @@
 
 mod block;
 mod config;
+pub(crate) mod export;
 pub(crate) mod header;
 mod model;
 mod modulation;

@@ -2,7 +2,7 @@
 //! a folder would have beside them.
 
 mod mmproj;
-mod version;
+pub(super) mod version;
 
 use std::{
     path::{Path, PathBuf},
@@ -113,11 +113,13 @@ fn transformer(parts: &ModelParts, assembly: &mut Assembly) -> Result<()> {
         return Ok(());
     };
     let header = header::Header::new(Checkpoint::open_file(path)?)?;
-    let config_file =
-        beside(path, "config.json").filter(|file| is_of_class(file, qwen_image::CLASS));
+    let config_file = config_file(path);
     let mut config: Map<String, Json> = match &config_file {
         Some(file) => json_beside(file)?,
-        None => header.config()?,
+        None => match header.own_config()? {
+            Some(config) => config,
+            None => header.config()?,
+        },
     };
     let version = Version::find(parts, &header, &config, &stem(path))?;
     header::decide(&mut config, version.zero_cond_t);
@@ -132,6 +134,18 @@ fn transformer(parts: &ModelParts, assembly: &mut Assembly) -> Result<()> {
     assembly.close("pentimento.json");
     assembly.put_weights("transformer", vec![path.clone()]);
     Ok(())
+}
+
+fn config_file(path: &Path) -> Option<PathBuf> {
+    beside(path, "config.json").filter(|file| is_of_class(file, qwen_image::CLASS))
+}
+
+/// The config that lies beside a transformer's file.
+///
+/// # Errors
+/// A file that cannot be read.
+pub(super) fn config_beside(path: &Path) -> Result<Option<Map<String, Json>>> {
+    config_file(path).as_deref().map(json_beside).transpose()
 }
 
 /// The vision-language model with its tokenizer and the settings of its pictures.
@@ -239,6 +253,7 @@ fn is_of_class(file: &Path, class: &str) -> bool {
     })
 }
 
-fn stem(path: &Path) -> String {
+/// A file's name without its ending.
+pub(super) fn stem(path: &Path) -> String {
     path.file_stem().unwrap_or(path.as_os_str()).to_string_lossy().into_owned()
 }

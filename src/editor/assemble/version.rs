@@ -14,12 +14,14 @@ use crate::{
 
 /// A version of the editor.
 #[derive(Debug)]
-pub(super) struct Version {
-    pub(super) kind: Kind,
+pub(in crate::editor) struct Version {
+    pub(in crate::editor) kind: Kind,
     /// References are modulated as free of noise (the 2511 version).
-    pub(super) zero_cond_t: bool,
+    pub(in crate::editor) zero_cond_t: bool,
+    /// Why it is taken for that.
+    pub(in crate::editor) reason: String,
     /// What the user should know about the choice.
-    pub(super) note: Option<String>,
+    pub(in crate::editor) note: Option<String>,
 }
 
 impl Version {
@@ -28,21 +30,34 @@ impl Version {
     ///
     /// # Errors
     /// A folder whose pipeline is not supported.
-    pub(super) fn find(
+    pub(in crate::editor) fn find(
         parts: &ModelParts,
         header: &Header,
         config: &Map<String, Json>,
         stem: &str,
     ) -> Result<Self> {
-        let plus = |zero_cond_t| Self { kind: Kind::Plus, zero_cond_t, note: None };
-        let named = || header.names().into_iter().chain([stem]).find_map(by_name);
-        let found = if config.get("zero_cond_t") == Some(&Json::Bool(true)) || header.is_marked() {
-            Some(plus(true))
+        let plus = |zero_cond_t, reason: &str| Self {
+            kind: Kind::Plus,
+            zero_cond_t,
+            reason: reason.to_owned(),
+            note: None,
+        };
+        let named = || {
+            let names = header.names().into_iter().map(|name| ("its metadata name it", name));
+            names.chain([("it is called", stem)]).find_map(|(how, name)| {
+                let (kind, zero_cond_t) = by_name(name)?;
+                Some(Self { kind, zero_cond_t, reason: format!("{how} {name}"), note: None })
+            })
+        };
+        let found = if config.get("zero_cond_t") == Some(&Json::Bool(true)) {
+            Some(plus(true, "its config has zero_cond_t"))
+        } else if header.is_marked() {
+            Some(plus(true, "it has the tensor __index_timestep_zero__"))
         } else {
-            named().map(|(kind, zero_cond_t)| Self { kind, zero_cond_t, note: None })
+            named()
         };
         match (parts.zero_cond_t, found) {
-            (Some(true), _) => Ok(plus(true)),
+            (Some(true), _) => Ok(plus(true, "--model-args says so")),
             (Some(false), Some(found)) => Ok(Self { zero_cond_t: false, ..found }),
             (Some(false), None) => Self::unnamed(parts),
             (None, Some(found)) => Ok(found),
@@ -66,12 +81,22 @@ impl Version {
                 kind.class_name()
             )
         });
-        Ok(Self { kind, zero_cond_t: false, note })
+        let reason = "nothing tells; it is a guess".to_owned();
+        Ok(Self { kind, zero_cond_t: false, reason, note })
+    }
+}
+
+/// What the published version is called.
+pub(in crate::editor) fn version_name(kind: Kind, zero_cond_t: bool) -> &'static str {
+    match (kind, zero_cond_t) {
+        (Kind::Edit, _) => "Qwen-Image-Edit",
+        (Kind::Plus, false) => "Qwen-Image-Edit-2509",
+        (Kind::Plus, true) => "Qwen-Image-Edit-2511",
     }
 }
 
 /// The version that a name tells.
-fn by_name(name: &str) -> Option<(Kind, bool)> {
+pub(in crate::editor) fn by_name(name: &str) -> Option<(Kind, bool)> {
     let name = name.to_lowercase();
     [("2511", Kind::Plus, true), ("2509", Kind::Plus, false), ("edit", Kind::Edit, false)]
         .into_iter()

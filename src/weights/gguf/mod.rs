@@ -13,7 +13,7 @@ use std::{
 };
 
 use self::reader::{Fault, Reader, Step, fault};
-pub(crate) use self::types::{IQ4_NL, IQ4_XS};
+pub(crate) use self::types::{IQ4_NL, IQ4_XS, from_id as stored_type, id_of as type_id};
 pub use self::{
     types::BlockType,
     values::{Array, Value},
@@ -32,17 +32,20 @@ pub const NAME_BYTES_MAX: usize = 1 << 16;
 /// Most axes of a tensor; ggml has four, the original shape of a reshaped tensor may have five.
 pub const AXES_MAX: usize = 5;
 /// What a tensor's start is a multiple of, unless the file says otherwise.
-const ALIGNMENT: u64 = 32;
-const ALIGNMENT_KEY: &str = "general.alignment";
+pub(super) const ALIGNMENT: u64 = 32;
+pub(super) const ALIGNMENT_KEY: &str = "general.alignment";
 /// Smallest multiple that the format allows.
 const ALIGNMENT_MIN: u64 = 8;
 /// Largest multiple that is sensible: a page of the largest kind.
 const ALIGNMENT_MAX: u64 = 1 << 21;
 /// In front of a tensor's name: the shape it had before it was reshaped for quantization.
-const ORIGINAL_SHAPE: &str = "comfy.gguf.orig_shape.";
+pub(super) const ORIGINAL_SHAPE: &str = "comfy.gguf.orig_shape.";
 
 /// Metadata by key.
 pub type Metadata = BTreeMap<String, Value>;
+
+/// Bytes in the file by key.
+pub(super) type Spans = BTreeMap<String, Range<usize>>;
 
 /// Where a tensor is and what it holds.
 pub(super) struct Tensor {
@@ -56,6 +59,8 @@ pub(super) struct Tensor {
 /// What stands in front of the numbers.
 pub(super) struct Header {
     pub(super) metadata: Metadata,
+    /// Where each key's type and value stand in the file.
+    pub(super) spans: Spans,
     pub(super) tensors: BTreeMap<String, Tensor>,
 }
 
@@ -106,7 +111,7 @@ fn parse(bytes: &[u8], place: &mut String, unknown: &mut Option<(String, u32)>) 
     }
     let tensors = reader.count("tensors", TENSORS_MAX)?;
     let keys = reader.count("keys", KEYS_MAX)?;
-    let metadata = metadata(&mut reader, keys, place)?;
+    let (metadata, spans) = metadata(&mut reader, keys, place)?;
     "header".clone_into(place);
     let alignment = alignment(&metadata)?;
     let mut listed = BTreeMap::new();
@@ -129,22 +134,24 @@ fn parse(bytes: &[u8], place: &mut String, unknown: &mut Option<(String, u32)>) 
         placed.insert(name, Tensor { kind: tensor.kind, shape, range });
     }
     refuse_overlaps(&placed, place)?;
-    Ok(Header { metadata, tensors: placed })
+    Ok(Header { metadata, spans, tensors: placed })
 }
 
-fn metadata(reader: &mut Reader<'_>, count: usize, place: &mut String) -> Step<Metadata> {
-    let mut metadata = Metadata::new();
+fn metadata(reader: &mut Reader<'_>, count: usize, place: &mut String) -> Step<(Metadata, Spans)> {
+    let (mut metadata, mut spans) = (Metadata::new(), Spans::new());
     for index in 0..count {
         *place = format!("key {index} of {count}");
         let key = reader.string(NAME_BYTES_MAX)?;
         *place = format!("key {key}");
+        let start = reader.at();
         let value = Value::read(reader)?;
         match metadata.entry(key.to_owned()) {
             Entry::Vacant(entry) => drop(entry.insert(value)),
             Entry::Occupied(_) => return fault("given twice", "each key once"),
         }
+        spans.insert(key.to_owned(), start..reader.at());
     }
-    Ok(metadata)
+    Ok((metadata, spans))
 }
 
 fn alignment(metadata: &Metadata) -> Step<u64> {

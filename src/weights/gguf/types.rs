@@ -69,7 +69,7 @@ const COMPUTED: &[(&str, GgmlDType)] = &[
 ];
 
 /// The type with an id in GGUF files; `None` for one that is not known.
-pub(super) fn from_id(id: u32) -> Option<StoredType> {
+pub(crate) fn from_id(id: u32) -> Option<StoredType> {
     Some(StoredType::Plain(match id {
         0 => Dtype::F32,
         1 => Dtype::F16,
@@ -81,6 +81,15 @@ pub(super) fn from_id(id: u32) -> Option<StoredType> {
         30 => Dtype::BF16,
         _ => return BLOCK_TYPES.iter().find(|kind| kind.id == id).copied().map(StoredType::Blocks),
     }))
+}
+
+/// The number of a type in GGUF files; `None` for one that they do not hold.
+pub(crate) fn id_of(kind: StoredType) -> Option<u32> {
+    let plain = [0, 1, 24, 25, 26, 27, 28, 30];
+    match kind {
+        StoredType::Blocks(kind) => Some(kind.id),
+        plain_kind => plain.into_iter().find(|id| from_id(*id) == Some(plain_kind)),
+    }
 }
 
 impl BlockType {
