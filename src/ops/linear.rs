@@ -65,7 +65,8 @@ fn quantized(weight: &Tensor, dtype: GgmlDType) -> Result<QTensor> {
     let rows = QUANTIZED_CHUNK.div_ceil(dims.1);
     let starts: Vec<usize> = (0..dims.0).step_by(rows).collect();
     let chunks = starts.into_par_iter().map(|start| {
-        let chunk = weight.narrow(0, start, rows.min(dims.0 - start))?;
+        // It also quantizes a tensor's storage from its start, wherever the tensor lies in it.
+        let chunk = weight.narrow(0, start, rows.min(dims.0 - start))?.force_contiguous()?;
         QTensor::quantize(&chunk, dtype)?.data().map(std::borrow::Cow::into_owned)
     });
     let bytes = chunks.collect::<Result<Vec<Vec<u8>>>>()?.concat();

@@ -318,6 +318,21 @@ fn quantized_layers_stay_within_their_rounding() {
 
 /// The rule for Q4_K: the error against exact activations is at most twice that of candle's product
 /// with the same bytes, which rounds activations in blocks of 256.
+/// Large matrices are quantized in several pieces, and views wherever they lie.
+#[test]
+fn every_row_of_a_large_matrix_is_quantized() {
+    let weight = random(&[1100, 512]);
+    let view = random(&[1300, 512]).narrow(0, 200, 1100).unwrap();
+    for weight in [weight, view] {
+        for make in [LinearWeight::q8_0, LinearWeight::q4_k] {
+            let LinearWeight::Quantized(kept) = make(&weight).unwrap() else { panic!("plain") };
+            let wide = kept.dequantize(&Device::Cpu).unwrap();
+            let error = error(&wide, &weight); // of rows in other places, about 7
+            assert!(error <= 0.5, "{error}");
+        }
+    }
+}
+
 #[test]
 fn q4_k_layers_follow_the_rule() {
     for [rows, width, out] in

@@ -114,7 +114,9 @@ impl Gguf {
             GgmlDType::Q4K => 12,
             other => panic!("no number for {other:?}"),
         };
-        let blocks = QTensor::quantize(&tensor.to_dtype(DType::F32).unwrap(), kind).unwrap();
+        // Candle quantizes a tensor's storage from its start, wherever the tensor lies in it.
+        let wide = tensor.to_dtype(DType::F32).unwrap().force_contiguous().unwrap();
+        let blocks = QTensor::quantize(&wide, kind).unwrap();
         self.raw(name, tensor.dims(), id, &blocks.data().unwrap());
     }
 

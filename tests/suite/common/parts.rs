@@ -45,7 +45,7 @@ pub(crate) fn mixed(name: &str, tensor: &Tensor) -> Kind {
 
 /// A tensor as it comes back from a file of this type.
 pub(crate) fn rounded(tensor: &Tensor, kind: Kind) -> Tensor {
-    let wide = tensor.to_dtype(DType::F32).unwrap();
+    let wide = tensor.to_dtype(DType::F32).unwrap().force_contiguous().unwrap();
     match kind {
         Kind::Plain(dtype) => wide.to_dtype(dtype).unwrap().to_dtype(DType::F32).unwrap(),
         Kind::Blocks(kind) => {
