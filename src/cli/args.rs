@@ -257,6 +257,9 @@ pub(crate) struct EditArgs {
     /// What a pass of --strategy sequential gets from the one before
     #[arg(long, value_enum, default_value_t = HandOverArg::Latents)]
     pub(crate) hand_over: HandOverArg,
+    /// Folder of the files that <lora:NAME> and <lora:NAME:SCALE> in the prompt stand for
+    #[arg(long, value_name = "DIR", help_heading = "LoRA")]
+    pub(crate) lora_model_dir: Option<PathBuf>,
     #[command(flatten)]
     pub(crate) lora: LoraArgs,
     #[command(flatten)]
@@ -277,7 +280,7 @@ pub(crate) struct LoraArgs {
     #[arg(long = "lora", value_name = "FILE[:SCALE]", value_parser = lora)]
     pub(crate) files: Vec<LoraSource>,
     /// Keep the model's own steps, guidance and schedule with a Lightning file
-    #[arg(long, requires = "files")]
+    #[arg(long)]
     pub(crate) no_lightning_defaults: bool,
 }
 
@@ -340,6 +343,8 @@ pub(crate) struct DriftArgs {
     #[arg(long, value_name = "N", default_value_t = 10)]
     pub(crate) passes: usize,
     #[command(flatten)]
+    pub(crate) lora: LoraArgs,
+    #[command(flatten)]
     pub(crate) model: ModelArgs,
     #[command(flatten)]
     pub(crate) report: ReportArgs,
@@ -366,6 +371,8 @@ pub(crate) struct ScenesArgs {
     /// Replace the contact sheet if it exists
     #[arg(long, requires = "contact_sheet")]
     pub(crate) force: bool,
+    #[command(flatten)]
+    pub(crate) lora: LoraArgs,
     #[command(flatten)]
     pub(crate) planner: PlannerArgs,
     #[command(flatten)]

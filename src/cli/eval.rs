@@ -31,7 +31,7 @@ pub(crate) fn scenes(args: &ScenesArgs) -> Result<()> {
     measurement.cancel = super::cancel_on_interrupt()?;
     measurement.check()?;
     let bar = Bar::new(args.report.quiet);
-    let mut options = model::options(&args.model, &measurement.cancel)?;
+    let mut options = model::editor_options(&args.model, &args.lora, &measurement.cancel)?;
     options.planner = plan::source(&args.planner)?;
     let start = Instant::now();
     let result = Engine::open(&model::source(&args.model), &options, &bar).and_then(|engine| {
@@ -56,7 +56,7 @@ pub(crate) fn drift(args: &DriftArgs) -> Result<()> {
         cancel: super::cancel_on_interrupt()?,
     };
     let bar = Bar::new(args.report.quiet);
-    let options = model::options(&args.model, &measurement.cancel)?;
+    let options = model::editor_options(&args.model, &args.lora, &measurement.cancel)?;
     let result = Engine::open(&model::source(&args.model), &options, &bar)
         .and_then(|engine| measurement.run(&engine, &bar));
     bar.clear();

@@ -7,6 +7,7 @@ mod edit;
 mod eval;
 mod exit;
 mod info;
+mod lora_tags;
 mod model;
 mod plan;
 mod progress;

@@ -9,7 +9,7 @@ use pentimento::{
     weights::Storage,
 };
 
-use super::args::{DtypeArg, ModelArgs};
+use super::args::{DtypeArg, LoraArgs, ModelArgs};
 
 /// Where the model comes from.
 pub(crate) fn source(args: &ModelArgs) -> ModelSource {
@@ -50,6 +50,16 @@ pub(crate) fn options(args: &ModelArgs, cancel: &CancelToken) -> Result<EngineOp
         no_lightning_defaults: false,
         cancel: cancel.clone(),
     })
+}
+
+/// As [`options`], for commands that load the editor.
+pub(crate) fn editor_options(
+    args: &ModelArgs,
+    lora: &LoraArgs,
+    cancel: &CancelToken,
+) -> Result<EngineOptions> {
+    let (loras, no_lightning_defaults) = (lora.files.clone(), lora.no_lightning_defaults);
+    Ok(EngineOptions { loras, no_lightning_defaults, ..options(args, cancel)? })
 }
 
 /// The pictures of a request; `-` is stdin and may stand once.

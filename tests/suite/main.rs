@@ -9,6 +9,7 @@
 
 mod cli;
 mod common;
+mod containers;
 mod diffusion;
 mod engine;
 mod eval;
