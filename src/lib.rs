@@ -27,6 +27,7 @@ pub mod request;
 pub mod vlm;
 pub mod weights;
 
+pub use diffusion::StepCache;
 pub use editor::{
     Assistant, Engine, EngineOptions, LoraSource, ModelInfo, ModelParts, ModelSource, PlannerSource,
 };

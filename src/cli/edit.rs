@@ -106,6 +106,7 @@ fn request(args: &EditArgs) -> Result<(EditRequest, Vec<LoraSource>)> {
         HandOverArg::Latents => HandOver::Latents,
         HandOverArg::Pixels => HandOver::Pixels,
     };
+    request.step_cache = args.cache.settings();
     request.plan = plan;
     request.planner = plan::options(&args.planner);
     request.cancel = super::cancel_on_interrupt()?;
@@ -187,6 +188,8 @@ fn summary(
         "seed": outcome.seed,
         "rng": request.rng.name(),
         "steps": outcome.steps,
+        "step_cache": request.step_cache,
+        "reused": outcome.reused,
         "cfg_scale": outcome.cfg_scale,
         "strategy": outcome.strategy,
         "plan": outcome.plan,

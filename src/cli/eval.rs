@@ -28,6 +28,7 @@ pub(crate) fn scenes(args: &ScenesArgs) -> Result<()> {
         measurement.parts = args.only.iter().map(|part| part.part()).collect();
     }
     measurement.planner = plan::options(&args.planner);
+    measurement.step_cache = args.cache.settings();
     measurement.cancel = super::cancel_on_interrupt()?;
     measurement.check()?;
     let bar = Bar::new(args.report.quiet);
@@ -125,6 +126,14 @@ fn table(report: &Report) -> String {
     )];
     heading(&mut lines, "the readout accepts");
     lines.extend(report.readout.iter().map(line));
+    if let (Some(cache), Some(reuse)) = (report.step_cache, report.reuse) {
+        lines.push(format!(
+            "step cache, threshold {}: all but the first block of {} of {} predictions left out",
+            cache.threshold(),
+            reuse.reused,
+            reuse.of
+        ));
+    }
     let mut section = |title: &str, pictures: &Pictures| {
         let plan = match pictures.plan {
             PlanSource::None => "no plan",

@@ -15,6 +15,7 @@ mod engine;
 mod eval;
 mod gguf;
 mod lora;
+mod not_finite;
 mod ops;
 mod pixels;
 mod plan;

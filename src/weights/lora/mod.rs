@@ -52,6 +52,7 @@ pub struct LoraReport {
     pub skipped: usize,
     /// Whether an `adapter_config.json` beside the file was not used, since nothing says that it
     /// belongs to it; changes without alphas then have the scale 1.
+    #[serde(skip_serializing_if = "std::ops::Not::not")]
     pub config_ignored: bool,
 }
 
