@@ -29,6 +29,7 @@ pub mod vlm;
 pub mod weights;
 mod whole_file;
 
+pub use diffusion::StepCache;
 pub use editor::{
     Assistant, ConvertOutcome, ConvertRequest, EditVersion, Engine, EngineOptions, LoraSource,
     ModelInfo, ModelParts, ModelSource, PlannerSource, convert,

@@ -5,7 +5,7 @@ use std::time::Duration;
 use serde::Serialize;
 
 use crate::{
-    diffusion::noise::CudaGrid,
+    diffusion::{StepCache, noise::CudaGrid},
     pixels::{Picture, Size},
     plan::{Plan, PlanOptions, PlannedBy},
     progress::{CancelToken, Stage},
@@ -121,6 +121,8 @@ pub struct EditRequest {
     pub planner: PlanOptions,
     /// What one pass of several gets from the one before.
     pub hand_over: HandOver,
+    /// Leaves out most of the steps that differ little from the one before; the picture changes.
+    pub step_cache: Option<StepCache>,
     /// Stops the request.
     pub cancel: CancelToken,
 }
@@ -145,6 +147,7 @@ impl EditRequest {
             plan: None,
             planner: PlanOptions::default(),
             hand_over: HandOver::default(),
+            step_cache: None,
             cancel: CancelToken::new(),
         }
     }
@@ -187,6 +190,9 @@ pub struct EditOutcome {
     pub seed: u64,
     /// Denoising steps made.
     pub steps: usize,
+    /// Predictions, one a step or two with guidance, that a step cache ended after the first block;
+    /// over all passes.
+    pub reused: usize,
     /// Guidance used; 1 means none.
     pub cfg_scale: f64,
     /// The size the model worked at.

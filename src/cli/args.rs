@@ -3,7 +3,7 @@
 use std::{ffi::OsString, path::PathBuf};
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
-use pentimento::{LoraSource, Rng, Strategy, diffusion::noise::CudaGrid};
+use pentimento::{LoraSource, Rng, StepCache, Strategy, diffusion::noise::CudaGrid};
 
 use super::weights_args::{ConvertArgs, ModelsCommand, PlacesArgs};
 
@@ -269,6 +269,11 @@ pub(crate) struct EditArgs {
     /// What a pass of --strategy sequential gets from the one before
     #[arg(long, value_enum, default_value_t = HandOverArg::Latents)]
     pub(crate) hand_over: HandOverArg,
+    /// Folder of the files that <lora:NAME> and <lora:NAME:SCALE> in the prompt stand for
+    #[arg(long, value_name = "DIR", help_heading = "LoRA")]
+    pub(crate) lora_model_dir: Option<PathBuf>,
+    #[command(flatten)]
+    pub(crate) cache: CacheArgs,
     #[command(flatten)]
     pub(crate) lora: LoraArgs,
     #[command(flatten)]
@@ -289,8 +294,38 @@ pub(crate) struct LoraArgs {
     #[arg(long = "lora", value_name = "FILE[:SCALE]", value_parser = lora)]
     pub(crate) files: Vec<LoraSource>,
     /// Keep the model's own steps, guidance and schedule with a Lightning file
-    #[arg(long, requires = "files")]
+    #[arg(long)]
     pub(crate) no_lightning_defaults: bool,
+}
+
+/// Steps that may be left out.
+#[derive(Debug, Clone, Copy, Args)]
+#[command(next_help_heading = "Step cache")]
+pub(crate) struct CacheArgs {
+    /// Leave out most of a step that differs little from the one before: faster, but another picture
+    #[arg(long, value_enum, default_value_t = CacheModeArg::None)]
+    pub(crate) cache_mode: CacheModeArg,
+    /// threshold=X: how much the first block's change may differ, as a share of itself, from 0 to 1
+    #[arg(long, value_name = "KEY=VALUE", default_value = "threshold=0.1", value_parser = cache_option)]
+    pub(crate) cache_option: StepCache,
+}
+
+impl CacheArgs {
+    pub(crate) fn settings(self) -> Option<StepCache> {
+        match self.cache_mode {
+            CacheModeArg::None => None,
+            CacheModeArg::FirstBlock => Some(self.cache_option),
+        }
+    }
+}
+
+/// Modes of `--cache-mode`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub(crate) enum CacheModeArg {
+    /// Every step is computed
+    None,
+    /// The first block tells whether the others are needed
+    FirstBlock,
 }
 
 /// `pentimento plan`
@@ -352,6 +387,8 @@ pub(crate) struct DriftArgs {
     #[arg(long, value_name = "N", default_value_t = 10)]
     pub(crate) passes: usize,
     #[command(flatten)]
+    pub(crate) lora: LoraArgs,
+    #[command(flatten)]
     pub(crate) model: ModelArgs,
     #[command(flatten)]
     pub(crate) report: ReportArgs,
@@ -378,6 +415,10 @@ pub(crate) struct ScenesArgs {
     /// Replace the contact sheet if it exists
     #[arg(long, requires = "contact_sheet")]
     pub(crate) force: bool,
+    #[command(flatten)]
+    pub(crate) cache: CacheArgs,
+    #[command(flatten)]
+    pub(crate) lora: LoraArgs,
     #[command(flatten)]
     pub(crate) planner: PlannerArgs,
     #[command(flatten)]
@@ -469,6 +510,13 @@ fn lora(text: &str) -> Result<LoraSource, String> {
     Ok(source)
 }
 
+fn cache_option(text: &str) -> Result<StepCache, String> {
+    let threshold = text.strip_prefix("threshold=").and_then(|number| number.parse().ok());
+    threshold
+        .and_then(|threshold| StepCache::new(threshold).ok())
+        .ok_or_else(|| "expected threshold=X with a number from 0 to 1".to_owned())
+}
+
 fn rng(text: &str) -> Result<Rng, String> {
     let device = |text: &str| {
         let (multiprocessors, threads) = text.split_once('x')?;
@@ -539,6 +587,8 @@ mod tests {
         assert!(zero_cond_t("qwen_image_zero_cond_t").is_err() && zero_cond_t("x=true").is_err());
         assert_eq!(rng("cuda"), Ok(Rng::Cuda(CudaGrid::UNLIMITED)));
         assert_eq!(rng("cuda:128x1536"), Ok(Rng::Cuda(CudaGrid::of_device(128, 1536))));
+        assert_eq!(cache_option("threshold=0.25"), Ok(StepCache::new(0.25).unwrap()));
+        assert!(cache_option("threshold=2").is_err() && cache_option("0.1").is_err());
         assert_eq!(lora("a.safetensors"), Ok(LoraSource::new("a.safetensors")));
         assert_eq!(lora("C:\\a.b"), Ok(LoraSource::new("C:\\a.b")));
         let (path, strength) = ("a:b".into(), -0.5);

@@ -3,14 +3,14 @@
 use std::{collections::BTreeMap, path::Path};
 
 use pentimento::{
-    EditOutcome, EditRequest, Engine, Event, HandOver, Observer, Result,
+    EditOutcome, EditRequest, Engine, Event, HandOver, LoraSource, Observer, Result,
     pixels::{self, EditRecord, Format, LoraRecord, ModelRecord, Overwrite, RECORD_VERSION},
 };
 use serde_json::json;
 
 use super::{
     args::{EditArgs, HandOverArg},
-    model, plan,
+    lora_tags, model, plan,
     progress::Bar,
     steps::KeptSteps,
 };
@@ -22,17 +22,16 @@ pub(crate) fn run(args: EditArgs) -> Result<()> {
     if !to_stdout {
         pixels::check_output(&args.output, overwrite)?;
     }
-    let request = request(&args)?;
+    let (request, tagged) = request(&args)?;
     let kept = args.keep_steps.as_deref().map(|folder| KeptSteps::new(folder, overwrite));
     let kept = kept.transpose()?;
     let bar = Bar::new(args.report.quiet);
     for note in request.pictures.iter().flat_map(|picture| &picture.notes) {
         bar.note(note);
     }
-    let mut options = model::options(&args.model, &request.cancel)?;
+    let mut options = model::editor_options(&args.model, &args.lora, &request.cancel)?;
     options.planner = plan::source(&args.planner)?;
-    options.loras = model::loras(&args.lora.files, &args.model)?;
-    options.no_lightning_defaults = args.lora.no_lightning_defaults;
+    options.loras.extend(tagged);
     let observer = |event: &Event<'_>| {
         bar.event(event);
         if let Some(kept) = &kept {
@@ -69,7 +68,8 @@ pub(crate) fn run(args: EditArgs) -> Result<()> {
     super::print_line(&args.output.display().to_string())
 }
 
-fn request(args: &EditArgs) -> Result<EditRequest> {
+/// The request, and the LoRA files that tags in its prompt name.
+fn request(args: &EditArgs) -> Result<(EditRequest, Vec<LoraSource>)> {
     let stdin = args.wish.images.iter().chain(&args.plan).filter(|path| path.as_os_str() == "-");
     if stdin.count() > 1 {
         return Err(pentimento::RequestError::Field {
@@ -88,6 +88,8 @@ fn request(args: &EditArgs) -> Result<EditRequest> {
             return Err(plan::no_prompt(expected));
         }
     };
+    let (prompt, tags) = lora_tags::split(&prompt)?;
+    let loras = lora_tags::files(&tags, args.lora_model_dir.as_deref())?;
     let mut pictures = model::pictures(&args.wish.images)?;
     let first = pictures.remove(0); // clap asks for at least one
     let mut request = EditRequest::new(first, prompt);
@@ -104,10 +106,11 @@ fn request(args: &EditArgs) -> Result<EditRequest> {
         HandOverArg::Latents => HandOver::Latents,
         HandOverArg::Pixels => HandOver::Pixels,
     };
+    request.step_cache = args.cache.settings();
     request.plan = plan;
     request.planner = plan::options(&args.planner);
     request.cancel = super::cancel_on_interrupt()?;
-    Ok(request)
+    Ok((request, loras))
 }
 
 /// What was asked for, in words: the prompt, or the request of the plan that was given.
@@ -185,6 +188,8 @@ fn summary(
         "seed": outcome.seed,
         "rng": request.rng.name(),
         "steps": outcome.steps,
+        "step_cache": request.step_cache,
+        "reused": outcome.reused,
         "cfg_scale": outcome.cfg_scale,
         "strategy": outcome.strategy,
         "plan": outcome.plan,

@@ -28,10 +28,11 @@ pub(crate) fn scenes(args: &ScenesArgs) -> Result<()> {
         measurement.parts = args.only.iter().map(|part| part.part()).collect();
     }
     measurement.planner = plan::options(&args.planner);
+    measurement.step_cache = args.cache.settings();
     measurement.cancel = super::cancel_on_interrupt()?;
     measurement.check()?;
     let bar = Bar::new(args.report.quiet);
-    let mut options = model::options(&args.model, &measurement.cancel)?;
+    let mut options = model::editor_options(&args.model, &args.lora, &measurement.cancel)?;
     options.planner = plan::source(&args.planner)?;
     let start = Instant::now();
     let result = Engine::open(&model::source(&args.model)?, &options, &bar).and_then(|engine| {
@@ -56,7 +57,7 @@ pub(crate) fn drift(args: &DriftArgs) -> Result<()> {
         cancel: super::cancel_on_interrupt()?,
     };
     let bar = Bar::new(args.report.quiet);
-    let options = model::options(&args.model, &measurement.cancel)?;
+    let options = model::editor_options(&args.model, &args.lora, &measurement.cancel)?;
     let result = Engine::open(&model::source(&args.model)?, &options, &bar)
         .and_then(|engine| measurement.run(&engine, &bar));
     bar.clear();
@@ -125,6 +126,14 @@ fn table(report: &Report) -> String {
     )];
     heading(&mut lines, "the readout accepts");
     lines.extend(report.readout.iter().map(line));
+    if let (Some(cache), Some(reuse)) = (report.step_cache, report.reuse) {
+        lines.push(format!(
+            "step cache, threshold {}: all but the first block of {} of {} predictions left out",
+            cache.threshold(),
+            reuse.reused,
+            reuse.of
+        ));
+    }
     let mut section = |title: &str, pictures: &Pictures| {
         let plan = match pictures.plan {
             PlanSource::None => "no plan",

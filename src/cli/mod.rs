@@ -8,6 +8,7 @@ mod edit;
 mod eval;
 mod exit;
 mod info;
+mod lora_tags;
 mod model;
 mod models;
 mod places;

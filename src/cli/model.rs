@@ -11,7 +11,7 @@ use pentimento::{
 };
 
 use super::{
-    args::{DtypeArg, ModelArgs},
+    args::{DtypeArg, LoraArgs, ModelArgs},
     places,
 };
 
@@ -38,7 +38,7 @@ pub(crate) fn source(args: &ModelArgs) -> Result<ModelSource> {
 }
 
 /// LoRA files; names are looked up.
-pub(crate) fn loras(files: &[LoraSource], args: &ModelArgs) -> Result<Vec<LoraSource>> {
+fn loras(files: &[LoraSource], args: &ModelArgs) -> Result<Vec<LoraSource>> {
     let places = places::places(&args.places);
     let found = |lora: &LoraSource| {
         let want = Want::File(&[Family::Lora]);
@@ -69,6 +69,17 @@ pub(crate) fn options(args: &ModelArgs, cancel: &CancelToken) -> Result<EngineOp
         no_lightning_defaults: false,
         cancel: cancel.clone(),
     })
+}
+
+/// As [`options`], for commands that load the editor.
+pub(crate) fn editor_options(
+    args: &ModelArgs,
+    lora: &LoraArgs,
+    cancel: &CancelToken,
+) -> Result<EngineOptions> {
+    let loras = loras(&lora.files, args)?;
+    let no_lightning_defaults = lora.no_lightning_defaults;
+    Ok(EngineOptions { loras, no_lightning_defaults, ..options(args, cancel)? })
 }
 
 /// The pictures of a request; `-` is stdin and may stand once.

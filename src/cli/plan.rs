@@ -10,7 +10,7 @@ use serde_json::json;
 
 use super::{
     args::{PlanArgs, PlannerArgs, PromptArgs},
-    model,
+    lora_tags, model,
     progress::Bar,
 };
 
@@ -20,6 +20,7 @@ const PLAN_BYTES_MAX: u64 = 2 << 20;
 pub(crate) fn run(args: &PlanArgs) -> Result<()> {
     let prompt = prompt(&args.wish.prompt)?
         .ok_or_else(|| no_prompt("a sentence that says what should change, or --prompt-file"))?;
+    let (prompt, tags) = lora_tags::split(&prompt)?;
     let mut request = PlanRequest::new(model::pictures(&args.wish.images)?, prompt);
     (request.area, request.vl_area) = (args.wish.area, args.wish.vl_area);
     request.planner = options(&args.planner);
@@ -27,6 +28,11 @@ pub(crate) fn run(args: &PlanArgs) -> Result<()> {
     let bar = Bar::new(args.report.quiet);
     for note in request.pictures.iter().flat_map(|picture| &picture.notes) {
         bar.note(note);
+    }
+    if !tags.is_empty() {
+        bar.note(
+            "the planner does not see the LoRA tags of the prompt; give them to edit as --lora",
+        );
     }
     let mut engine = model::options(&args.model, &request.cancel)?;
     engine.planner = source(&args.planner)?;

@@ -2,11 +2,15 @@
 
 use std::time::Instant;
 
-use candle_core::{D, DType, Tensor};
+use candle_core::{DType, Tensor};
 
 use super::{
+    finite::require_finite,
     guidance::rescaled_guidance,
-    qwen_image::{Conditioning, Grid, ModelInput, Outputs, StepContext, Transformer},
+    qwen_image::{
+        BlockCache, Branch, Conditioning, Grid, ModelInput, Outputs, StepCache, StepContext,
+        Transformer,
+    },
     schedule::Schedule,
 };
 use crate::{
@@ -40,6 +44,15 @@ pub struct Denoise<'a> {
     pub schedule: &'a Schedule,
 }
 
+/// The result of a run, and how it came about.
+#[derive(Debug)]
+pub struct Denoised {
+    /// The last latents, `[1, n, latent_dim]` in float32.
+    pub latents: Tensor,
+    /// Predictions, one a step or two with guidance, that ended after the first block.
+    pub reused: usize,
+}
+
 impl Denoise<'_> {
     /// Whether both predictions are made and combined.
     #[must_use]
@@ -63,7 +76,23 @@ impl Denoise<'_> {
         cancel: &CancelToken,
         record: &mut dyn FnMut(usize, &Tensor),
     ) -> Result<Tensor> {
+        Ok(self.run_cached(model, None, observer, cancel, record)?.latents)
+    }
+
+    /// As [`Self::run`]; with a cache, steps that differ little are left out.
+    ///
+    /// # Errors
+    /// As [`Self::run`].
+    pub fn run_cached(
+        &self,
+        model: &Transformer,
+        cache: Option<StepCache>,
+        observer: &dyn Observer,
+        cancel: &CancelToken,
+        record: &mut dyn FnMut(usize, &Tensor),
+    ) -> Result<Denoised> {
         self.check(model)?;
+        let mut caches = cache.map(|settings| [settings, settings].map(BlockCache::new));
         let begin = Instant::now();
         let of = self.schedule.steps();
         let device = &model.precision().device;
@@ -83,32 +112,44 @@ impl Denoise<'_> {
                     Some(references) => Tensor::cat(&[&latents, references], 1)?, // (1, n + m, c)
                     None => latents.clone(),
                 };
-                let velocity = self.velocity(model, &tokens, context, cancel)?;
+                for branch in caches.iter_mut().flatten() {
+                    branch.allow(cache.is_some_and(|cache| cache.allows(step, of)));
+                }
+                let velocity = self.velocity(model, &tokens, context, caches.as_mut(), cancel)?;
                 latents = self.schedule.advance(step, &latents, &velocity)?;
                 if step == 0 || step + 1 == of {
-                    require_finite(&latents)?;
+                    require_finite(&latents, Stage::Denoise)?;
                 }
                 record(step, &latents);
             }
         }
-        Ok(latents)
+        let reused = caches.iter().flatten().map(BlockCache::reused).sum();
+        Ok(Denoised { latents, reused })
     }
 
+    /// Both predictions go through the transformer block by block, so that weights that are not in
+    /// memory are read once for both.
     fn velocity(
         &self,
         model: &Transformer,
         tokens: &Tensor,
         context: &StepContext,
+        caches: Option<&mut [BlockCache; 2]>,
         cancel: &CancelToken,
     ) -> Result<Tensor> {
-        let predict = |conditioning| {
+        let negative = self.negative.filter(|_| self.is_guided());
+        let caches = caches.map(|[positive, negative]| (Some(positive), Some(negative)));
+        let (first, second) = caches.unwrap_or_default();
+        let branch = |conditioning, cache| {
             let input = ModelInput { tokens, grids: self.grids, conditioning };
-            model.forward(&input, context, Outputs::Target, cancel)
+            Branch { input, cache }
         };
-        let positive = predict(self.positive)?;
-        match self.negative.filter(|_| self.is_guided()) {
-            Some(negative) => rescaled_guidance(&positive, &predict(negative)?, self.cfg_scale),
-            None => Ok(positive),
+        let mut branches = vec![branch(self.positive, first)];
+        branches.extend(negative.map(|negative| branch(negative, second)));
+        let velocities = model.forward_each(&mut branches, context, Outputs::Target, cancel)?;
+        match velocities.as_slice() {
+            [positive, negative] => rescaled_guidance(positive, negative, self.cfg_scale),
+            _ => Ok(velocities[0].clone()), // one for each branch
         }
     }
 
@@ -124,24 +165,4 @@ impl Denoise<'_> {
         }
         Ok(())
     }
-}
-
-/// Refuses latents that hold NaN or infinity.
-fn require_finite(latents: &Tensor) -> Result<()> {
-    // A sum is finite only if all of its token is, and reads far fewer numbers back from a device.
-    let sums = latents.abs()?.sum(D::Minus1)?.flatten_all()?.to_vec1::<f32>()?;
-    if sums.iter().all(|sum| sum.is_finite()) {
-        return Ok(());
-    }
-    let values = latents.flatten_all()?.to_vec1::<f32>()?;
-    let count = values.iter().filter(|value| !value.is_finite()).count();
-    if count == 0 {
-        return Ok(()); // large, but finite
-    }
-    Err(Error::NotFinite {
-        stage: Stage::Denoise.label(),
-        count,
-        total: values.len(),
-        hint: "the weights may be damaged; a wider type of the computation may help, too",
-    })
 }

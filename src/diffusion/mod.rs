@@ -40,6 +40,7 @@
 
 mod config_check;
 mod denoise;
+mod finite;
 pub mod guidance;
 pub mod noise;
 pub mod qwen_image;
@@ -58,8 +59,9 @@ use qwen_image::pack::{latents_from_tokens, tokens_from_latents};
 use schedule::ScheduleConfig;
 use vae::{Autoencoder, Tiling};
 
-pub use denoise::Denoise;
-pub use qwen_image::{Conditioning, Grid, Transformer};
+pub use denoise::{Denoise, Denoised};
+pub(crate) use finite::require_finite;
+pub use qwen_image::{Conditioning, Grid, StepCache, Transformer};
 
 /// Side of a token in latent pixels.
 const LATENTS_PER_TOKEN: usize = 2;

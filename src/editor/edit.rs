@@ -8,6 +8,7 @@ use super::{
     stages::Stages,
 };
 use crate::{
+    diffusion::StepCache,
     error::Result,
     plan::{Plan, PlannedBy},
     progress::{Event, Observer},
@@ -65,8 +66,15 @@ pub(super) fn run(
         }
     }
 
+    if let Some(cache) = request.step_cache {
+        let note = reuse_note(&checked, of, work.reused(), cache);
+        observer.event(&Event::Note(&note));
+        notes.push(note);
+    }
+
     Ok(EditOutcome {
         picture: work.picture()?,
+        reused: work.reused(),
         seed: checked.seed,
         steps: checked.schedule.steps(),
         cfg_scale: if checked.negative.is_some() { checked.cfg_scale } else { 1.0 },
@@ -78,6 +86,17 @@ pub(super) fn run(
         stages: stages.finish(),
         notes,
     })
+}
+
+/// What a step cache left out in so many passes.
+fn reuse_note(checked: &Checked<'_>, passes: usize, reused: usize, cache: StepCache) -> String {
+    let each = if checked.negative.is_some() { 2 } else { 1 };
+    let of = checked.schedule.steps() * each * passes;
+    format!(
+        "the step cache (threshold {}) left out all but the first block of {reused} of {of} \
+         predictions; without it the picture is another",
+        cache.threshold()
+    )
 }
 
 /// Plans where the strategy asks for it, and turns the plan into passes.

@@ -98,7 +98,13 @@ impl LoadedLoras {
     /// What a person should know about an edit of `steps` steps.
     pub(super) fn notes(&self, steps: usize) -> Vec<String> {
         let mut notes = Vec::new();
-        for LoraReport { name, skipped, .. } in &self.reports {
+        for LoraReport { name, skipped, config_ignored, .. } in &self.reports {
+            if *config_ignored {
+                notes.push(format!(
+                    "{name}: nothing says that the adapter_config.json beside it is about this file, \
+                     so its scale is 1; if it is, call the file adapter_model.safetensors"
+                ));
+            }
             if *skipped > 0 {
                 notes.push(format!(
                     "{name}: {skipped} tensors for a text encoder are not used, only those of the \

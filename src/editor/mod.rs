@@ -6,6 +6,7 @@ mod checked;
 mod convert;
 mod edit;
 mod estimate;
+mod fit;
 mod inspect;
 mod lora;
 mod memo;
@@ -123,6 +124,7 @@ impl Engine {
         let files = source.files()?;
         files.require_parts(&PARTS.map(|(part, _)| part))?;
         let mut pipeline = Pipeline::read(&files)?;
+        fit::check_parts(&files)?;
         let loras = Loras::open(&options.loras, !options.no_lightning_defaults)?;
         let lightning = loras.lightning_steps();
         if let Some(steps) = lightning {

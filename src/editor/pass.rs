@@ -12,7 +12,7 @@ use super::{
     stages::Stages,
 };
 use crate::{
-    diffusion::{Conditioning, Denoise, Grid, vae::Tiling},
+    diffusion::{Conditioning, Denoise, Denoised, Grid, require_finite, vae::Tiling},
     error::{Error, Result},
     pixels::{self, Filter, Picture, Size},
     progress::{Observer, Stage},
@@ -34,6 +34,8 @@ pub(super) struct Work<'a> {
     tiling: Tiling,
     /// Passes made.
     passes: u64,
+    /// Predictions that ended after the first block.
+    reused: usize,
     /// The picture that the last pass made, at the working size.
     made: Option<RgbImage>,
     /// Its latents `[1, n, latent_dim]`, where the next pass is given them.
@@ -43,7 +45,7 @@ pub(super) struct Work<'a> {
 impl<'a> Work<'a> {
     pub(super) fn begin(engine: &'a Engine, checked: &'a Checked<'a>) -> Self {
         let tiling = Tiling::default();
-        Self { engine, checked, tiling, passes: 0, made: None, latents: None }
+        Self { engine, checked, tiling, passes: 0, reused: 0, made: None, latents: None }
     }
 
     /// Carries out one prompt on the picture as it is now.
@@ -63,7 +65,7 @@ impl<'a> Work<'a> {
         let seed = checked.seed.wrapping_add(self.passes);
         let noise = diffusion.initial_noise(checked.noise_source(), seed, grids[0])?;
         // 5. The denoising loop.
-        let latents = stages.run_steps(Stage::Denoise, || {
+        let Denoised { latents, reused } = stages.run_steps(Stage::Denoise, || {
             let denoise = Denoise {
                 noise: &noise,
                 references: Some(&references),
@@ -73,8 +75,10 @@ impl<'a> Work<'a> {
                 cfg_scale: checked.cfg_scale,
                 schedule: &checked.schedule,
             };
-            denoise.run(diffusion.transformer(), observer, cancel, &mut |_, _| {})
+            let cache = checked.request.step_cache;
+            denoise.run_cached(diffusion.transformer(), cache, observer, cancel, &mut |_, _| {})
         })?;
+        self.reused += reused;
         // 6. The autoencoder turns the result into a picture.
         self.made = Some(stages.run(Stage::Decode, || {
             let decoded = diffusion.picture(&latents, grids[0], &self.tiling, cancel)?;
@@ -86,6 +90,11 @@ impl<'a> Work<'a> {
         };
         self.passes += 1;
         Ok(())
+    }
+
+    /// Predictions that ended after the first block, in all passes so far.
+    pub(super) fn reused(&self) -> usize {
+        self.reused
     }
 
     /// The picture so far, at the output's size and with the input's alpha and ICC profile.
@@ -145,7 +154,9 @@ impl<'a> Work<'a> {
                 let found = format!("{} tokens with its template", hidden.dim(1)?);
                 return Err(Error::field("prompt", found, format!("more than {dropped}")));
             }
-            Ok(hidden.narrow(1, dropped, kept)?)
+            let hidden = hidden.narrow(1, dropped, kept)?;
+            require_finite(&hidden, Stage::EncodePrompt)?;
+            Ok(hidden)
         })?;
         Ok(Conditioning { hidden_states })
     }
@@ -172,7 +183,10 @@ impl<'a> Work<'a> {
         memo.latents.get_or(key_of_pictures([picture]), || {
             let device = &diffusion.transformer().precision().device;
             let picture = pixels::tensor_from_rgb(picture, device)?;
-            diffusion.reference_tokens(&picture, &self.tiling, &self.checked.request.cancel)
+            let cancel = &self.checked.request.cancel;
+            let tokens = diffusion.reference_tokens(&picture, &self.tiling, cancel)?;
+            require_finite(&tokens.0, Stage::EncodePicture)?;
+            Ok(tokens)
         })
     }
 }

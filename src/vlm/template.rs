@@ -34,8 +34,9 @@ const CHATML: &str = "\
 {%- if add_generation_prompt -%}
 {{ '<|im_start|>assistant\n' }}
 {%- endif -%}";
-/// Steps that a template may take.
-const FUEL: u64 = 10_000_000;
+/// Steps that a template may take; one also pays for 64 bytes of text that it makes. A conversation
+/// takes some thousands.
+const FUEL: u64 = 1_000_000;
 
 /// One turn of a conversation.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]

@@ -63,6 +63,20 @@ struct TokenizerConfig {
     added_tokens_decoder: BTreeMap<u32, AddedEntry>,
 }
 
+/// Parts of `tokenizer.json` that the tokenizers crate panics on where they are no sound JSON, so
+/// that they are looked at before; the rest of the file is checked for its syntax along the way.
+#[derive(Deserialize)]
+struct CheckedParts {
+    #[serde(default, rename = "normalizer")]
+    _normalizer: serde_json::Value,
+    #[serde(default, rename = "pre_tokenizer")]
+    _pre_tokenizer: serde_json::Value,
+    #[serde(default, rename = "post_processor")]
+    _post_processor: serde_json::Value,
+    #[serde(default, rename = "decoder")]
+    _decoder: serde_json::Value,
+}
+
 impl Tokenizer {
     /// Reads `tokenizer.json` from the first of `folders` that has one; otherwise `vocab.json`,
     /// `merges.txt` and the added tokens beside them.
@@ -87,6 +101,7 @@ impl Tokenizer {
 
     fn from_json(files: &ModelFiles, path: &str) -> Result<Self> {
         let text = files.read_text(path)?;
+        let _: CheckedParts = files.read_json(path)?;
         let mut bpe = Bpe::from_bytes(text.as_bytes())
             .map_err(|error| files.corrupt(path, &error.to_string(), "a tokenizer"))?;
         bpe.with_padding(None);

@@ -40,7 +40,7 @@ const IGNORED: &[&str] = &[
 const INITS: &[&str] = &["gaussian", "eva", "orthogonal"];
 
 /// The scale and the rank of each adapted matrix.
-#[derive(Debug)]
+#[derive(Debug, Clone)]
 pub(crate) struct AdapterConfig {
     rank: Patterns<usize>,
     alpha: Patterns<f64>,
@@ -48,7 +48,7 @@ pub(crate) struct AdapterConfig {
 }
 
 /// A number for all modules, and others for the modules whose names match.
-#[derive(Debug)]
+#[derive(Debug, Clone)]
 struct Patterns<T> {
     default: T,
     others: Vec<(Regex, T)>,

@@ -453,6 +453,15 @@ impl Checkpoint {
         }
     }
 
+    /// The one number of a tensor of any plain type, and the note that it was read; `None` where it
+    /// is of another type or holds more numbers.
+    pub(super) fn scalar(&self, name: &str) -> Option<f64> {
+        let entry = self.entries.get(name)?;
+        let value = stored::scalar(entry.kind, self.raw(entry))?;
+        self.mark_read(name);
+        Some(value * f64::from(entry.scale.unwrap_or(1.0)))
+    }
+
     pub(crate) fn entry(&self, name: &str) -> Option<&TensorEntry> {
         self.entries.get(name)
     }

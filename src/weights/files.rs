@@ -134,6 +134,9 @@ impl ModelFiles {
         let mut shards: Vec<&str> = index.weight_map.values().map(String::as_str).collect();
         shards.sort_unstable();
         shards.dedup();
+        if shards.is_empty() {
+            return Err(self.corrupt(index_path, "no tensors", "the shards of the weights"));
+        }
         let mut files = Vec::with_capacity(shards.len());
         for shard in shards {
             if shard.contains(['/', '\\']) || shard.starts_with('.') {

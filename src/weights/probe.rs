@@ -18,12 +18,10 @@ const LOOK_ALIKES: &[(&[u8], &str, &str)] = &[
         "a zip archive, as PyTorch checkpoints are",
         "pickled checkpoints can run code and are not read; convert to safetensors",
     ),
-    (
-        b"\x80\x02",
-        "a Python pickle",
-        "pickles can run code and are not read; convert to safetensors",
-    ),
 ];
+/// First byte of a pickle, and the protocols that may follow it. As the length of a header these
+/// two bytes are possible, so they count only where no header follows.
+const PICKLE: (u8, std::ops::RangeInclusive<u8>) = (0x80, 2..=5);
 
 /// Checks that `bytes` can be a safetensors file.
 ///
@@ -51,6 +49,11 @@ pub fn check_safetensors(path: &str, bytes: &[u8]) -> Result<()> {
         return corrupt(&format!("a file of {} bytes", bytes.len()), "download it again");
     };
     let header_bytes = u64::from_le_bytes(*length);
+    let is_pickle = bytes[0] == PICKLE.0 && PICKLE.1.contains(&bytes[1]);
+    if is_pickle && (bytes.get(8) != Some(&b'{') || header_bytes > bytes.len() as u64 - 8) {
+        let hint = "pickles can run code and are not read; convert to safetensors";
+        return corrupt("a Python pickle", hint);
+    }
     if bytes.get(8) != Some(&b'{') {
         return corrupt("a file without a safetensors header", "check that this is the right file");
     }
@@ -85,10 +88,15 @@ mod tests {
         check(b"<!DOCTYPE html><html>", "HTML");
         check(b"GGUF\x03\0\0\0", "GGUF");
         check(b"PK\x03\x04....", "zip");
-        check(b"\x80\x02}q\x00", "pickle");
+        check(b"\x80\x02}q\x00....", "pickle");
+        check(b"\x80\x04\x95\x10\0\0\0\0{", "pickle");
         check(b"1234", "4 bytes");
         check(b"\xff\0\0\0\0\0\0\0{}", "truncated");
         check(b"\xff\0\0\0\0\0\0\0abc", "header");
         check_safetensors("x", b"\x02\0\0\0\0\0\0\0{}").unwrap();
+        // A header of 640 bytes begins as a pickle does.
+        let header = format!("{{{}}}", " ".repeat(638));
+        let bytes = [&640_u64.to_le_bytes()[..], header.as_bytes()].concat();
+        check_safetensors("x", &bytes).unwrap();
     }
 }

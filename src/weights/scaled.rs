@@ -27,6 +27,18 @@ const WEIGHT_SCALES: [&str; 2] = [".scale_weight", ".weight_scale"];
 const INPUT_SCALES: [&str; 2] = [".scale_input", ".input_scale"];
 /// The formats that are read.
 const FORMATS: [&str; 2] = ["float8_e4m3fn", "float8_e5m2"];
+/// Pieces of names that tell other ways to quantize; the surest come first.
+const SIGNS: [(&str, &str); 6] = [
+    (".wscales", "SVDQuant (nunchaku)"),
+    (".smooth_factor", "SVDQuant (nunchaku)"),
+    (".quant_state.bitsandbytes__", "bitsandbytes' four-bit weights (nf4 or fp4)"),
+    (".weight.absmax", "bitsandbytes' quantized weights"),
+    (".qzeros", "AWQ's or GPTQ's four-bit weights"),
+    (".qweight", "packed four-bit weights (SVDQuant, AWQ or GPTQ)"),
+];
+/// What to do with a file that is not read.
+const OTHER_FILE: &str = "this way to quantize is not read; use the model in GGUF (Q4_K_M is as \
+                          small), fp8 or bf16";
 /// Longest description of one layer in bytes.
 const DESCRIPTION_BYTES_MAX: usize = 1 << 16;
 
@@ -46,6 +58,7 @@ struct Layers {
 /// A format that is not read, by its name; a scale without a weight of eight bits, or of another
 /// shape than one number.
 pub(super) fn resolve(checkpoint: &mut Checkpoint) -> Result<()> {
+    refuse_by_name(checkpoint)?;
     check_header(checkpoint)?;
     let names = |checkpoint: &Checkpoint, ends: &[&str]| -> Vec<String> {
         let fits = |name: &str| ends.iter().any(|end| name.ends_with(end));
@@ -101,13 +114,30 @@ fn check_format(checkpoint: &Checkpoint, name: &str, format: &str) -> Result<()>
     if FORMATS.contains(&format) {
         return Ok(());
     }
-    Err(ModelError::TensorType {
+    Err(ModelError::Corrupt {
         path: checkpoint.name().to_owned(),
-        tensor: name.to_owned(),
-        found: format!("ComfyUI's {format}"),
-        supported: "float8_e4m3fn, float8_e5m2",
+        found: format!("tensor {name} of ComfyUI's format {format:?}"),
+        expected: FORMATS.join(" or "),
+        hint: OTHER_FILE.to_owned(),
     }
     .into())
+}
+
+/// Refuses ways to quantize that are told by the names of tensors.
+fn refuse_by_name(checkpoint: &Checkpoint) -> Result<()> {
+    for (sign, kind) in SIGNS {
+        let found = checkpoint.tensors().find(|(name, _)| name.contains(sign));
+        if let Some((name, _)) = found {
+            return Err(ModelError::Corrupt {
+                path: checkpoint.name().to_owned(),
+                found: format!("tensor {name}, a part of {kind}"),
+                expected: "plain, fp8 or GGUF's quantized weights".to_owned(),
+                hint: OTHER_FILE.to_owned(),
+            }
+            .into());
+        }
+    }
+    Ok(())
 }
 
 fn is_float8(entry: &TensorEntry) -> bool {

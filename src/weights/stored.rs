@@ -109,6 +109,29 @@ pub(super) fn decode(
     Ok(Some(tensor))
 }
 
+/// The one number that a tensor holds, whatever plain type it is stored in; `None` for blocks, other
+/// types, or more numbers than one.
+#[expect(clippy::cast_precision_loss, reason = "whole numbers beyond 2⁵³ are rounded")]
+pub(super) fn scalar(kind: StoredType, bytes: &[u8]) -> Option<f64> {
+    let StoredType::Plain(dtype) = kind else { return None };
+    Some(match (dtype, bytes) {
+        (Dtype::F64, bytes) => f64::from_le_bytes(bytes.try_into().ok()?),
+        (Dtype::F32, bytes) => f32::from_le_bytes(bytes.try_into().ok()?).into(),
+        (Dtype::F16, bytes) => half::f16::from_le_bytes(bytes.try_into().ok()?).into(),
+        (Dtype::BF16, bytes) => half::bf16::from_le_bytes(bytes.try_into().ok()?).into(),
+        (Dtype::I64, bytes) => i64::from_le_bytes(bytes.try_into().ok()?) as f64,
+        (Dtype::U64, bytes) => u64::from_le_bytes(bytes.try_into().ok()?) as f64,
+        (Dtype::I32, bytes) => i32::from_le_bytes(bytes.try_into().ok()?).into(),
+        (Dtype::U32, bytes) => u32::from_le_bytes(bytes.try_into().ok()?).into(),
+        (Dtype::I16, bytes) => i16::from_le_bytes(bytes.try_into().ok()?).into(),
+        (Dtype::U16, bytes) => u16::from_le_bytes(bytes.try_into().ok()?).into(),
+        (Dtype::I8, bytes) => i8::from_le_bytes(bytes.try_into().ok()?).into(),
+        (Dtype::U8, &[byte]) => byte.into(),
+        (dtype, &[byte]) => Float8::of(dtype)?.exact(&[byte]).first()?.to_f64(),
+        _ => return None,
+    })
+}
+
 /// Blocks as they are multiplied; see [`StoredType::multiplied_as`]. `None` where a scale is
 /// beyond what a block of Q8_0 holds.
 pub(super) fn multiplied(kind: StoredType, bytes: &[u8]) -> Option<Cow<'_, [u8]>> {

@@ -1,107 +1,137 @@
-//! Weight files with random damage: never a panic, and never more memory than the file explains.
+//! Whatever is read from outside, damaged at random: never a panic, never more memory than the
+//! input explains, and errors of the right kind that name the file.
 //!
-//! In a binary of its own, so that the allocations it counts are its own.
+//! In a binary of its own, so that the allocations it counts are its own. There is no guidance by
+//! coverage; instead every reader has sound inputs to begin with, and damage that knows the words
+//! and numbers of its format. `PENTIMENTO_FUZZ_SECONDS=600 PENTIMENTO_FUZZ_SEED=8 cargo test
+//! --release --test hostile` goes on for that long, shared among the readers; an input that fails is
+//! kept, and belongs into `corpus/`.
+#![expect(clippy::unwrap_used, clippy::panic, reason = "a test may panic")]
 #![expect(clippy::cast_possible_truncation, reason = "the numbers of a test are known to fit")]
 
-use std::{alloc::System, path::Path};
+mod damage;
+#[path = "../suite/common/gguf_writer.rs"]
+#[expect(dead_code, reason = "the suite needs more of it")]
+mod gguf_writer;
+mod readers;
+mod seeds;
+mod specials;
 
-use pentimento::{
-    Error,
-    weights::{Checkpoint, Precision, Weights},
+use std::{
+    panic::{AssertUnwindSafe, catch_unwind, resume_unwind},
+    path::Path,
+    sync::{Mutex, MutexGuard, PoisonError},
+    time::{Duration, Instant},
 };
-use stats_alloc::{INSTRUMENTED_SYSTEM, Region, StatsAlloc};
+
+use peak_alloc::PeakAlloc;
+
+use self::{
+    damage::{Random, damage},
+    readers::{Place, READERS, Reader},
+};
 
 #[global_allocator]
-static ALLOCATOR: &StatsAlloc<System> = &INSTRUMENTED_SYSTEM;
+static ALLOCATOR: PeakAlloc = PeakAlloc;
 
-/// Damaged copies of each file.
-const COPIES: usize = 4000;
-/// What opening may allocate beyond the file's size, in bytes: names, shapes, messages.
-const OPEN_BYTES_MAX: usize = 1 << 20;
-/// How much wider than its file a tensor may be: from two and a half bits to f32 in three copies.
-const WIDER: usize = 64;
+/// Damaged inputs of each reader where no time is given.
+const CASES: usize = 250;
+/// Longest input in bytes.
+const INPUT_BYTES_MAX: usize = 1 << 17;
+/// No input of that size takes so long on the slowest machine.
+const SLOW: Duration = Duration::from_secs(30);
 
-/// Numbers that look random: splitmix64.
-struct Random(u64);
-
-impl Random {
-    fn next(&mut self) -> u64 {
-        self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
-        let mut z = self.0;
-        z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
-        z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
-        z ^ (z >> 31)
-    }
-
-    fn below(&mut self, end: usize) -> usize {
-        (self.next() % end as u64) as usize
-    }
+/// Only one test runs at a time, since allocations are counted for the whole process.
+pub(crate) fn alone() -> MutexGuard<'static, ()> {
+    static ALONE: Mutex<()> = Mutex::new(());
+    ALONE.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
-/// Flips bits, writes an extreme number, or cuts the end off; mostly in the header.
-fn damage(bytes: &mut Vec<u8>, header: usize, random: &mut Random) {
-    match random.below(4) {
-        0 => bytes.truncate(random.below(bytes.len())),
-        1 => {
-            let extremes = [u64::MAX, 1 << 63, 1 << 40, 1 << 31, 255, 0];
-            let number = extremes[random.below(extremes.len())].to_le_bytes();
-            let at = random.below(header - number.len());
-            bytes[at..at + number.len()].copy_from_slice(&number);
-        }
-        _ => {
-            for _ in 0..=random.below(8) {
-                let end = if random.below(4) == 0 { bytes.len() } else { header };
-                let at = random.below(end);
-                bytes[at] ^= 1 << random.below(8);
-            }
-        }
-    }
+/// The most bytes that `work` holds at once.
+pub(crate) fn allocated<T>(work: impl FnOnce() -> T) -> (T, usize) {
+    ALLOCATOR.reset_peak_usage();
+    let before = ALLOCATOR.current_usage();
+    let result = work();
+    (result, ALLOCATOR.peak_usage().saturating_sub(before))
 }
 
-/// Opens a file and reads every tensor; returns whether it opened.
-fn read(path: &Path, bytes: usize) -> bool {
-    let region = Region::new(ALLOCATOR);
-    let opened = Checkpoint::open_file(path);
-    let allocated = region.change().bytes_allocated;
-    assert!(allocated <= bytes + OPEN_BYTES_MAX, "{allocated} bytes to open {bytes}");
-    let checkpoint = match opened {
-        Ok(checkpoint) => checkpoint,
-        Err(Error::Model(_)) => return false,
-        Err(other) => unreachable!("{other}"),
-    };
-    assert!(!checkpoint.fingerprint().is_empty());
-    let tensors: Vec<(String, Vec<usize>)> =
-        checkpoint.tensors().map(|(name, entry)| (name.to_owned(), entry.shape.clone())).collect();
-    let weights = Weights::new(checkpoint, Precision::reference());
-    let region = Region::new(ALLOCATOR);
-    for (name, shape) in &tensors {
-        // A type that is not read is an error; a panic is not.
-        drop(weights.tensor(name, shape));
-        if let &[rows, width] = shape.as_slice() {
-            drop(weights.linear_weight(name, [rows, width]));
-        }
+#[expect(clippy::disallowed_methods, reason = "a test's own switches")]
+fn setting(name: &str) -> Option<u64> {
+    std::env::var(name).ok()?.parse().ok()
+}
+
+/// Reads one input and holds the reader to its promises; returns whether it was accepted.
+fn check(reader: &Reader, place: &Place, input: &[u8], what: &str) -> bool {
+    let begin = Instant::now();
+    let read = || allocated(|| (reader.read)(place, input));
+    let outcome = catch_unwind(AssertUnwindSafe(read)).map(|(accepted, bytes)| {
+        let limit = (reader.bytes_max)(input.len());
+        assert!(bytes <= limit, "{bytes} bytes allocated for {}, at most {limit}", input.len());
+        assert!(begin.elapsed() < SLOW, "{:?} for {} bytes", begin.elapsed(), input.len());
+        accepted
+    });
+    let outcome =
+        catch_unwind(AssertUnwindSafe(|| outcome.unwrap_or_else(|panic| resume_unwind(panic))));
+    outcome.unwrap_or_else(|panic| {
+        let kept = Path::new(env!("CARGO_TARGET_TMPDIR")).join(format!("{}-input", reader.name));
+        fs_err::write(&kept, input).unwrap();
+        panic_about(reader, what, &kept, &*panic)
+    })
+}
+
+fn panic_about(reader: &Reader, what: &str, kept: &Path, panic: &dyn std::any::Any) -> ! {
+    let said = panic.downcast_ref::<String>().map(String::as_str);
+    let said = said.or_else(|| panic.downcast_ref::<&str>().copied()).unwrap_or("(no words)");
+    panic!("{}, {what}: {said}\nthe input is kept in {}", reader.name, kept.display());
+}
+
+/// The inputs that once failed, and some that were hard to come by.
+fn corpus(reader: &Reader) -> Vec<Vec<u8>> {
+    let folder =
+        Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/hostile/corpus").join(reader.name);
+    if !folder.is_dir() {
+        return Vec::new();
     }
-    let allocated = region.change().bytes_allocated;
-    assert!(allocated <= WIDER * bytes + OPEN_BYTES_MAX, "{allocated} bytes to read {bytes}");
-    true
+    let mut files: Vec<_> =
+        fs_err::read_dir(folder).unwrap().map(|entry| entry.unwrap().path()).collect();
+    files.sort();
+    files.iter().map(|file| fs_err::read(file).unwrap()).collect()
 }
 
 #[test]
-fn damaged_files_are_errors_or_numbers() {
-    let data = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/data/gguf");
-    let folder = tempfile::tempdir().unwrap();
-    for (name, header) in [("types.gguf", 1900), ("types.safetensors", 1300)] {
-        let whole = fs_err::read(data.join(name)).unwrap();
-        let path = folder.path().join(name);
-        let mut random = Random(7);
-        let mut opened = 0;
-        for _ in 0..COPIES {
-            let mut bytes = whole.clone();
-            damage(&mut bytes, header, &mut random);
-            fs_err::write(&path, &bytes).unwrap();
-            opened += usize::from(read(&path, bytes.len()));
+#[expect(clippy::print_stdout, reason = "the seed and what was reached, where a test may print")]
+fn damaged_inputs_are_errors_or_values() {
+    let _alone = alone();
+    let seed = setting("PENTIMENTO_FUZZ_SEED").unwrap_or(7);
+    let seconds = setting("PENTIMENTO_FUZZ_SECONDS");
+    println!("PENTIMENTO_FUZZ_SEED={seed}");
+    for (index, reader) in READERS.iter().enumerate() {
+        let place = Place::new();
+        let sound = (reader.seeds)();
+        for (number, input) in sound.iter().enumerate() {
+            let accepted = check(reader, &place, input, &format!("sound input {number}"));
+            assert!(accepted, "{}: sound input {number} is refused", reader.name);
         }
-        // Both ends are reached: files that are refused, and damage that is read.
-        assert!(opened > 0 && opened < COPIES, "{name}: {opened} of {COPIES} opened");
+        let mut inputs = corpus(reader);
+        for (number, input) in inputs.iter().enumerate() {
+            check(reader, &place, input, &format!("input {number} of the corpus"));
+        }
+        inputs.extend(sound);
+        let mut random = Random::new(seed.wrapping_add(index as u64));
+        let begin = Instant::now();
+        let share = seconds.map(|all| Duration::from_secs(all) / READERS.len() as u32);
+        let (mut case, mut accepted) = (0, 0);
+        while share.map_or(case < CASES, |share| begin.elapsed() < share) {
+            let mut input = inputs[random.below(inputs.len())].clone();
+            damage(&mut input, &inputs, reader.words, &mut random);
+            input.truncate(INPUT_BYTES_MAX);
+            accepted +=
+                usize::from(check(reader, &place, &input, &format!("seed {seed}, case {case}")));
+            case += 1;
+        }
+        println!("{:<16} {accepted:>7} of {case:>7} accepted", reader.name);
+        // Both ends are reached: inputs that are refused, and damage that is read.
+        let both = accepted > 0 && accepted < case;
+        assert!(both || reader.one_sided, "{}: {accepted} of {case} accepted", reader.name);
     }
 }

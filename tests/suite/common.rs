@@ -103,3 +103,22 @@ impl Reference {
         self.tensor(name).flatten_all().unwrap().to_dtype(DType::I64).unwrap().to_vec1().unwrap()
     }
 }
+
+/// Writes tensors of any type.
+pub(crate) fn save_raw(path: &Path, tensors: &[(String, safetensors::Dtype, Vec<usize>, Vec<u8>)]) {
+    let views = tensors.iter().map(|(name, dtype, shape, bytes)| {
+        let view = safetensors::tensor::TensorView::new(*dtype, shape.clone(), bytes).unwrap();
+        (name.as_str(), view)
+    });
+    fs_err::write(path, safetensors::serialize(views, None).unwrap()).unwrap();
+}
+
+/// The bytes of a tensor of eight-bit floats.
+pub(crate) fn float8_bytes(tensor: &Tensor) -> Vec<u8> {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("x.safetensors");
+    let tensors = std::collections::HashMap::from([("x", tensor.clone())]);
+    candle_core::safetensors::save(&tensors, &path).unwrap();
+    let bytes = fs_err::read(&path).unwrap();
+    safetensors::SafeTensors::deserialize(&bytes).unwrap().tensor("x").unwrap().data().to_vec()
+}

@@ -23,6 +23,9 @@ use crate::{
     engine::{assert_same_picture, copy, request},
 };
 
+pub(crate) mod bases;
+mod settings;
+
 type Tensors = HashMap<String, Tensor>;
 
 const STORAGES: [Storage; 4] =
@@ -399,7 +402,7 @@ fn damaged_files_and_configs_are_refused() {
     }
     let error = LoraFile::open(&data("few.safetensors"), f64::NAN).unwrap_err();
     assert!(matches!(error, Error::Request(_)), "{error}");
-    let path = save(folder.path(), "b.safetensors", &pair(|_| {}));
+    let path = save(folder.path(), "adapter_model.safetensors", &pair(|_| {}));
     for (config, words) in [
         (
             serde_json::json!({ "peft_type": "LORA", "r": 3, "lora_alpha": 3 }),

@@ -9,6 +9,7 @@
 
 mod cli;
 mod common;
+mod containers;
 mod convert;
 mod diffusion;
 mod engine;
@@ -16,6 +17,7 @@ mod eval;
 mod gguf;
 mod library;
 mod lora;
+mod not_finite;
 mod ops;
 mod peers;
 mod pixels;

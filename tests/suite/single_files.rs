@@ -15,8 +15,9 @@ use tempfile::TempDir;
 use crate::{
     cli,
     common::{
-        Reference,
+        Reference, float8_bytes,
         parts::{self, Kind, all_f32, mixed, rounded},
+        save_raw,
     },
     engine,
 };
@@ -314,25 +315,6 @@ fn relatives_of_the_transformer_are_refused_by_name() {
         candle_core::safetensors::save(&tensors, &path).unwrap();
         refused(all.clone(), &[model, "qwen-image-edit-2511.gguf"]);
     }
-}
-
-/// Writes tensors of any type.
-fn save_raw(path: &Path, tensors: &[(String, safetensors::Dtype, Vec<usize>, Vec<u8>)]) {
-    let views = tensors.iter().map(|(name, dtype, shape, bytes)| {
-        let view = safetensors::tensor::TensorView::new(*dtype, shape.clone(), bytes).unwrap();
-        (name.as_str(), view)
-    });
-    fs_err::write(path, safetensors::serialize(views, None).unwrap()).unwrap();
-}
-
-/// The bytes of a tensor in e4m3.
-fn float8_bytes(tensor: &Tensor) -> Vec<u8> {
-    let folder = tempfile::tempdir().unwrap();
-    let path = folder.path().join("x.safetensors");
-    let tensors = std::collections::HashMap::from([("x", tensor.clone())]);
-    candle_core::safetensors::save(&tensors, &path).unwrap();
-    let bytes = fs_err::read(&path).unwrap();
-    safetensors::SafeTensors::deserialize(&bytes).unwrap().tensor("x").unwrap().data().to_vec()
 }
 
 /// How a matrix is scaled in fp8 files.

@@ -6,8 +6,9 @@ use candle_core::{DType, Tensor};
 
 use super::{
     block::{Block, Layout, Streams},
+    cache::BlockCache,
     config::{self, Config},
-    modulation::{StepContext, TimeEmbedding},
+    modulation::{BlockContext, StepContext, TimeEmbedding},
     pack::Grid,
     rope::rotations,
 };
@@ -41,6 +42,15 @@ pub struct ModelInput<'a> {
     pub grids: &'a [Grid],
     /// The request.
     pub conditioning: &'a Conditioning,
+}
+
+/// One of several inputs of a step.
+#[derive(Debug)]
+pub struct Branch<'a> {
+    /// Its tokens and its request.
+    pub input: ModelInput<'a>,
+    /// What it keeps from step to step, for [`Outputs::Target`] only.
+    pub cache: Option<&'a mut BlockCache>,
 }
 
 /// Which tokens the velocity is computed for.
@@ -230,33 +240,58 @@ impl Transformer {
         outputs: Outputs,
         cancel: &CancelToken,
     ) -> Result<Tensor> {
+        let mut branch = [Branch { input: *input, cache: None }];
+        let mut velocities = self.forward_each(&mut branch, step, outputs, cancel)?;
+        Ok(velocities.swap_remove(0)) // one for each branch
+    }
+
+    /// [`Self::forward`] for several inputs of one step, block by block: each block's weights are
+    /// looked at once for all of them. The results are those of as many calls, bit for bit, unless
+    /// a branch has a cache that lets it end early.
+    ///
+    /// # Errors
+    /// As [`Self::forward`].
+    pub fn forward_each(
+        &self,
+        branches: &mut [Branch<'_>],
+        step: &StepContext,
+        outputs: Outputs,
+        cancel: &CancelToken,
+    ) -> Result<Vec<Tensor>> {
+        let passes = branches.iter().map(|branch| self.begin(&branch.input));
+        let mut passes: Vec<Pass> = passes.collect::<Result<_>>()?;
+        let last = self.blocks.len().saturating_sub(1);
+        for (index, (block, context)) in self.blocks.iter().zip(&step.blocks).enumerate() {
+            for (pass, branch) in passes.iter_mut().zip(branches.iter_mut()) {
+                if pass.finished.is_some() {
+                    continue;
+                }
+                cancel.check()?;
+                let cache = branch.cache.as_deref_mut().filter(|_| outputs == Outputs::Target);
+                match index {
+                    _ if index == last => pass.end(block, context, outputs, cache)?,
+                    0 => pass.first(block, context, cache)?,
+                    _ => pass.advance(block, context)?,
+                }
+            }
+        }
+        passes.into_iter().map(|pass| self.velocity(pass, step)).collect()
+    }
+
+    fn begin(&self, input: &ModelInput<'_>) -> Result<Pass> {
         let layout = self.layout(input)?;
         let Precision { device, compute, .. } = &self.precision;
         let text = input.conditioning.hidden_states.to_device(device)?.to_dtype(*compute)?;
         let image = input.tokens.to_device(device)?.to_dtype(*compute)?;
-        let mut streams = Streams {
+        let streams = Streams {
             image: self.image_in.forward(&image)?,
             text: self.text_in.forward(&self.text_norm.forward(&text)?)?,
         };
-        let (mut blocks, mut steps) = (self.blocks.as_slice(), step.blocks.as_slice());
-        let mut last = None;
-        if outputs == Outputs::Target {
-            last = blocks.split_last().zip(steps.split_last());
-            if let Some(((_, first_blocks), (_, first_steps))) = last {
-                (blocks, steps) = (first_blocks, first_steps);
-            }
-        }
-        for (block, step) in blocks.iter().zip(steps) {
-            cancel.check()?;
-            streams = block.forward(&streams, &layout, step)?;
-        }
-        let image = match last {
-            Some(((block, _), (step, _))) => {
-                cancel.check()?;
-                block.forward_target(&streams, &layout, step)?
-            }
-            None => streams.image,
-        };
+        Ok(Pass { layout, streams, after_first: None, finished: None })
+    }
+
+    fn velocity(&self, pass: Pass, step: &StepContext) -> Result<Tensor> {
+        let image = pass.finished.unwrap_or(pass.streams.image);
         let image = ops::modulated_layer_norm(&image, &step.scale_out, &step.shift_out, EPS)?;
         Ok(self.proj_out.forward(&image)?.to_dtype(DType::F32)?)
     }
@@ -281,6 +316,67 @@ impl Transformer {
         let (image, text) = rotations(&self.config, input.grids, text_tokens, device)?;
         let target_tokens = input.grids.first().map_or(0, |grid| grid.tokens());
         Ok(Layout { image, text, target_tokens })
+    }
+}
+
+/// A forward pass under way.
+struct Pass {
+    layout: Layout,
+    streams: Streams,
+    /// The tokens that are denoised after the first block, and what it added to them, where a cache
+    /// wants to know.
+    after_first: Option<[Tensor; 2]>,
+    /// The tokens that are denoised after the last block.
+    finished: Option<Tensor>,
+}
+
+impl Pass {
+    fn advance(&mut self, block: &Block, context: &BlockContext) -> Result<()> {
+        self.streams = block.forward(&self.streams, &self.layout, context)?;
+        Ok(())
+    }
+
+    /// The tokens that are denoised: `[1, n, dim]`.
+    fn target(&self) -> Result<Tensor> {
+        Ok(self.streams.image.narrow(1, 0, self.layout.target_tokens)?)
+    }
+
+    /// The first block, after which a cache may know what the others will add.
+    fn first(
+        &mut self,
+        block: &Block,
+        context: &BlockContext,
+        cache: Option<&mut BlockCache>,
+    ) -> Result<()> {
+        let Some(cache) = cache else { return self.advance(block, context) };
+        let before = self.target()?;
+        self.advance(block, context)?;
+        let after = self.target()?;
+        let added = (&after - before)?;
+        match cache.reuse(&added)? {
+            Some(rest) => self.finished = Some((after + rest)?),
+            None => self.after_first = Some([after, added]),
+        }
+        Ok(())
+    }
+
+    /// The last block.
+    fn end(
+        &mut self,
+        block: &Block,
+        context: &BlockContext,
+        outputs: Outputs,
+        cache: Option<&mut BlockCache>,
+    ) -> Result<()> {
+        if outputs == Outputs::All {
+            return self.advance(block, context);
+        }
+        let image = block.forward_target(&self.streams, &self.layout, context)?;
+        if let (Some(cache), Some([after, added])) = (cache, self.after_first.take()) {
+            cache.keep(added, (&image - after)?);
+        }
+        self.finished = Some(image);
+        Ok(())
     }
 }
 

@@ -8,7 +8,7 @@ use super::{
     case::Case,
     measure::{Measurement, NOISE_SEED},
     render::{SIDE, render},
-    report::PlanSource,
+    report::{PlanSource, Reuse},
     scene::Scene,
 };
 use crate::{
@@ -27,6 +27,7 @@ pub(super) struct Desk<'a> {
     start: Instant,
     done: Cell<usize>,
     of: usize,
+    reuse: Cell<Reuse>,
 }
 
 /// A way to carry a request out.
@@ -58,7 +59,15 @@ impl<'a> Desk<'a> {
         observer: &'a dyn Observer,
         of: usize,
     ) -> Self {
-        Self { measurement, engine, observer, start: Instant::now(), done: Cell::new(0), of }
+        Self {
+            measurement,
+            engine,
+            observer,
+            start: Instant::now(),
+            done: Cell::new(0),
+            of,
+            reuse: Cell::default(),
+        }
     }
 
     /// What the engine makes of a case's request; `None` where its planner fails. The planner is
@@ -75,8 +84,20 @@ impl<'a> Desk<'a> {
         request.strategy = strategy;
         request.plan = plan;
         request.planner.clone_from(&self.measurement.planner);
+        request.step_cache = self.measurement.step_cache;
         request.cancel = self.measurement.cancel.clone();
-        unless_planner_fails(self.engine.edit(&request, &()))
+        let outcome = unless_planner_fails(self.engine.edit(&request, &()))?;
+        if let Some(outcome) = &outcome {
+            let Reuse { reused, of } = self.reuse.get();
+            let made = outcome.steps * outcome.prompts.len(); // without guidance, one a step
+            self.reuse.set(Reuse { reused: reused + outcome.reused, of: of + made });
+        }
+        Ok(outcome)
+    }
+
+    /// What a step cache left out so far.
+    pub(super) fn reuse(&self) -> Reuse {
+        self.reuse.get()
     }
 
     /// What the decomposition agent says to a case's request; `None` where it does not finish.

@@ -14,7 +14,7 @@ use super::{
     world::WORLD,
 };
 use crate::{
-    CancelToken, Engine, Error, Observer, Result,
+    CancelToken, Engine, Error, Observer, Result, StepCache,
     pixels::ModelRecord,
     plan::{Decomposition, Plan, PlanOptions, Score},
 };
@@ -38,6 +38,8 @@ pub struct Measurement {
     /// How the planner writes. The replies of [`Part::Decomposition`] are always written without
     /// the grammar, which would keep them well-formed.
     pub planner: PlanOptions,
+    /// Which steps of the edits may be left out.
+    pub step_cache: Option<StepCache>,
     /// Stops it.
     pub cancel: CancelToken,
 }
@@ -47,7 +49,7 @@ impl Measurement {
     #[must_use]
     pub fn new(seed: u32, count: u32) -> Self {
         let (parts, planner) = (Part::ALL.into(), PlanOptions::default());
-        Self { seed, count, parts, planner, cancel: CancelToken::new() }
+        Self { seed, count, parts, planner, step_cache: None, cancel: CancelToken::new() }
     }
 
     /// Carries out the edits and judges each picture by the strict readout.
@@ -82,6 +84,8 @@ impl Measurement {
             many,
             plans,
             decomposition,
+            step_cache: self.step_cache,
+            reuse: self.step_cache.map(|_| desk.reuse()),
         })
     }
 

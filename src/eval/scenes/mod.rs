@@ -36,7 +36,7 @@ pub use drift::{DRIFT_REPORT_VERSION, DriftMeasurement, DriftOfWay, DriftReport,
 pub use measure::Measurement;
 pub use readout::{Readout, readout, succeeds};
 pub use render::{SIDE, render};
-pub use report::{Pictures, PlanSource, REPORT_VERSION, Rate, Replies, Report};
+pub use report::{Pictures, PlanSource, REPORT_VERSION, Rate, Replies, Report, Reuse};
 pub use scene::{Scene, Thing};
 pub use sheet::ContactSheet;
 pub use suites::Part;

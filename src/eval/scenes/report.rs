@@ -2,7 +2,7 @@
 
 use serde::Serialize;
 
-use crate::{Strategy, pixels::ModelRecord};
+use crate::{StepCache, Strategy, pixels::ModelRecord};
 
 /// Version of the report's form.
 pub const REPORT_VERSION: u32 = 1;
@@ -38,6 +38,21 @@ pub struct Report {
     /// The decomposition agent's replies, written without a grammar.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub decomposition: Option<Vec<Replies>>,
+    /// Which steps of the edits were allowed to be left out.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub step_cache: Option<StepCache>,
+    /// How many were.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub reuse: Option<Reuse>,
+}
+
+/// Predictions that a step cache ended after the first block.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize)]
+pub struct Reuse {
+    /// Those.
+    pub reused: usize,
+    /// All.
+    pub of: usize,
 }
 
 /// How many of the cases went right.

@@ -18,7 +18,7 @@ use serde::Serialize;
 
 use self::{
     names::{Modules, Reading, Role},
-    settings::Settings,
+    settings::{Settings, Source},
 };
 use super::{Checkpoint, Precision, Weights};
 use crate::error::{Error, ModelError, Result};
@@ -35,7 +35,7 @@ pub struct LoraFile {
     strength: f64,
     /// In float32 on the host, which holds every number of the file exactly.
     weights: Weights,
-    settings: Option<Settings>,
+    settings: Source,
 }
 
 /// What became of a LoRA file.
@@ -50,6 +50,10 @@ pub struct LoraReport {
     pub modules: usize,
     /// Tensors that change a text encoder, which are not read.
     pub skipped: usize,
+    /// Whether an `adapter_config.json` beside the file was not used, since nothing says that it
+    /// belongs to it; changes without alphas then have the scale 1.
+    #[serde(skip_serializing_if = "std::ops::Not::not")]
+    pub config_ignored: bool,
 }
 
 /// `scale · up · down`, to be added to a matrix.
@@ -79,9 +83,16 @@ struct Planned<'a> {
     scale: f64,
 }
 
+/// The changes of a file before their numbers are read, by module.
+struct Plan<'a> {
+    changes: BTreeMap<&'a str, Planned<'a>>,
+    config_ignored: bool,
+}
+
 impl LoraFile {
     /// Reads the header of a safetensors file, and what tells its alphas: the file's metadata, or
-    /// `adapter_config.json` beside it.
+    /// `adapter_config.json` beside it. A file that peft did not name may lie beside the config of
+    /// another one: its config counts when its `target_modules` are the file's modules.
     ///
     /// # Errors
     /// A file that is missing, damaged or of another kind; settings that ask for more than a
@@ -100,7 +111,7 @@ impl LoraFile {
             .into());
         }
         let checkpoint = Checkpoint::open_file(path)?;
-        let settings = Settings::find(path, &checkpoint)?;
+        let settings = Source::find(path, &checkpoint)?;
         let weights = Weights::new(checkpoint, Precision::reference());
         Ok(Self { path: path.to_owned(), strength, weights, settings })
     }
@@ -199,17 +210,22 @@ impl LoraFile {
         &'a self,
         all_parts: &BTreeMap<&'a str, Parts<'a>>,
         model: &'a Modules,
-    ) -> Result<BTreeMap<&'a str, Planned<'a>>> {
+    ) -> Result<Plan<'a>> {
         self.check_modules(all_parts, model)?;
+        let found = |name: &&str| model.find(name); // checked above
+        let modules: Vec<(&str, [usize; 2])> = all_parts.keys().filter_map(found).collect();
+        let all_alphas = all_parts.values().all(|parts| parts.contains_key(&Role::Alpha));
+        let names: Vec<&str> = modules.iter().map(|(module, _)| *module).collect();
+        let settings = if all_alphas { None } else { self.settings.for_modules(&names)? };
         let mut changes: BTreeMap<&str, Planned<'_>> = BTreeMap::new();
-        for (name, parts) in all_parts {
-            let Some((module, widths)) = model.find(name) else { continue }; // checked above
-            let planned = self.planned_one(module, widths, parts)?;
+        for ((module, widths), parts) in modules.into_iter().zip(all_parts.values()) {
+            let planned = self.planned_one(module, widths, parts, settings.as_deref())?;
             if let Some(first) = changes.insert(module, planned) {
                 return Err(self.twice(first.down.0, parts[&Role::Down].0));
             }
         }
-        Ok(changes)
+        let config_ignored = !all_alphas && settings.is_none() && self.settings.is_doubtful();
+        Ok(Plan { changes, config_ignored })
     }
 
     fn planned_one<'a>(
@@ -217,6 +233,7 @@ impl LoraFile {
         module: &str,
         [width_out, width_in]: [usize; 2],
         parts: &Parts<'a>,
+        settings: Option<&Settings>,
     ) -> Result<Planned<'a>> {
         let (Some(&down), Some(&up)) = (parts.get(&Role::Down), parts.get(&Role::Up)) else {
             let there: Vec<&str> = parts.values().map(|(name, _)| *name).collect();
@@ -230,7 +247,7 @@ impl LoraFile {
                 return Err(self.shape_fault(name, shape, &expected));
             }
         }
-        let scale = match (parts.get(&Role::Alpha), &self.settings) {
+        let scale = match (parts.get(&Role::Alpha), settings) {
             (Some(&(name, shape)), _) => self.alpha(name, shape)? / as_number(rank),
             (None, Some(settings)) => {
                 let (listed, scale) = settings.rank_and_scale(module)?;
@@ -245,16 +262,29 @@ impl LoraFile {
         Ok(Planned { down, up, scale: scale * self.strength })
     }
 
+    /// An alpha is a number of any type: tools write whole numbers, too.
     fn alpha(&self, name: &str, shape: &[usize]) -> Result<f64> {
         if !matches!(shape, [] | [1]) {
             return Err(self.shape_fault(name, shape, &[]));
         }
-        let alpha = self.weights.tensor(name, shape)?.sum_all()?.to_scalar::<f32>()?;
-        if alpha.is_finite() {
-            return Ok(f64::from(alpha));
+        match self.weights.checkpoint().scalar(name) {
+            Some(alpha) if alpha.is_finite() => Ok(alpha),
+            Some(alpha) => {
+                let hint = "the file is damaged; download it again";
+                Err(self.corrupt(format!("tensor {name} is {alpha}"), "a finite number", hint))
+            }
+            None => Err(ModelError::TensorType {
+                path: self.path.display().to_string(),
+                tensor: name.to_owned(),
+                found: self
+                    .weights
+                    .checkpoint()
+                    .entry(name)
+                    .map_or_else(String::new, |entry| entry.kind.to_string()),
+                supported: "floats and whole numbers",
+            }
+            .into()),
         }
-        let hint = "the file is damaged; download it again";
-        Err(self.corrupt(format!("tensor {name} is {alpha}"), "a finite number", hint))
     }
 }
 
@@ -275,12 +305,13 @@ impl LowRankChanges {
         let mut reports = Vec::with_capacity(files.len());
         for file in files {
             let (parts, skipped) = file.parts()?;
-            let changes = file.planned(&parts, &model)?;
+            let Plan { changes, config_ignored } = file.planned(&parts, &model)?;
             reports.push(LoraReport {
                 name: file.name(),
                 strength: file.strength,
                 modules: changes.len(),
                 skipped,
+                config_ignored,
             });
             for (module, planned) in changes.into_iter().filter(|_| file.is_on()) {
                 precision.cancel.check()?;

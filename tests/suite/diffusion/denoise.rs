@@ -6,9 +6,9 @@ use candle_core::Tensor;
 use pentimento::{
     CancelToken, Error, Event, RequestError, Stage,
     diffusion::{
-        Conditioning, Denoise, DiffusionModel, Transformer,
+        Conditioning, Denoise, Denoised, DiffusionModel, StepCache, Transformer,
         noise::NoiseSource,
-        qwen_image::{ModelInput, Outputs},
+        qwen_image::{Branch, ModelInput, Outputs},
         schedule::ScheduleConfig,
         vae::Tiling,
     },
@@ -187,4 +187,66 @@ fn noise_that_does_not_fit_and_values_that_are_not_finite_are_refused() {
         matches!(error, Error::NotFinite { count, total: found, .. } if count > 0 && found == total),
         "{error}"
     );
+}
+
+/// Both predictions of a step go through the blocks together.
+#[test]
+fn guidance_in_one_pass_is_two_passes_bit_for_bit() {
+    let run = Run::open("edit-23", "pipe.cfg");
+    let model = Transformer::load(&files(&run.reference), &Precision::reference()).unwrap();
+    let (positive, negative) =
+        (run.conditioning("positive").unwrap(), run.conditioning("negative").unwrap());
+    assert_ne!(positive.hidden_states.dims(), negative.hidden_states.dims(), "other lengths");
+    let (grids, cancel) = (run.grids(), CancelToken::new());
+    let tokens = Tensor::cat(&[&run.inputs["noise"], &run.inputs["references"]], 1).unwrap();
+    let contexts = model.contexts(&[0.8], &cancel).unwrap();
+    for outputs in [Outputs::Target, Outputs::All] {
+        let input = |conditioning| ModelInput { tokens: &tokens, grids: &grids, conditioning };
+        let alone = [&positive, &negative]
+            .map(|of| model.forward(&input(of), &contexts[0], outputs, &cancel).unwrap());
+        let mut branches =
+            [&positive, &negative].map(|of| Branch { input: input(of), cache: None });
+        let together = model.forward_each(&mut branches, &contexts[0], outputs, &cancel).unwrap();
+        assert_eq!(together.len(), 2);
+        for (together, alone) in together.iter().zip(&alone) {
+            assert!(largest_difference(together, alone) == 0.0, "{outputs:?}");
+        }
+    }
+}
+
+/// A run of `steps` steps with a step cache, and the steps that it left out.
+fn cached(run: &Run, model: &Transformer, steps: usize, cache: Option<StepCache>) -> Denoised {
+    let tokens = run.grids()[0].tokens();
+    let schedule = ScheduleConfig::load(&files(&run.reference)).unwrap();
+    let (positive, negative) = (run.conditioning("positive"), run.conditioning("negative"));
+    let denoise = Denoise {
+        noise: &run.inputs["noise"],
+        references: Some(&run.inputs["references"]),
+        grids: &run.grids(),
+        positive: positive.as_ref().unwrap(),
+        negative: negative.as_ref(),
+        cfg_scale: 3.0,
+        schedule: &schedule.schedule(steps, tokens).unwrap(),
+    };
+    denoise.run_cached(model, cache, &(), &CancelToken::new(), &mut |_, _| {}).unwrap()
+}
+
+#[test]
+fn a_step_cache_leaves_steps_out_and_is_off_unless_asked_for() {
+    let run = Run::open("edit-23", "pipe.cfg");
+    let model = Transformer::load(&files(&run.reference), &Precision::reference()).unwrap();
+    let off = cached(&run, &model, 16, None);
+    assert_eq!(off.reused, 0);
+    // Nothing is below a threshold of nought: the arithmetic is the plain one, bit for bit.
+    let never = cached(&run, &model, 16, Some(StepCache::new(0.0).unwrap()));
+    assert_eq!(never.reused, 0);
+    assert!(largest_difference(&off.latents, &never.latents) == 0.0);
+    // Both predictions of a step count; steps 4 to 14 of 16 may be left out, three in a row.
+    let always = cached(&run, &model, 16, Some(StepCache::new(1.0).unwrap()));
+    assert_eq!(always.reused, 2 * 9, "4 5 6 _ 8 9 10 _ 12 13 14");
+    let error = largest_difference(&off.latents, &always.latents);
+    assert!(error > 1e-4, "the cache changed nothing");
+    let some = cached(&run, &model, 16, Some(StepCache::new(0.05).unwrap()));
+    assert!(some.reused < always.reused, "{} of {}", some.reused, always.reused);
+    assert!(largest_difference(&off.latents, &some.latents) <= error);
 }
