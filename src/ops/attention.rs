@@ -39,6 +39,10 @@ pub fn attention(q: &Tensor, k: &Tensor, v: &Tensor, scale: f32, mask: Mask<'_>)
     if cpu::is_fast(&[q, k, v]) {
         return flash::attention(q, k, v, scale, mask);
     }
+    #[cfg(any(feature = "cuda", feature = "cuda-emulation"))]
+    if let Some(output) = super::cuda::attention(q, k, v, scale, mask)? {
+        return Ok(output);
+    }
     attention_plain(q, k, v, scale, mask)
 }
 

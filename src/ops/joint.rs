@@ -62,6 +62,10 @@ pub fn joint_attention(
     shape: JointShape<'_>,
 ) -> Result<JointOutput> {
     check(text, image, shape)?;
+    #[cfg(any(feature = "cuda", feature = "cuda-emulation"))]
+    if let Some(output) = super::cuda::joint_attention(text, image, shape)? {
+        return Ok(output);
+    }
     joint_attention_plain(text, image, shape)
 }
 

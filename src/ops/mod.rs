@@ -5,6 +5,8 @@ pub mod activation;
 pub mod attention;
 pub mod conv;
 mod cpu;
+#[cfg(any(feature = "cuda", feature = "cuda-emulation"))]
+pub mod cuda;
 mod direct;
 mod flash;
 pub mod joint;

@@ -1,0 +1,3 @@
+// All kernels, as one unit of compilation.
+#include "attention.cu"
+#include "joint_attention.cu"
