@@ -1,8 +1,8 @@
 // Attention of text and picture tokens to each other, for diffusion transformers.
 //
-// attention_joint_d64, attention_joint_d128: see attention.cuh. Queries are normalised and rotated
+// attention_joint_dD for D of 64 and 128, and 16 and 32 for small models: see attention.cuh. Queries are normalised and rotated
 //   as they are loaded. Grid: (tiles of both streams' rows, key heads, b); 128 threads.
-// prepare_keys_d64, prepare_keys_d128: RMS norm and rotation of rows [b][rows][heads][D], written
+// prepare_keys_dD: RMS norm and rotation of rows [b][rows][heads][D], written
 //   without gaps. Each key is read by every tile of queries, so preparing it once costs 2 passes over
 //   the keys, where preparing it in each tile would cost a quarter of the attention.
 //   Grid: (chunks of 128 threads that cover rows * heads * D / 8, 1, b).
@@ -30,7 +30,11 @@ DEVICE void prepare_keys(const PrepareArgs& args) {
   if (there) store_words(args.to + block_z() * args.to_batch_stride + row * D + 8 * chunk, words);
 }
 
+KERNEL(attention_joint_d16, AttentionArgs, 128) { attention_block<16, 4, 2, 64, true>(args); }
+KERNEL(attention_joint_d32, AttentionArgs, 128) { attention_block<32, 4, 2, 64, true>(args); }
 KERNEL(attention_joint_d64, AttentionArgs, 128) { attention_block<64, 4, 2, 64, true>(args); }
 KERNEL(attention_joint_d128, AttentionArgs, 128) { attention_block<128, 4, 2, 64, true>(args); }
+KERNEL(prepare_keys_d16, PrepareArgs, 128) { prepare_keys<16>(args); }
+KERNEL(prepare_keys_d32, PrepareArgs, 128) { prepare_keys<32>(args); }
 KERNEL(prepare_keys_d64, PrepareArgs, 128) { prepare_keys<64>(args); }
 KERNEL(prepare_keys_d128, PrepareArgs, 128) { prepare_keys<128>(args); }

@@ -5,7 +5,6 @@ use std::time::Instant;
 use candle_core::{D, DType, Tensor};
 
 use super::{
-    guidance::rescaled_guidance,
     qwen_image::{Conditioning, Grid, ModelInput, Outputs, StepContext, Transformer},
     schedule::Schedule,
 };
@@ -83,8 +82,7 @@ impl Denoise<'_> {
                     Some(references) => Tensor::cat(&[&latents, references], 1)?, // (1, n + m, c)
                     None => latents.clone(),
                 };
-                let velocity = self.velocity(model, &tokens, context, cancel)?;
-                latents = self.schedule.advance(step, &latents, &velocity)?;
+                latents = self.step(model, [&latents, &tokens], (step, context), cancel)?;
                 if step == 0 || step + 1 == of {
                     require_finite(&latents)?;
                 }
@@ -94,11 +92,12 @@ impl Denoise<'_> {
         Ok(latents)
     }
 
-    fn velocity(
+    /// The latents after step `step`.
+    fn step(
         &self,
         model: &Transformer,
-        tokens: &Tensor,
-        context: &StepContext,
+        [latents, tokens]: [&Tensor; 2],
+        (step, context): (usize, &StepContext),
         cancel: &CancelToken,
     ) -> Result<Tensor> {
         let predict = |conditioning| {
@@ -106,10 +105,9 @@ impl Denoise<'_> {
             model.forward(&input, context, Outputs::Target, cancel)
         };
         let positive = predict(self.positive)?;
-        match self.negative.filter(|_| self.is_guided()) {
-            Some(negative) => rescaled_guidance(&positive, &predict(negative)?, self.cfg_scale),
-            None => Ok(positive),
-        }
+        let negative = self.negative.filter(|_| self.is_guided()).map(predict).transpose()?;
+        let negative = negative.as_ref().map(|negative| (negative, self.cfg_scale));
+        self.schedule.advance_guided(step, latents, &positive, negative)
     }
 
     fn check(&self, model: &Transformer) -> Result<()> {

@@ -3,7 +3,7 @@
 
 use candle_core::{DType, Result, Tensor, bail};
 
-use super::{Mask, attention, rms_norm, rotate_pairs};
+use super::{Mask, attention, cuda, rms_norm, rotate_pairs};
 
 /// One stream's projections, before norm and rotation.
 #[derive(Debug, Clone, Copy)]
@@ -62,8 +62,7 @@ pub fn joint_attention(
     shape: JointShape<'_>,
 ) -> Result<JointOutput> {
     check(text, image, shape)?;
-    #[cfg(any(feature = "cuda", feature = "cuda-emulation"))]
-    if let Some(output) = super::cuda::joint_attention(text, image, shape)? {
+    if let Some(output) = cuda::joint_attention(text, image, shape)? {
         return Ok(output);
     }
     joint_attention_plain(text, image, shape)
@@ -111,7 +110,10 @@ pub fn joint_attention_plain(
     Ok(JointOutput { text: text?, image: image? })
 }
 
-fn prepared_query(stream: &JointStream<'_>, shape: JointShape<'_>) -> Result<Option<Tensor>> {
+pub(super) fn prepared_query(
+    stream: &JointStream<'_>,
+    shape: JointShape<'_>,
+) -> Result<Option<Tensor>> {
     let Some(query) = stream.query else { return Ok(None) };
     let tokens = query.dim(1)?;
     let (cos, sin) = (stream.cos.narrow(0, 0, tokens)?, stream.sin.narrow(0, 0, tokens)?);
@@ -119,7 +121,7 @@ fn prepared_query(stream: &JointStream<'_>, shape: JointShape<'_>) -> Result<Opt
     rotated(&rms_norm(query, &norm, shape.eps)?, &cos, &sin).map(Some)
 }
 
-fn prepared_key(stream: &JointStream<'_>, shape: JointShape<'_>) -> Result<Tensor> {
+pub(super) fn prepared_key(stream: &JointStream<'_>, shape: JointShape<'_>) -> Result<Tensor> {
     let norm = stream.norm_key.to_dtype(stream.key.dtype())?;
     rotated(&rms_norm(stream.key, &norm, shape.eps)?, stream.cos, stream.sin)
 }

@@ -5,7 +5,6 @@ pub mod activation;
 pub mod attention;
 pub mod conv;
 mod cpu;
-#[cfg(any(feature = "cuda", feature = "cuda-emulation"))]
 pub mod cuda;
 mod direct;
 mod flash;
@@ -15,6 +14,7 @@ mod matrix;
 pub mod norm;
 pub mod rope;
 mod rows;
+pub mod sampling;
 mod simd;
 
 pub use activation::{gelu_erf, gelu_tanh, silu, swiglu};
@@ -24,6 +24,8 @@ pub use cpu::on_worker;
 pub use joint::{JointOutput, JointShape, JointStream, joint_attention};
 pub use linear::{LinearWeight, PackedLinear};
 pub use norm::{
-    channel_rms_norm, channel_rms_norm_silu, gated_add, layer_norm, modulated_layer_norm, rms_norm,
+    channel_rms_norm, channel_rms_norm_silu, gated_add, gated_add_norm, layer_norm,
+    modulated_layer_norm, rms_norm,
 };
 pub use rope::{rotate_halves, rotate_pairs};
+pub use sampling::{guided_step, rescaled_guidance};

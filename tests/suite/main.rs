@@ -9,6 +9,8 @@
 
 mod cli;
 mod common;
+#[cfg(any(feature = "cuda", feature = "cuda-emulation"))]
+mod cuda;
 mod diffusion;
 mod engine;
 mod eval;

@@ -67,7 +67,7 @@ pub(in crate::ops) fn attention(
     let (b, n, h, d) = q.dims4()?;
     let (_, m, h_kv, _) = k.dims4()?;
     if !super::takes(&[q, k, v])
-        || !matches!(d, 64 | 80 | 128)
+        || !matches!(d, 16 | 32 | 64 | 80 | 128)
         || scale <= 0.0
         || b * n * h * m * h_kv == 0
     {
@@ -78,13 +78,13 @@ pub(in crate::ops) fn attention(
         query: Rows::new(q)?,
         key: Rows::new(k)?,
         value: Rows::new(v)?,
-        sizes: Sizes { b, n, h, group, d },
+        sizes: Sizes { b, n, h, h_kv, group, d },
         scale,
         mask,
     };
     let pieces = match mask {
         Mask::Segments(starts) => {
-            let pieces = pieces(starts, (ROWS / group.max(1)).max(1));
+            let pieces = pieces(starts, ROWS.checked_div(group).unwrap_or(1).max(1));
             if pieces.is_empty() {
                 return Ok(None);
             }
@@ -93,7 +93,7 @@ pub(in crate::ops) fn attention(
         Mask::None | Mask::Causal { .. } => None,
     };
     let tiles = (n * group).div_ceil(SPLIT_ROWS);
-    let splits = (BLOCKS / (tiles * h_kv * b).max(1)).min(m.div_ceil(KEYS));
+    let splits = BLOCKS.checked_div(tiles * h_kv * b).unwrap_or(1).min(m.div_ceil(KEYS));
     if pieces.is_none() && splits > 1 {
         return call.split(tiles, splits).map(Some);
     }
@@ -104,6 +104,7 @@ struct Sizes {
     b: usize,
     n: usize,
     h: usize,
+    h_kv: usize,
     group: usize,
     d: usize,
 }
@@ -126,7 +127,12 @@ impl Call<'_> {
         Output::new(self.query.tensor.device(), &[b, n, h, d], DType::BF16)
     }
 
-    fn args(&self, out: u64, pieces: Option<&Tensor>, partial: Option<Partial<'_>>) -> Result<Args> {
+    fn args(
+        &self,
+        out: u64,
+        pieces: Option<&Tensor>,
+        partial: Option<Partial<'_>>,
+    ) -> Result<Args> {
         let mut args = Args::default();
         let stream = StreamArgs {
             query: Some(&self.query),
@@ -158,10 +164,10 @@ impl Call<'_> {
 
     /// Each block sees all keys of its rows.
     fn whole(&self, pieces: Option<&[usize]>) -> Result<Tensor> {
-        let Sizes { b, n, h, group, d } = self.sizes;
+        let Sizes { b, n, h_kv, group, d, .. } = self.sizes;
         let device = self.query.tensor.device();
         let blocks = match pieces {
-            Some(pieces) => pieces.len() / PIECE,
+            Some(pieces) => pieces.len().div_ceil(PIECE),
             None => (n * group).div_ceil(ROWS),
         };
         let pieces = pieces.map(|pieces| counts(pieces, device)).transpose()?;
@@ -170,7 +176,7 @@ impl Call<'_> {
             device,
             &Launch {
                 kernel: format!("attention_d{d}"),
-                grid: [blocks, h / group, b],
+                grid: [blocks, h_kv, b],
                 threads: 4 * WARP,
                 shared_bytes: shared_bytes(ROWS, d),
                 args: self.args(out.address(), pieces.as_ref(), None)?,
@@ -181,7 +187,7 @@ impl Call<'_> {
 
     /// The keys of a tile of rows are shared out to `splits` blocks.
     fn split(&self, tiles: usize, splits: usize) -> Result<Tensor> {
-        let Sizes { b, n, h, group, d } = self.sizes;
+        let Sizes { b, n, h, h_kv, group, d } = self.sizes;
         let device = self.query.tensor.device();
         let sums = Output::new(device, &[splits, b, n, h, d], DType::F32)?;
         let stats = Output::new(device, &[splits, b, n, h, 2], DType::F32)?;
@@ -189,7 +195,7 @@ impl Call<'_> {
             device,
             &Launch {
                 kernel: format!("attention_split_d{d}"),
-                grid: [tiles * splits, h / group, b],
+                grid: [tiles * splits, h_kv, b],
                 threads: WARP,
                 shared_bytes: shared_bytes(SPLIT_ROWS, d),
                 args: self.args(0, None, Some((&sums, &stats, splits)))?,
@@ -213,9 +219,9 @@ impl Call<'_> {
     }
 }
 
-/// Shared memory of a block; rows of 80 numbers take the room of 128.
-fn shared_bytes(rows: usize, d: usize) -> usize {
-    (rows + 2 * KEYS) * d.next_power_of_two() * DType::BF16.size_in_bytes()
+/// Shared memory of a block; rows take the room of 64 or 128 numbers.
+pub(super) fn shared_bytes(rows: usize, d: usize) -> usize {
+    (rows + 2 * KEYS) * d.next_power_of_two().max(64) * DType::BF16.size_in_bytes()
 }
 
 /// Numbers of one `AttentionPiece`.

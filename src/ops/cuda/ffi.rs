@@ -5,7 +5,9 @@
 //! (memory is freed in the order of the stream, so on a device it is enough that they are alive when
 //! it is queued), and sizes must be those of the tensors.
 
-use candle_core::{CpuStorage, DType, Device, Result, Storage, Tensor, bail};
+use std::borrow::Cow;
+
+use candle_core::{CpuStorage, DType, Device, Result, Storage, Tensor, bail, quantized::QTensor};
 use half::bf16;
 
 use super::launch::Launch;
@@ -26,6 +28,17 @@ pub(super) fn address(tensor: &Tensor) -> Result<u64> {
         #[cfg(feature = "cuda")]
         Storage::Cuda(storage) => device::address(storage, offset),
         _ => bail!("a kernel cannot read what lies on {:?}", tensor.device()),
+    }
+}
+
+/// The address of a quantized matrix's blocks.
+pub(super) fn blocks_address(matrix: &QTensor) -> Result<u64> {
+    if !matrix.device().is_cpu() {
+        return Ok(matrix.device_ptr()?.addr() as u64);
+    }
+    match matrix.data()? {
+        Cow::Borrowed(bytes) => Ok(host_address(bytes)),
+        Cow::Owned(_) => bail!("the blocks of a quantized matrix are not in one piece"),
     }
 }
 
@@ -107,7 +120,11 @@ pub(super) fn launch(device: &Device, launch: &Launch) -> Result<()> {
     }
 }
 
+#[cfg(feature = "cuda")]
+pub use device::{PoolCounters, keep_freed_memory, pool_counters};
+
 #[cfg(feature = "cuda-emulation")]
+#[expect(unsafe_code, reason = "the emulation is C++")]
 mod emulation {
     use std::ffi::{CStr, CString, c_char, c_void};
 
@@ -158,6 +175,7 @@ mod emulation {
 }
 
 #[cfg(feature = "cuda")]
+#[expect(unsafe_code, reason = "a kernel gets addresses")]
 mod device {
     use std::{
         collections::{HashMap, hash_map::Entry},
@@ -256,6 +274,75 @@ mod device {
         }
         loaded.functions.insert(launch.kernel.clone(), function.clone());
         Ok(function)
+    }
+
+    /// What the device's default memory pool counts, in bytes: every allocation of this process on
+    /// the device comes from it, and what one model frees the next one takes.
+    #[derive(Debug, Clone, Copy, PartialEq, Eq)]
+    pub struct PoolCounters {
+        /// In use now, and at most since the start.
+        pub used: [u64; 2],
+        /// Taken from the driver now, and at most since the start.
+        pub reserved: [u64; 2],
+    }
+
+    /// Reads the pool's counters, after all that is queued is done.
+    ///
+    /// # Errors
+    /// A failure of the device.
+    pub fn pool_counters(device: &CudaDevice) -> Result<PoolCounters> {
+        let stream = device.cuda_stream();
+        stream.synchronize().w()?;
+        let read = |attribute| -> Result<u64> {
+            let mut value = 0_u64;
+            // SAFETY: the pool belongs to the device of a live context, and each attribute that is
+            // asked for here is a 64-bit number.
+            unsafe {
+                let pool = cudarc::driver::result::device::get_default_mem_pool(
+                    stream.context().cu_device(),
+                )
+                .w()?;
+                cudarc::driver::result::mem_pool::get_attribute(
+                    pool,
+                    attribute,
+                    (&raw mut value).cast(),
+                )
+                .w()?;
+            }
+            Ok(value)
+        };
+        use cudarc::driver::sys::CUmemPool_attribute as Attribute;
+        Ok(PoolCounters {
+            used: [
+                read(Attribute::CU_MEMPOOL_ATTR_USED_MEM_CURRENT)?,
+                read(Attribute::CU_MEMPOOL_ATTR_USED_MEM_HIGH)?,
+            ],
+            reserved: [
+                read(Attribute::CU_MEMPOOL_ATTR_RESERVED_MEM_CURRENT)?,
+                read(Attribute::CU_MEMPOOL_ATTR_RESERVED_MEM_HIGH)?,
+            ],
+        })
+    }
+
+    /// Tells the pool to keep what is freed, so that the next allocation needs no driver call.
+    ///
+    /// # Errors
+    /// A failure of the device.
+    pub fn keep_freed_memory(device: &CudaDevice) -> Result<()> {
+        let mut threshold = u64::MAX;
+        let stream = device.cuda_stream();
+        // SAFETY: as above; the threshold is a 64-bit number that is only read.
+        unsafe {
+            let pool =
+                cudarc::driver::result::device::get_default_mem_pool(stream.context().cu_device())
+                    .w()?;
+            cudarc::driver::result::mem_pool::set_attribute(
+                pool,
+                cudarc::driver::sys::CUmemPool_attribute::CU_MEMPOOL_ATTR_RELEASE_THRESHOLD,
+                (&raw mut threshold).cast(),
+            )
+            .w()
+        }
     }
 
     pub(super) fn launch(device: &CudaDevice, launch: &Launch) -> Result<()> {

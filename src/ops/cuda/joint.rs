@@ -3,16 +3,15 @@
 use candle_core::{DType, Result, Tensor};
 
 use super::{
-    attention::StreamArgs,
+    attention::{StreamArgs, shared_bytes},
     ffi::{Output, launch},
     launch::{Args, Launch, Rows},
 };
 use crate::ops::joint::{JointOutput, JointShape, JointStream};
 
-/// Rows of queries that a block owns, its threads, and the keys of a tile.
+/// Rows of queries that a block owns, and its threads.
 const ROWS: usize = 128;
 const THREADS: usize = 128;
-const KEYS: usize = 64;
 /// Elements that one thread prepares.
 const TOGETHER: usize = 8;
 
@@ -25,7 +24,11 @@ pub(in crate::ops) fn joint_attention(
     let (b, n_text, h, d) = text.key.dims4()?;
     let n_image = image.key.dim(1)?;
     let fits = [text, image].into_iter().all(fits);
-    if !fits || !matches!(d, 64 | 128) || shape.scale <= 0.0 || b * h * (n_text + n_image) == 0 {
+    if !fits
+        || !matches!(d, 16 | 32 | 64 | 128)
+        || shape.scale <= 0.0
+        || b * h * (n_text + n_image) == 0
+    {
         return Ok(None);
     }
     let device = text.key.device();
@@ -46,7 +49,7 @@ pub(in crate::ops) fn joint_attention(
             kernel: format!("attention_joint_d{d}"),
             grid: [tiles, h, b],
             threads: THREADS,
-            shared_bytes: (ROWS + 2 * KEYS) * d * DType::BF16.size_in_bytes(),
+            shared_bytes: shared_bytes(ROWS, d),
             args,
         },
     )?;

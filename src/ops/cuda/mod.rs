@@ -5,17 +5,29 @@
 //! memory. [`parity`] holds one suite of checks for both.
 
 mod attention;
+mod conv;
 mod ffi;
 mod joint;
 mod launch;
+mod linear;
+#[cfg(any(feature = "cuda", feature = "cuda-emulation"))]
 pub mod parity;
+mod rows;
 
 use std::cell::Cell;
 
 use candle_core::{DType, Tensor};
 
 pub(super) use attention::attention;
+pub(super) use conv::StoredKernel;
+#[cfg(feature = "cuda")]
+pub use ffi::{PoolCounters, keep_freed_memory, pool_counters};
 pub(super) use joint::joint_attention;
+pub use linear::{Format, StoredMatrix};
+pub(super) use rows::{
+    Activation, activate, channel_rms_norm, gated_add, gated_add_norm, guided_step, layer_norm,
+    rms_norm, rotate,
+};
 
 thread_local! {
     static EMULATED: Cell<Option<u32>> = const { Cell::new(None) };
@@ -26,13 +38,24 @@ thread_local! {
 /// 1 last come, first served; others, seeds of random orders. No result may depend on it.
 #[cfg(feature = "cuda-emulation")]
 pub fn emulated<T>(order: u32, work: impl FnOnce() -> T) -> T {
+    with_order(Some(order), work)
+}
+
+/// Runs `work` without the emulation, even within [`emulated`].
+#[cfg(any(feature = "cuda", feature = "cuda-emulation"))]
+pub fn not_emulated<T>(work: impl FnOnce() -> T) -> T {
+    with_order(None, work)
+}
+
+#[cfg(any(feature = "cuda", feature = "cuda-emulation"))]
+fn with_order<T>(order: Option<u32>, work: impl FnOnce() -> T) -> T {
     struct Reset(Option<u32>);
     impl Drop for Reset {
         fn drop(&mut self) {
             EMULATED.set(self.0);
         }
     }
-    let _reset = Reset(EMULATED.replace(Some(order)));
+    let _reset = Reset(EMULATED.replace(order));
     work()
 }
 
