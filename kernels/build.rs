@@ -38,7 +38,6 @@ fn emulation() {
         .opt_level(2)
         .flag_if_supported("-fno-strict-aliasing")
         .file("kernels/host/emulation.cpp")
-        .file("kernels/host/kernels.cpp")
         .compile("pentimento_emulation");
 }
 

@@ -305,6 +305,9 @@ static bool run_block(int threads) {
 
 }  // namespace emulation
 
+// The kernels make themselves known, so they belong to this unit: a linker takes what is asked for.
+#include "../kernels.cu"
+
 // Runs kernel `name` on all blocks of the grid. `order` is the order of the fibers: 0 first come,
 // first served; 1 last come, first served; others, seeds of random orders. Returns null, or what went
 // wrong, which stays valid until this thread's next launch.

@@ -15,7 +15,7 @@ pub(super) fn check(suite: &mut Suite) {
 
 fn rows(suite: &mut Suite) {
     const EPS: f64 = 1e-6;
-    for [b, n, dim] in [[1, 1, 8], [2, 5, 48], [1, 3, 3072], [2, 2, 3584]] {
+    for [b, n, dim] in [[3, 70, 8], [2, 5, 48], [1, 3, 3072], [2, 2, 3584]] {
         let name = format!("[{b}, {n}, {dim}]");
         let x = suite.random(&[b, n, dim]);
         let x = (x.affine(3.0, 0.7)).unwrap_or(x);
