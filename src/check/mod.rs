@@ -32,6 +32,16 @@ pub struct Options {
     pub shrink: usize,
 }
 
+/// The first CUDA device, and its name with its compute capability.
+///
+/// # Errors
+/// A build without CUDA, no driver, or no device.
+pub fn first_gpu() -> Result<(Device, String)> {
+    let device = Device::new_cuda(0)?;
+    let name = crate::ops::cuda::device_name(&device)?;
+    Ok((device, name))
+}
+
 /// Runs everything on `device` and tells `progress` what was done, line by line.
 ///
 /// # Errors

@@ -121,6 +121,8 @@ pub(super) fn launch(device: &Device, launch: &Launch) -> Result<()> {
 }
 
 #[cfg(feature = "cuda")]
+pub(super) use device::name as device_name;
+#[cfg(feature = "cuda")]
 pub use device::{PoolCounters, keep_freed_memory, pool_counters};
 
 #[cfg(feature = "cuda-emulation")]
@@ -274,6 +276,13 @@ mod device {
         }
         loaded.functions.insert(launch.kernel.clone(), function.clone());
         Ok(function)
+    }
+
+    /// The device's name and compute capability.
+    pub(in super::super) fn name(device: &CudaDevice) -> Result<String> {
+        let stream = device.cuda_stream();
+        let (major, minor) = stream.context().compute_capability().w()?;
+        Ok(format!("{}, compute capability {major}.{minor}", stream.context().name().w()?))
     }
 
     /// What the device's default memory pool counts, in bytes: every allocation of this process on

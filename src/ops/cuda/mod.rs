@@ -16,7 +16,7 @@ mod rows;
 
 use std::cell::Cell;
 
-use candle_core::{DType, Tensor};
+use candle_core::{DType, Device, Error, Result, Tensor};
 
 pub(super) use attention::attention;
 pub(super) use conv::StoredKernel;
@@ -45,6 +45,18 @@ pub fn emulated<T>(order: u32, work: impl FnOnce() -> T) -> T {
 #[cfg(any(feature = "cuda", feature = "cuda-emulation"))]
 pub fn not_emulated<T>(work: impl FnOnce() -> T) -> T {
     with_order(None, work)
+}
+
+/// The device's name and compute capability.
+///
+/// # Errors
+/// A device that is not a CUDA device, or a failure of it.
+pub fn device_name(device: &Device) -> Result<String> {
+    match device {
+        #[cfg(feature = "cuda")]
+        Device::Cuda(device) => ffi::device_name(device),
+        _ => Err(Error::msg(format!("{device:?} is not a CUDA device"))),
+    }
 }
 
 #[cfg(any(feature = "cuda", feature = "cuda-emulation"))]
