@@ -9,16 +9,16 @@
 //   Grid: (tokens * heads, 1, b); D threads rounded up to 32.
 #include "attention.cuh"
 
-KERNEL(attention_d16, AttentionArgs, 128) { attention_block<16, 4, 1, 64, false>(args); }
-KERNEL(attention_d32, AttentionArgs, 128) { attention_block<32, 4, 1, 64, false>(args); }
-KERNEL(attention_d64, AttentionArgs, 128) { attention_block<64, 4, 1, 64, false>(args); }
-KERNEL(attention_d80, AttentionArgs, 128) { attention_block<80, 4, 1, 64, false>(args); }
-KERNEL(attention_d128, AttentionArgs, 128) { attention_block<128, 4, 1, 64, false>(args); }
-KERNEL(attention_split_d16, AttentionArgs, 32) { attention_block<16, 1, 1, 64, false>(args); }
-KERNEL(attention_split_d32, AttentionArgs, 32) { attention_block<32, 1, 1, 64, false>(args); }
-KERNEL(attention_split_d64, AttentionArgs, 32) { attention_block<64, 1, 1, 64, false>(args); }
-KERNEL(attention_split_d80, AttentionArgs, 32) { attention_block<80, 1, 1, 64, false>(args); }
-KERNEL(attention_split_d128, AttentionArgs, 32) { attention_block<128, 1, 1, 64, false>(args); }
+KERNEL(attention_d16, AttentionArgs, 128, 1) { attention_block<16, 4, 1, 64, false>(args); }
+KERNEL(attention_d32, AttentionArgs, 128, 1) { attention_block<32, 4, 1, 64, false>(args); }
+KERNEL(attention_d64, AttentionArgs, 128, 1) { attention_block<64, 4, 1, 64, false>(args); }
+KERNEL(attention_d80, AttentionArgs, 128, 1) { attention_block<80, 4, 1, 64, false>(args); }
+KERNEL(attention_d128, AttentionArgs, 128, 1) { attention_block<128, 4, 1, 64, false>(args); }
+KERNEL(attention_split_d16, AttentionArgs, 32, 1) { attention_block<16, 1, 1, 64, false>(args); }
+KERNEL(attention_split_d32, AttentionArgs, 32, 1) { attention_block<32, 1, 1, 64, false>(args); }
+KERNEL(attention_split_d64, AttentionArgs, 32, 1) { attention_block<64, 1, 1, 64, false>(args); }
+KERNEL(attention_split_d80, AttentionArgs, 32, 1) { attention_block<80, 1, 1, 64, false>(args); }
+KERNEL(attention_split_d128, AttentionArgs, 32, 1) { attention_block<128, 1, 1, 64, false>(args); }
 
 struct JoinArgs {
   const float* partial;        // [split][b][key head][rows][D]
@@ -28,7 +28,7 @@ struct JoinArgs {
   double scale;
 };
 
-KERNEL(attention_join, JoinArgs, 256) {
+KERNEL(attention_join, JoinArgs, 256, 1) {
   const int64_t token = block_x() / args.heads, head = block_x() % args.heads;
   const int64_t key_head = head / args.group, row = token * args.group + head % args.group;
   const int64_t key_heads = args.heads / args.group, rows = args.tokens * args.group;

@@ -71,7 +71,7 @@ struct AttentionTile {
 struct AttentionWork {
   int stream;
   int64_t row_first, row_end;  // rows are pairs of token and head
-  int64_t key_first, key_end;
+  int key_first, key_end;      // tokens are fewer than 2^31; what is addressed with them is not
   int64_t split;
 };
 
@@ -81,7 +81,7 @@ DEVICE AttentionWork attention_work(const AttentionArgs& args) {
   const int64_t length =
       args.lengths ? args.lengths[block_z()] : args.stream[0].key_rows;
   work.key_first = 0;
-  work.key_end = length + args.stream[1].key_rows;
+  work.key_end = int(length + args.stream[1].key_rows);
   work.split = block_x() % args.splits;
   int64_t tile = block_x() / args.splits;
   if (args.pieces) {
@@ -89,8 +89,8 @@ DEVICE AttentionWork attention_work(const AttentionArgs& args) {
     work.stream = 0;
     work.row_first = piece.query_first * args.group;
     work.row_end = piece.query_end * args.group;
-    work.key_first = piece.key_first;
-    work.key_end = piece.key_end;
+    work.key_first = int(piece.key_first);
+    work.key_end = int(piece.key_end);
     return work;
   }
   // Tiles that see the most keys start first.
@@ -103,28 +103,28 @@ DEVICE AttentionWork attention_work(const AttentionArgs& args) {
   work.row_end = min64(work.row_first + ROWS, rows);
   if (args.causal) {
     const int64_t last = (work.row_end - 1) / args.group;
-    work.key_end = min64(work.key_end, last + args.offset + 1);
+    work.key_end = int(min64(work.key_end, last + args.offset + 1));
   }
   if (args.splits > 1) {
     const int64_t tiles = (work.key_end + KEYS - 1) / KEYS;
     const int64_t each = (tiles + args.splits - 1) / args.splits * KEYS;
-    work.key_first = min64(work.split * each, work.key_end);
-    work.key_end = min64(work.key_first + each, work.key_end);
+    work.key_first = int(min64(work.split * each, work.key_end));
+    work.key_end = int(min64(work.key_first + each, work.key_end));
   }
   return work;
 }
 
 // Brings keys or values `start..start + KEYS` of one head to shared memory, zeros after `end`.
 template <int D, int KEYS, int THREADS>
-DEVICE void load_key_rows(unsigned char* to, const bf16* first, int64_t first_stride,
-                          const bf16* second, int64_t second_stride, int64_t split, int64_t start,
-                          int64_t end) {
+DEVICE void load_key_rows(unsigned char* to, const bf16* first, int first_stride,
+                          const bf16* second, int second_stride, int split, int start, int end) {
   constexpr int CHUNKS = SharedRows<D>::CHUNKS;
   for (int i = thread_index(); i < KEYS * CHUNKS; i += THREADS) {
     const int row = i / CHUNKS, chunk = i % CHUNKS;
     const bool there = start + row < end;
-    const int64_t key = there ? start + row : end - 1;
-    const bf16* from = key < split ? first + key * first_stride : second + (key - split) * second_stride;
+    const int key = there ? start + row : end - 1;
+    const bf16* from = key < split ? first + int64_t(key) * first_stride
+                                   : second + int64_t(key - split) * second_stride;
     copy_async(SharedRows<D>::at(to, row, chunk), from + 8 * chunk, there);
   }
 }
@@ -141,21 +141,24 @@ DEVICE void attention_block(const AttentionArgs& args) {
   const AttentionWork work = attention_work<ROWS, KEYS>(args);
   const AttentionStream& own = args.stream[work.stream];
   const AttentionStream &text = args.stream[0], &image = args.stream[1];
-  const int64_t batch = block_z(), key_head = block_y(), group = args.group;
-  const int64_t split_at = args.lengths ? args.lengths[batch] : text.key_rows;
+  const int64_t batch = block_z(), key_head = block_y();
+  // Joint attention has neither groups nor a causal mask, nor shares of keys.
+  const int64_t group = PREPARE ? 1 : args.group;
+  const bool causal = !PREPARE && args.causal;
+  const int split_at = int(args.lengths ? args.lengths[batch] : text.key_rows);
   const int64_t head_at = key_head * D;
   const bf16* text_keys = text.key + batch * text.key_batch + head_at;
   const bf16* image_keys = image.key + batch * image.key_batch + head_at;
   const bf16* text_values = text.value + batch * text.value_batch + head_at;
   const bf16* image_values = image.value + batch * image.value_batch + head_at;
-  auto load_keys = [&](int64_t start) {
-    load_key_rows<D, KEYS, THREADS>(key_rows, text_keys, text.key_stride, image_keys,
-                                    image.key_stride, split_at, start, work.key_end);
+  auto load_keys = [&](int start) {
+    load_key_rows<D, KEYS, THREADS>(key_rows, text_keys, int(text.key_stride), image_keys,
+                                    int(image.key_stride), split_at, start, work.key_end);
     copy_commit();
   };
-  auto load_values = [&](int64_t start) {
-    load_key_rows<D, KEYS, THREADS>(value_rows, text_values, text.value_stride, image_values,
-                                    image.value_stride, split_at, start, work.key_end);
+  auto load_values = [&](int start) {
+    load_key_rows<D, KEYS, THREADS>(value_rows, text_values, int(text.value_stride), image_values,
+                                    int(image.value_stride), split_at, start, work.key_end);
     copy_commit();
   };
   if (work.key_first < work.key_end) load_keys(work.key_first);
@@ -188,7 +191,7 @@ DEVICE void attention_block(const AttentionArgs& args) {
     sum[m][0] = sum[m][1] = 0.0f;
   }
 
-  for (int64_t start = work.key_first; start < work.key_end; start += KEYS) {
+  for (int start = work.key_first; start < work.key_end; start += KEYS) {
     copy_wait<0>();
     block_barrier();  // the keys are there, and nobody reads the last values any more
     load_values(start);
@@ -225,14 +228,14 @@ DEVICE void attention_block(const AttentionArgs& args) {
 
     // Keys that are not seen.
     const int64_t first_token = (work.row_first + row_of_warp) / group;
-    if (start + KEYS > work.key_end || (args.causal && start + KEYS > first_token + args.offset + 1)) {
+    if (start + KEYS > work.key_end || (causal && start + KEYS > first_token + args.offset + 1)) {
       UNROLL
       for (int m = 0; m < ROW_TILES; ++m) {
         UNROLL
         for (int half = 0; half < 2; ++half) {
           const int64_t r = work.row_first + row_of_warp + 16 * m + 8 * half + (lane() >> 2);
-          int64_t seen = work.key_end;
-          if (args.causal) seen = min64(seen, r / group + args.offset + 1);
+          int seen = work.key_end;
+          if (causal) seen = int(min64(seen, r / group + args.offset + 1));
           UNROLL
           for (int n = 0; n < KEYS / 8; ++n) {
             UNROLL
@@ -313,7 +316,7 @@ DEVICE void attention_block(const AttentionArgs& args) {
     UNROLL
     for (int half = 0; half < 2; ++half) sum[m][half] = sum_lanes(sum[m][half], 4);
   }
-  if (args.splits > 1) {
+  if (!PREPARE && args.splits > 1) {
     const int64_t rows = own.query_rows * group;
     const int64_t key_heads = args.heads / group;
     // Numbers of the batch entries are those of the grid's third axis.

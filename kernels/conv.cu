@@ -34,7 +34,7 @@ struct ConvOperands {
     return args.kernel_height * args.kernel_width * args.channels_padded;
   }
 
-  DEVICE void copy_rows(unsigned char* to, int64_t first, int64_t k) const {
+  DEVICE void copy_rows(unsigned char* to, int64_t first, int k) const {
     copy_row_tile(to, args.weight, depth(), first, args.outs, k);
   }
 
@@ -45,10 +45,10 @@ struct ConvOperands {
     Words words[HELD];
   };
 
-  DEVICE void fetch_columns(Held& held, int64_t, int64_t k) const {
+  DEVICE void fetch_columns(Held& held, int64_t, int k) const {
     const int padded = int(args.channels_padded), kernel_width = int(args.kernel_width);
     const int height = int(args.height), width = int(args.width), stride = int(args.stride);
-    const int tap = int(k) / padded, channel_first = int(k) % padded;
+    const int tap = k / padded, channel_first = k % padded;
     const int move_y = tap / kernel_width - int(args.pad_top);
     const int move_x = tap % kernel_width - int(args.pad_left);
     const int64_t plane = args.height * args.width;
@@ -99,4 +99,4 @@ struct ConvOperands {
   }
 };
 
-KERNEL(conv2d, ConvArgs, 256) { product_block(ConvOperands(args)); }
+KERNEL(conv2d, ConvArgs, 256, 2) { product_block(ConvOperands(args)); }

@@ -4,9 +4,11 @@
 
 #define DEVICE __device__ __forceinline__
 #define UNROLL _Pragma("unroll")
-// A kernel `name(args)`; its arguments are one struct of 8-byte fields.
-#define KERNEL(name, Args, threads) \
-  extern "C" __global__ void __launch_bounds__(threads) name(const __grid_constant__ Args args)
+// A kernel `name(args)`; its arguments are one struct of 8-byte fields. At least `blocks` of its blocks
+// are to fit a multiprocessor, as far as registers go.
+#define KERNEL(name, Args, threads, blocks) \
+  extern "C" __global__ void __launch_bounds__(threads, blocks) \
+      name(const __grid_constant__ Args args)
 
 // The block's dynamic shared memory, aligned to 128 bytes.
 DEVICE unsigned char* shared_memory() {

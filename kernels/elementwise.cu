@@ -41,7 +41,7 @@ struct ActivateArgs {
   int64_t kind;
 };
 
-KERNEL(activate, ActivateArgs, 256) {
+KERNEL(activate, ActivateArgs, 256, 1) {
   const int64_t first = 8 * (block_x() * block_threads() + thread_index());
   const int64_t end = min64(first + 8, args.count);
   for (int64_t i = first; i < end; ++i) {
@@ -68,7 +68,7 @@ struct RotateArgs {
   int64_t halves;
 };
 
-KERNEL(rotate, RotateArgs, 256) {
+KERNEL(rotate, RotateArgs, 256, 1) {
   const int64_t i = block_x() * block_threads() + thread_index();
   if (i >= args.count / 2) return;
   const int64_t half = args.width / 2, pair = i % half, head = i / half;
@@ -97,7 +97,7 @@ struct ChannelArgs {
   int64_t silu;
 };
 
-KERNEL(channel_norm, ChannelArgs, 256) {
+KERNEL(channel_norm, ChannelArgs, 256, 1) {
   constexpr int SHARES = 8;
   float* sums = reinterpret_cast<float*>(shared_memory());  // [share][32]
   const int64_t pixel = block_x() * 32 + lane();
@@ -133,7 +133,7 @@ struct StepArgs {
   double scale, step;
 };
 
-KERNEL(guided_step, StepArgs, 128) {
+KERNEL(guided_step, StepArgs, 128, 1) {
   const int64_t row = block_x() * 4 + warp();
   if (row >= args.rows) return;
   const float scale = float(args.scale), step = float(args.step);

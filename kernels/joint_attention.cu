@@ -30,11 +30,11 @@ DEVICE void prepare_keys(const PrepareArgs& args) {
   if (there) store_words(args.to + block_z() * args.to_batch_stride + row * D + 8 * chunk, words);
 }
 
-KERNEL(attention_joint_d16, AttentionArgs, 128) { attention_block<16, 4, 2, 64, true>(args); }
-KERNEL(attention_joint_d32, AttentionArgs, 128) { attention_block<32, 4, 2, 64, true>(args); }
-KERNEL(attention_joint_d64, AttentionArgs, 128) { attention_block<64, 4, 2, 64, true>(args); }
-KERNEL(attention_joint_d128, AttentionArgs, 128) { attention_block<128, 4, 2, 64, true>(args); }
-KERNEL(prepare_keys_d16, PrepareArgs, 128) { prepare_keys<16>(args); }
-KERNEL(prepare_keys_d32, PrepareArgs, 128) { prepare_keys<32>(args); }
-KERNEL(prepare_keys_d64, PrepareArgs, 128) { prepare_keys<64>(args); }
-KERNEL(prepare_keys_d128, PrepareArgs, 128) { prepare_keys<128>(args); }
+KERNEL(attention_joint_d16, AttentionArgs, 128, 1) { attention_block<16, 4, 2, 64, true>(args); }
+KERNEL(attention_joint_d32, AttentionArgs, 128, 1) { attention_block<32, 4, 2, 64, true>(args); }
+KERNEL(attention_joint_d64, AttentionArgs, 128, 1) { attention_block<64, 4, 2, 64, true>(args); }
+KERNEL(attention_joint_d128, AttentionArgs, 128, 1) { attention_block<128, 4, 2, 64, true>(args); }
+KERNEL(prepare_keys_d16, PrepareArgs, 128, 1) { prepare_keys<16>(args); }
+KERNEL(prepare_keys_d32, PrepareArgs, 128, 1) { prepare_keys<32>(args); }
+KERNEL(prepare_keys_d64, PrepareArgs, 128, 1) { prepare_keys<64>(args); }
+KERNEL(prepare_keys_d128, PrepareArgs, 128, 1) { prepare_keys<128>(args); }

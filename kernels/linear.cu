@@ -28,7 +28,8 @@ DEVICE void linear_few(const LinearArgs& args) {
   float sums[ROWS];
   UNROLL
   for (int row = 0; row < ROWS; ++row) sums[row] = 0.0f;
-  for (int64_t chunk = lane(); chunk < args.depth / 8; chunk += 32) {
+  const int chunks = int(args.depth / 8);
+  for (int chunk = lane(); chunk < chunks; chunk += 32) {
     float w[8];
     widen_chunk<Format>(weight, chunk, w);
     UNROLL
@@ -62,7 +63,7 @@ struct LinearOperands {
   DEVICE int64_t columns() const { return args.outs; }
   DEVICE int64_t depth() const { return args.depth; }
 
-  DEVICE void copy_rows(unsigned char* to, int64_t first, int64_t k) const {
+  DEVICE void copy_rows(unsigned char* to, int64_t first, int k) const {
     copy_row_tile(to, args.x, args.depth, first, args.rows, k);
   }
 
@@ -73,7 +74,7 @@ struct LinearOperands {
   };
 
   // Widens this thread's share of the next tile while the last one is multiplied.
-  DEVICE void fetch_columns(Held& held, int64_t first, int64_t k) const {
+  DEVICE void fetch_columns(Held& held, int64_t first, int k) const {
     const int64_t row_bytes = args.depth / Format::NUMBERS * Format::BYTES;
     UNROLL
     for (int i = 0; i < HELD; ++i) {
@@ -116,15 +117,15 @@ DEVICE void linear_many(const LinearArgs& args) {
   product_block(LinearOperands<Format>{args});
 }
 
-KERNEL(linear_few_q8_0, LinearArgs, 256) { linear_few<Q8_0>(args); }
-KERNEL(linear_few_q4_k, LinearArgs, 256) { linear_few<Q4K>(args); }
-KERNEL(linear_few_q5_k, LinearArgs, 256) { linear_few<Q5K>(args); }
-KERNEL(linear_few_q6_k, LinearArgs, 256) { linear_few<Q6K>(args); }
-KERNEL(linear_few_f8_e4m3, LinearArgs, 256) { linear_few<Float8>(args); }
-KERNEL(linear_few_bf16, LinearArgs, 256) { linear_few<Plain>(args); }
-KERNEL(linear_many_q8_0, LinearArgs, 256) { linear_many<Q8_0>(args); }
-KERNEL(linear_many_q4_k, LinearArgs, 256) { linear_many<Q4K>(args); }
-KERNEL(linear_many_q5_k, LinearArgs, 256) { linear_many<Q5K>(args); }
-KERNEL(linear_many_q6_k, LinearArgs, 256) { linear_many<Q6K>(args); }
-KERNEL(linear_many_f8_e4m3, LinearArgs, 256) { linear_many<Float8>(args); }
-KERNEL(linear_many_bf16, LinearArgs, 256) { linear_many<Plain>(args); }
+KERNEL(linear_few_q8_0, LinearArgs, 256, 1) { linear_few<Q8_0>(args); }
+KERNEL(linear_few_q4_k, LinearArgs, 256, 1) { linear_few<Q4K>(args); }
+KERNEL(linear_few_q5_k, LinearArgs, 256, 1) { linear_few<Q5K>(args); }
+KERNEL(linear_few_q6_k, LinearArgs, 256, 1) { linear_few<Q6K>(args); }
+KERNEL(linear_few_f8_e4m3, LinearArgs, 256, 1) { linear_few<Float8>(args); }
+KERNEL(linear_few_bf16, LinearArgs, 256, 1) { linear_few<Plain>(args); }
+KERNEL(linear_many_q8_0, LinearArgs, 256, 2) { linear_many<Q8_0>(args); }
+KERNEL(linear_many_q4_k, LinearArgs, 256, 2) { linear_many<Q4K>(args); }
+KERNEL(linear_many_q5_k, LinearArgs, 256, 2) { linear_many<Q5K>(args); }
+KERNEL(linear_many_q6_k, LinearArgs, 256, 2) { linear_many<Q6K>(args); }
+KERNEL(linear_many_f8_e4m3, LinearArgs, 256, 2) { linear_many<Float8>(args); }
+KERNEL(linear_many_bf16, LinearArgs, 256, 2) { linear_many<Plain>(args); }

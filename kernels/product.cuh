@@ -15,7 +15,7 @@ constexpr int PRODUCT_SHARED_BYTES = 4 * PRODUCT_TILE_BYTES;
 
 // Rows `first..` of a matrix [rows][depth], numbers `k..k + 64` of each.
 DEVICE void copy_row_tile(unsigned char* to, const bf16* matrix, int64_t depth, int64_t first,
-                          int64_t rows, int64_t k) {
+                          int64_t rows, int k) {
   constexpr int CHUNKS = PRODUCT_DEPTH / 8;
   for (int i = thread_index(); i < PRODUCT_ROWS * CHUNKS; i += PRODUCT_THREADS) {
     const int row = i / CHUNKS, chunk = i % CHUNKS;
@@ -50,13 +50,14 @@ DEVICE void product_block(const Operands& operands) {
   operands.fetch_columns(held, first_column, 0);
   operands.place_columns(column_tiles, held);
   int current = 0;
-  for (int64_t k = 0; k < operands.depth(); k += PRODUCT_DEPTH) {
+  const int depth = int(operands.depth());
+  for (int k = 0; k < depth; k += PRODUCT_DEPTH) {
     copy_wait<0>();
     block_barrier();  // this pair of tiles is there, and nobody reads the other any more
     unsigned char* rows = row_tiles + current * PRODUCT_TILE_BYTES;
     unsigned char* columns = column_tiles + current * PRODUCT_TILE_BYTES;
     const int next = 1 - current;
-    const bool more = k + PRODUCT_DEPTH < operands.depth();
+    const bool more = k + PRODUCT_DEPTH < depth;
     if (more) {
       operands.copy_rows(row_tiles + next * PRODUCT_TILE_BYTES, first_row, k + PRODUCT_DEPTH);
       copy_commit();

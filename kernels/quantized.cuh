@@ -129,7 +129,7 @@ DEVICE void Plain::widen(const uint8_t* block, int, float (&to)[8]) {
 
 // Numbers 8 * chunk .. of a row of blocks.
 template <class Format>
-DEVICE void widen_chunk(const uint8_t* row, int64_t chunk, float (&to)[8]) {
+DEVICE void widen_chunk(const uint8_t* row, int chunk, float (&to)[8]) {
   constexpr int CHUNKS = Format::NUMBERS / 8;
-  Format::widen(row + chunk / CHUNKS * Format::BYTES, int(chunk % CHUNKS), to);
+  Format::widen(row + int64_t(chunk / CHUNKS) * Format::BYTES, chunk % CHUNKS, to);
 }

@@ -57,7 +57,7 @@ DEVICE Words gated(const Eight& residual, const Eight& gate, const Eight& x) {
   return rounded(sum);
 }
 
-KERNEL(layer_norm, RowArgs, 128) {
+KERNEL(layer_norm, RowArgs, 128, 1) {
   float* row = reinterpret_cast<float*>(shared_memory());
   float* scratch = row + args.width;
   const int64_t at = block_x() * args.width, shared_at = block_x() / args.shared * args.width;
@@ -98,7 +98,7 @@ KERNEL(layer_norm, RowArgs, 128) {
   }
 }
 
-KERNEL(rms_norm, RowArgs, 128) {
+KERNEL(rms_norm, RowArgs, 128, 1) {
   float* row = reinterpret_cast<float*>(shared_memory());
   float* scratch = row + args.width;
   const int64_t at = block_x() * args.width;
@@ -126,7 +126,7 @@ KERNEL(rms_norm, RowArgs, 128) {
   }
 }
 
-KERNEL(gated_add, RowArgs, 256) {
+KERNEL(gated_add, RowArgs, 256, 1) {
   const int64_t i = 8 * (block_x() * block_threads() + thread_index());
   if (i >= args.rows * args.width) return;
   const int64_t gate_at = i / args.width / args.shared * args.width + i % args.width;

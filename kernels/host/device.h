@@ -5,7 +5,7 @@
 
 #define DEVICE inline
 #define UNROLL
-#define KERNEL(name, Args, threads)                                                             \
+#define KERNEL(name, Args, threads, blocks)                                                        \
   static void name(const Args& args);                                                           \
   static const emulation::Kernel name##_entry{                                                  \
       #name, sizeof(Args), threads,                                                             \

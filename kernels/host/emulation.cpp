@@ -197,6 +197,14 @@ static void load_any(void* const* lanes) {
     rows[i] = static_cast<LoadMatrices*>(lanes[i])->row;
     if (reinterpret_cast<uintptr_t>(rows[i]) % 16) fail("a matrix row is not aligned to 16 bytes");
   }
+  // The eight rows of a matrix are read at once where they lie in different banks.
+  for (int matrix = 0; matrix < 4; ++matrix) {
+    int banks = 0;
+    for (int i = 0; i < 8; ++i) {
+      banks |= 1 << (reinterpret_cast<uintptr_t>(rows[8 * matrix + i]) / 16 % 8);
+    }
+    if (banks != 0xff) fail("rows of a matrix share a bank");
+  }
   for (int i = 0; i < 32; ++i) {
     for (int matrix = 0; matrix < 4; ++matrix) {
       uint32_t pair = 0;

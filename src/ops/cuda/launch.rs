@@ -71,9 +71,14 @@ impl Rows {
     pub(super) fn new(x: &Tensor) -> Result<Self> {
         /// Elements of bf16 that are moved at once.
         const TOGETHER: usize = 8;
+        const STRIDE_MAX: usize = 1 << 30;
         let (_, rows, _, d) = x.dims4()?;
         let fits = |x: &Tensor| {
             let (layout, stride) = (x.layout(), x.stride());
+            // Strides are 32-bit numbers in the kernels; offsets are not.
+            if stride[1] > STRIDE_MAX {
+                return false;
+            }
             let aligned = [layout.start_offset(), stride[0], stride[1]];
             stride[3] == 1
                 && (stride[2] == d || x.dims()[2] == 1)
