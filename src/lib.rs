@@ -13,6 +13,8 @@
 //! Everything runs on the caller's thread and rayon's pool; nothing is fetched, and nothing leaves
 //! the machine. How the crate is laid out: docs/ARCHITECTURE.md.
 
+#[cfg(any(feature = "cuda", feature = "cuda-emulation"))]
+pub mod check;
 pub mod diffusion;
 pub mod editor;
 pub mod error;

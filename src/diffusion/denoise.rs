@@ -6,7 +6,6 @@ use candle_core::{DType, Tensor};
 
 use super::{
     finite::require_finite,
-    guidance::rescaled_guidance,
     qwen_image::{
         BlockCache, Branch, Conditioning, Grid, ModelInput, Outputs, StepCache, StepContext,
         Transformer,
@@ -115,8 +114,15 @@ impl Denoise<'_> {
                 for branch in caches.iter_mut().flatten() {
                     branch.allow(cache.is_some_and(|cache| cache.allows(step, of)));
                 }
-                let velocity = self.velocity(model, &tokens, context, caches.as_mut(), cancel)?;
-                latents = self.schedule.advance(step, &latents, &velocity)?;
+                let velocities =
+                    self.velocities(model, &tokens, context, caches.as_mut(), cancel)?;
+                latents = match velocities.as_slice() {
+                    [positive, negative] => {
+                        let negative = Some((negative, self.cfg_scale));
+                        self.schedule.advance_guided(step, &latents, positive, negative)?
+                    }
+                    velocities => self.schedule.advance(step, &latents, &velocities[0])?,
+                };
                 if step == 0 || step + 1 == of {
                     require_finite(&latents, Stage::Denoise)?;
                 }
@@ -127,16 +133,16 @@ impl Denoise<'_> {
         Ok(Denoised { latents, reused })
     }
 
-    /// Both predictions go through the transformer block by block, so that weights that are not in
-    /// memory are read once for both.
-    fn velocity(
+    /// The prediction, and the one for the negative prompt where there is guidance. Both go through
+    /// the transformer block by block, so that weights that are not in memory are read once for both.
+    fn velocities(
         &self,
         model: &Transformer,
         tokens: &Tensor,
         context: &StepContext,
         caches: Option<&mut [BlockCache; 2]>,
         cancel: &CancelToken,
-    ) -> Result<Tensor> {
+    ) -> Result<Vec<Tensor>> {
         let negative = self.negative.filter(|_| self.is_guided());
         let caches = caches.map(|[positive, negative]| (Some(positive), Some(negative)));
         let (first, second) = caches.unwrap_or_default();
@@ -146,11 +152,7 @@ impl Denoise<'_> {
         };
         let mut branches = vec![branch(self.positive, first)];
         branches.extend(negative.map(|negative| branch(negative, second)));
-        let velocities = model.forward_each(&mut branches, context, Outputs::Target, cancel)?;
-        match velocities.as_slice() {
-            [positive, negative] => rescaled_guidance(positive, negative, self.cfg_scale),
-            _ => Ok(velocities[0].clone()), // one for each branch
-        }
+        model.forward_each(&mut branches, context, Outputs::Target, cancel)
     }
 
     fn check(&self, model: &Transformer) -> Result<()> {

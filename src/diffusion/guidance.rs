@@ -1,12 +1,11 @@
 //! Classifier-free guidance with two predictions.
 
-use candle_core::{D, Tensor};
+use candle_core::Tensor;
 
-use crate::error::Result;
+use crate::{error::Result, ops};
 
-/// `negative + scale · (positive − negative)`, scaled in each token to the length of `positive`.
-///
-/// Reference: <https://github.com/huggingface/diffusers/blob/v0.42.1/src/diffusers/pipelines/qwenimage/pipeline_qwenimage_edit_plus.py#L843-L847>.
+/// `negative + scale · (positive − negative)`, scaled in each token to the length of `positive`; see
+/// [`ops::rescaled_guidance`].
 ///
 /// # Shapes
 /// `positive, negative: [b, n, c]`; returns the same.
@@ -14,12 +13,5 @@ use crate::error::Result;
 /// # Errors
 /// Shapes that differ, or a failure of the device.
 pub fn rescaled_guidance(positive: &Tensor, negative: &Tensor, scale: f64) -> Result<Tensor> {
-    let combined = (negative + ((positive - negative)? * scale)?)?;
-    let ratio = (length(positive)? / length(&combined)?)?;
-    Ok(combined.broadcast_mul(&ratio)?)
-}
-
-/// The Euclidean length of each token: `[b, n, c]` → `[b, n, 1]`.
-fn length(x: &Tensor) -> Result<Tensor> {
-    Ok(x.sqr()?.sum_keepdim(D::Minus1)?.sqrt()?)
+    Ok(ops::rescaled_guidance(positive, negative, scale)?)
 }

@@ -9,6 +9,7 @@ use serde_json::Value;
 use super::config_check::{refuse_unknown_keys, require_class};
 use crate::{
     error::{Error, Result},
+    ops,
     weights::ModelFiles,
 };
 
@@ -352,12 +353,27 @@ impl Schedule {
     /// # Errors
     /// A step that is not there, shapes that differ, or a failure of the device.
     pub fn advance(&self, step: usize, latents: &Tensor, velocity: &Tensor) -> Result<Tensor> {
+        self.advance_guided(step, latents, velocity, None)
+    }
+
+    /// [`Self::advance`] by the guided velocity of a positive and a negative prediction with their
+    /// scale: [`ops::guided_step`].
+    ///
+    /// # Errors
+    /// As [`Self::advance`].
+    pub fn advance_guided(
+        &self,
+        step: usize,
+        latents: &Tensor,
+        positive: &Tensor,
+        negative: Option<(&Tensor, f64)>,
+    ) -> Result<Tensor> {
         let Some([sigma, next]) = self.sigmas.get(step..).and_then(|rest| rest.first_chunk())
         else {
             return Err(Error::field("step", step, format!("below {}", self.steps())));
         };
         let distance = next - sigma;
-        Ok((latents + (velocity * f64::from(distance))?)?)
+        Ok(ops::guided_step(latents, positive, negative, f64::from(distance))?)
     }
 }
 

@@ -6,6 +6,7 @@ use rayon::prelude::*;
 
 use super::{
     cpu::{Floats, is_fast},
+    cuda,
     simd::{
         Arch, hugepage,
         lanes::{self, Lanewise},
@@ -22,7 +23,13 @@ const SQRT_2_OVER_PI: f32 = 0.797_884_6;
 /// # Errors
 /// A tensor of a type without this operation.
 pub fn gelu_tanh(x: &Tensor) -> Result<Tensor> {
-    if is_fast(&[x]) { map([x], GeluTanh) } else { x.gelu() }
+    if is_fast(&[x]) {
+        return map([x], GeluTanh);
+    }
+    match cuda::activate(x, None, cuda::Activation::GeluTanh)? {
+        Some(y) => Ok(y),
+        None => x.gelu(),
+    }
 }
 
 /// GELU with the error function.
@@ -30,7 +37,13 @@ pub fn gelu_tanh(x: &Tensor) -> Result<Tensor> {
 /// # Errors
 /// A tensor of a type without this operation.
 pub fn gelu_erf(x: &Tensor) -> Result<Tensor> {
-    if is_fast(&[x]) { map([x], GeluErf) } else { x.gelu_erf() }
+    if is_fast(&[x]) {
+        return map([x], GeluErf);
+    }
+    match cuda::activate(x, None, cuda::Activation::GeluErf)? {
+        Some(y) => Ok(y),
+        None => x.gelu_erf(),
+    }
 }
 
 /// `x · sigmoid(x)`.
@@ -38,7 +51,13 @@ pub fn gelu_erf(x: &Tensor) -> Result<Tensor> {
 /// # Errors
 /// A tensor of a type without this operation.
 pub fn silu(x: &Tensor) -> Result<Tensor> {
-    if is_fast(&[x]) { map([x], Silu) } else { x.silu() }
+    if is_fast(&[x]) {
+        return map([x], Silu);
+    }
+    match cuda::activate(x, None, cuda::Activation::Silu)? {
+        Some(y) => Ok(y),
+        None => x.silu(),
+    }
 }
 
 /// `silu(gate) · up`, the middle of a SwiGLU MLP. Shapes are equal.
@@ -49,7 +68,13 @@ pub fn swiglu(gate: &Tensor, up: &Tensor) -> Result<Tensor> {
     if gate.dims() != up.dims() {
         bail!("swiglu: shapes {:?} and {:?} differ", gate.dims(), up.dims());
     }
-    if is_fast(&[gate, up]) { map([gate, up], SwiGlu) } else { gate.silu()?.mul(up) }
+    if is_fast(&[gate, up]) {
+        return map([gate, up], SwiGlu);
+    }
+    match cuda::activate(gate, Some(up), cuda::Activation::Silu)? {
+        Some(y) => Ok(y),
+        None => gate.silu()?.mul(up),
+    }
 }
 
 #[derive(Clone, Copy)]

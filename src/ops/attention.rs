@@ -5,7 +5,7 @@
 
 use candle_core::{D, DType, Device, Result, Tensor, bail};
 
-use super::{cpu, flash};
+use super::{cpu, cuda, flash};
 
 /// The most scores that the plain version stores at a time: some kernels of candle's CUDA backend
 /// number elements with 32 bits.
@@ -38,6 +38,14 @@ pub fn attention(q: &Tensor, k: &Tensor, v: &Tensor, scale: f32, mask: Mask<'_>)
     check(q, k, v, mask)?;
     if cpu::is_fast(&[q, k, v]) {
         return flash::attention(q, k, v, scale, mask);
+    }
+    if let Some(output) = cuda::attention(q, k, v, scale, mask)? {
+        return Ok(output);
+    }
+    if q.dtype() == DType::BF16 && q.device().is_cpu() {
+        // Candle's products on the CPU know no bf16.
+        let wide = |x: &Tensor| x.to_dtype(DType::F32);
+        return attention(&wide(q)?, &wide(k)?, &wide(v)?, scale, mask)?.to_dtype(DType::BF16);
     }
     attention_plain(q, k, v, scale, mask)
 }

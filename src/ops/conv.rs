@@ -7,6 +7,7 @@ use rayon::prelude::*;
 
 use super::{
     cpu::{Floats, is_fast},
+    cuda::StoredKernel,
     direct::PackedKernel,
     simd::{Arch, hugepage},
 };
@@ -52,6 +53,7 @@ pub struct PackedConv2d {
 #[derive(Debug, Clone)]
 enum Kernel {
     Packed(Arc<PackedKernel>),
+    Cuda(Box<StoredKernel>, Tensor),
     Plain(Tensor),
 }
 
@@ -70,6 +72,8 @@ impl PackedConv2d {
         }
         let kernel = if is_fast(&[weight]) {
             Kernel::Packed(Arc::new(PackedKernel::new(weight, Arch::new())?))
+        } else if let Some(kernel) = StoredKernel::new(weight)? {
+            Kernel::Cuda(Box::new(kernel), weight.contiguous()?)
         } else {
             Kernel::Plain(weight.contiguous()?)
         };
@@ -87,6 +91,10 @@ impl PackedConv2d {
                 kernel.forward(x, bias, self.shape)
             }
             Kernel::Packed(kernel) => conv2d_plain(x, &kernel.unpacked()?, bias, self.shape),
+            Kernel::Cuda(kernel, weight) => match kernel.forward(x, bias, self.shape)? {
+                Some(y) => Ok(y),
+                None => conv2d_plain(x, weight, bias, self.shape),
+            },
             Kernel::Plain(weight) => conv2d_plain(x, weight, bias, self.shape),
         }
     }

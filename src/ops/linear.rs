@@ -13,6 +13,7 @@ use rayon::prelude::*;
 
 use super::{
     cpu::Floats,
+    cuda::StoredMatrix,
     matrix::PackedMatrix,
     simd::{Arch, hugepage, int8::PackedInt8, q4k::PackedQ4K},
 };
@@ -30,6 +31,14 @@ pub enum LinearWeight {
 }
 
 impl LinearWeight {
+    /// `weight: [out, in]` in blocks of `dtype`; rows must be a multiple of the block.
+    ///
+    /// # Errors
+    /// Other rows, or a failure of the device.
+    pub fn quantized(weight: &Tensor, dtype: GgmlDType) -> Result<Self> {
+        Ok(Self::Quantized(Arc::new(quantized(weight, dtype)?)))
+    }
+
     /// `weight` quantized to Q8_0, where its rows are a multiple of the block; plain otherwise.
     ///
     /// # Errors
@@ -56,10 +65,10 @@ impl LinearWeight {
 
 /// `weight: [out, in]` in blocks of `dtype`; rows are a multiple of the block.
 fn quantized(weight: &Tensor, dtype: GgmlDType) -> Result<QTensor> {
-    let dims = weight.dims2()?;
-    let weight = weight.to_dtype(DType::F32)?;
-    if !weight.device().is_cpu() || dims.1 == 0 {
-        return QTensor::quantize(&weight, dtype);
+    let (dims, device) = (weight.dims2()?, weight.device().clone());
+    let weight = weight.to_device(&Device::Cpu)?.to_dtype(DType::F32)?;
+    if dims.1 == 0 {
+        return QTensor::quantize(&weight.to_device(&device)?, dtype);
     }
     // Candle quantizes on one thread.
     let rows = QUANTIZED_CHUNK.div_ceil(dims.1);
@@ -70,7 +79,7 @@ fn quantized(weight: &Tensor, dtype: GgmlDType) -> Result<QTensor> {
         QTensor::quantize(&chunk, dtype)?.data().map(std::borrow::Cow::into_owned)
     });
     let bytes = chunks.collect::<Result<Vec<Vec<u8>>>>()?.concat();
-    QTensor::new(QStorage::from_data(bytes.into(), weight.device(), dtype)?, dims)
+    QTensor::new(QStorage::from_data(bytes.into(), &device, dtype)?, dims)
 }
 
 /// A linear layer's weights, laid out once for the device they run on.
@@ -85,6 +94,7 @@ enum Kernel {
     Packed(Arc<PackedMatrix>),
     Int8(Arc<PackedInt8>),
     Q4K(Arc<PackedQ4K>),
+    Stored(StoredMatrix, Arc<QTensor>),
     Dense(Tensor),
     Quantized(QMatMul),
 }
@@ -100,10 +110,20 @@ impl PackedLinear {
                 Kernel::Packed(Arc::new(PackedMatrix::new(&weight, Arch::new())?))
             }
             LinearWeight::Dense(weight) => Kernel::Dense(weight),
-            LinearWeight::Quantized(weight) => match packed(&weight)? {
-                Some(kernel) => kernel,
-                None => Kernel::Quantized(QMatMul::from_arc(weight)?),
-            },
+            LinearWeight::Quantized(weight) => {
+                if let Some(stored) = StoredMatrix::quantized(&weight)? {
+                    Kernel::Stored(stored, weight)
+                } else if let Some(kernel) = packed(&weight)? {
+                    kernel
+                } else if weight.device().is_cpu() {
+                    Kernel::Quantized(QMatMul::from_arc(weight)?)
+                } else {
+                    // Candle's product on a GPU rounds activations to blocks with half scales, which
+                    // overflow on outliers.
+                    let plain = weight.dequantize(&weight.device())?;
+                    Kernel::Dense(plain.to_dtype(DType::BF16)?)
+                }
+            }
         };
         Ok(Self { weight, bias })
     }
@@ -129,6 +149,10 @@ impl PackedLinear {
                     weight.multiply(x, bias, y);
                 });
             }
+            Kernel::Stored(weight, blocks) => match weight.forward(x, self.bias.as_ref())? {
+                Some(y) => return Ok(y),
+                None => dense(x, &blocks.dequantize(x.device())?)?,
+            },
             Kernel::Packed(weight) => dense(x, &weight.unpacked()?)?,
             Kernel::Int8(weight) => {
                 dense(x, &dequantized(weight.dims(), |row| weight.row(row).collect())?)?

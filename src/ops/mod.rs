@@ -5,21 +5,27 @@ pub mod activation;
 pub mod attention;
 pub mod conv;
 mod cpu;
+pub mod cuda;
 mod direct;
 mod flash;
+pub mod joint;
 pub mod linear;
 mod matrix;
 pub mod norm;
 pub mod rope;
 mod rows;
+pub mod sampling;
 mod simd;
 
 pub use activation::{gelu_erf, gelu_tanh, silu, swiglu};
 pub use attention::{Mask, attention};
 pub use conv::{Conv2dShape, PackedConv2d, Padding, upsample_nearest_2x};
 pub use cpu::on_worker;
+pub use joint::{JointOutput, JointShape, JointStream, joint_attention};
 pub use linear::{LinearWeight, PackedLinear};
 pub use norm::{
-    channel_rms_norm, channel_rms_norm_silu, gated_add, layer_norm, modulated_layer_norm, rms_norm,
+    channel_rms_norm, channel_rms_norm_silu, gated_add, gated_add_norm, layer_norm,
+    modulated_layer_norm, rms_norm,
 };
 pub use rope::{rotate_halves, rotate_pairs};
+pub use sampling::{guided_step, rescaled_guidance};

@@ -4,6 +4,7 @@ use candle_core::{D, Result, Tensor};
 
 use super::{
     cpu::is_fast,
+    cuda,
     rows::{self, Modulation},
 };
 
@@ -14,6 +15,9 @@ use super::{
 pub fn rms_norm(x: &Tensor, weight: &Tensor, eps: f64) -> Result<Tensor> {
     if is_fast(&[x, weight]) && weight.dims() == [x.dim(D::Minus1)?] {
         return rows::rms_norm(x, weight, eps);
+    }
+    if let Some(y) = cuda::rms_norm(x, weight, eps)? {
+        return Ok(y);
     }
     let mean_square = x.sqr()?.mean_keepdim(D::Minus1)?;
     x.broadcast_div(&(mean_square + eps)?.sqrt()?)?.broadcast_mul(weight)
@@ -26,6 +30,9 @@ pub fn rms_norm(x: &Tensor, weight: &Tensor, eps: f64) -> Result<Tensor> {
 pub fn layer_norm(x: &Tensor, eps: f64) -> Result<Tensor> {
     if is_fast(&[x]) && x.rank() > 0 {
         return rows::layer_norm(x, None, eps);
+    }
+    if let Some(y) = cuda::layer_norm(x, None, eps)? {
+        return Ok(y);
     }
     let centred = x.broadcast_sub(&x.mean_keepdim(D::Minus1)?)?;
     let variance = centred.sqr()?.mean_keepdim(D::Minus1)?;
@@ -48,6 +55,9 @@ pub fn modulated_layer_norm(
     {
         return rows::layer_norm(x, Some(&modulation), eps);
     }
+    if let Some(y) = cuda::layer_norm(x, Some([scale, shift]), eps)? {
+        return Ok(y);
+    }
     layer_norm(x, eps)?.broadcast_mul(&(scale + 1.0)?)?.broadcast_add(shift)
 }
 
@@ -62,7 +72,30 @@ pub fn gated_add(residual: &Tensor, x: &Tensor, gate: &Tensor) -> Result<Tensor>
     {
         return rows::gated_add(residual, x, &gate);
     }
+    if let Some(y) = cuda::gated_add(residual, x, gate)? {
+        return Ok(y);
+    }
     residual.add(&x.broadcast_mul(gate)?)
+}
+
+/// [`gated_add`], and [`modulated_layer_norm`] of the sum: the end of one half of a block and the
+/// beginning of the next. Returns the sum and the norm.
+///
+/// # Errors
+/// Shapes that do not fit.
+pub fn gated_add_norm(
+    residual: &Tensor,
+    x: &Tensor,
+    gate: &Tensor,
+    [scale, shift]: [&Tensor; 2],
+    eps: f64,
+) -> Result<(Tensor, Tensor)> {
+    if let Some(both) = cuda::gated_add_norm(residual, x, gate, [scale, shift], eps)? {
+        return Ok(both);
+    }
+    let sum = gated_add(residual, x, gate)?;
+    let normed = modulated_layer_norm(&sum, scale, shift, eps)?;
+    Ok((sum, normed))
 }
 
 /// `x / max(‖x‖₂, 1e-12) · sqrt(channels) · gamma` over the channels of a picture.
@@ -73,6 +106,9 @@ pub fn gated_add(residual: &Tensor, x: &Tensor, gate: &Tensor) -> Result<Tensor>
 pub fn channel_rms_norm(x: &Tensor, gamma: &Tensor) -> Result<Tensor> {
     if is_fast(&[x, gamma]) && x.rank() == 4 && gamma.dims() == [x.dim(1)?] {
         return rows::channel_rms_norm(x, gamma, false);
+    }
+    if let Some(y) = cuda::channel_rms_norm(x, gamma, false)? {
+        return Ok(y);
     }
     let channels = x.dim(1)?;
     #[expect(clippy::cast_precision_loss, reason = "a number of channels is small")]
@@ -89,6 +125,9 @@ pub fn channel_rms_norm(x: &Tensor, gamma: &Tensor) -> Result<Tensor> {
 pub fn channel_rms_norm_silu(x: &Tensor, gamma: &Tensor) -> Result<Tensor> {
     if is_fast(&[x, gamma]) && x.rank() == 4 && gamma.dims() == [x.dim(1)?] {
         return rows::channel_rms_norm(x, gamma, true);
+    }
+    if let Some(y) = cuda::channel_rms_norm(x, gamma, true)? {
+        return Ok(y);
     }
     channel_rms_norm(x, gamma)?.silu()
 }

@@ -5,6 +5,7 @@ use pulp::{NullaryFnOnce, as_arrays, as_arrays_mut};
 
 use super::{
     cpu::{Floats, is_fast},
+    cuda,
     simd::{
         Arch, hugepage,
         tiles::{Grid, par_tiles},
@@ -27,6 +28,9 @@ pub fn rotate_pairs(x: &Tensor, cos: &Tensor, sin: &Tensor) -> Result<Tensor> {
     if is_fast(&[x, cos, sin]) {
         return rotate(x, cos, sin, |turn| Arch::new().dispatch(Pairs(turn)));
     }
+    if let Some(y) = cuda::rotate(x, [cos, sin], false)? {
+        return Ok(y);
+    }
     let pairs = x.reshape((b, n, h, half, 2))?; // (b, n, h, d / 2, pair)
     let (even, odd) = (pairs.narrow(4, 0, 1)?.squeeze(4)?, pairs.narrow(4, 1, 1)?.squeeze(4)?);
     let (cos, sin) = (cos.reshape((1, n, 1, half))?, sin.reshape((1, n, 1, half))?);
@@ -47,6 +51,9 @@ pub fn rotate_halves(x: &Tensor, cos: &Tensor, sin: &Tensor) -> Result<Tensor> {
     let half = check(x, cos, sin)?;
     if is_fast(&[x, cos, sin]) {
         return rotate(x, cos, sin, |turn| Arch::new().dispatch(Halves(turn)));
+    }
+    if let Some(y) = cuda::rotate(x, [cos, sin], true)? {
+        return Ok(y);
     }
     let (first, second) = (x.narrow(3, 0, half)?, x.narrow(3, half, half)?);
     let (cos, sin) = (cos.reshape((1, n, 1, half))?, sin.reshape((1, n, 1, half))?);

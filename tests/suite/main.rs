@@ -11,6 +11,8 @@ mod cli;
 mod common;
 mod containers;
 mod convert;
+#[cfg(any(feature = "cuda", feature = "cuda-emulation"))]
+mod cuda;
 mod diffusion;
 mod engine;
 mod eval;

@@ -147,6 +147,15 @@ impl Transformer {
         Ok(model)
     }
 
+    /// The same model with its blocks repeated in turn up to `layers`: what a deep model takes can be
+    /// measured with the weights of a shallow one.
+    #[must_use]
+    pub fn repeated(self, layers: usize) -> Self {
+        let blocks = self.blocks.iter().cycle().take(layers).cloned().collect();
+        let config = Config { layers, ..self.config };
+        Self { blocks, config, ..self }
+    }
+
     /// The model's dimensions.
     #[must_use]
     pub fn config(&self) -> &Config {

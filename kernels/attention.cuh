@@ -1,0 +1,369 @@
+// The core of all attention kernels: an online softmax over tiles of keys, on tensor cores.
+//
+// Computes  out[i] = sum_j softmax_j(query[i] . key[j] * scale) value[j]  over the keys that query i sees.
+// Queries, keys and values come from up to two streams (text and picture) that are never
+// concatenated: rows of stream 0 come before those of stream 1. Queries may be normalised and
+// rotated on their way in (`Prepare`).
+//
+// Rows of a tile are pairs (token, head within its group), so that the query heads that share a
+// key head are computed together: row r is token r / group, head r % group.
+//
+// A block of WARPS warps owns WARPS * ROW_TILES * 16 rows, keeps them in shared memory, and walks
+// over tiles of KEYS keys. While scores are computed from one tile of keys, its values arrive, and
+// while these are summed, the next keys do. Scores, sums and the output stay in registers, in
+// float32; the weights are rounded to bf16 for the second product. Scores are never stored and
+// every offset has 64 bits.
+//
+// Tried: WARPS 4, ROW_TILES 2, KEYS 64 reads half as much shared memory for each product as
+// ROW_TILES 1 does and fits 255 registers. Not timed yet: no GPU was at hand.
+#pragma once
+#include "device.cuh"
+#include "rotary.cuh"
+
+struct AttentionStream {
+  const bf16* query;     // [b][query_rows][heads][D], tokens `query_stride` elements apart
+  const bf16* key;       // [b][key_rows][key_heads][D]
+  const bf16* value;     // [b][key_rows][key_heads][D]
+  bf16* out;             // [b][query_rows][heads][D], without gaps
+  int64_t query_rows, query_stride, query_batch;
+  int64_t key_rows, key_stride, key_batch;
+  int64_t value_stride, value_batch;
+  Preparation prepare;   // of the queries
+};
+
+// What one block of the grid's first axis works on, in tokens of stream 0 (segments).
+struct AttentionPiece {
+  int64_t query_first, query_end, key_first, key_end;
+};
+
+struct AttentionArgs {
+  AttentionStream stream[2];
+  int64_t heads, group;           // query heads; query heads that share a key head
+  const int64_t* lengths;         // keys of stream 0 in each batch entry, or null for all
+  const AttentionPiece* pieces;   // one for each block of the first axis, or null
+  int64_t causal, offset;         // whether token i sees keys 0..=i + offset only
+  int64_t splits;                 // blocks that share the keys of a tile of rows
+  float* partial;                 // [split][b][key head][rows][D] where splits > 1
+  float* partial_stats;           // [split][b][key head][rows][maximum, sum]
+  double scale;                   // positive
+};
+
+// Rows of D numbers in shared memory, in chunks of 16 bytes whose places are mixed so that eight
+// rows of a matrix lie in different banks.
+template <int D>
+struct SharedRows {
+  static constexpr int CHUNKS = D / 8;
+  static constexpr int STRIDE = CHUNKS <= 8 ? 8 : 16;
+  static constexpr int ROW_BYTES = 16 * STRIDE;
+  DEVICE static unsigned char* at(unsigned char* rows, int row, int chunk) {
+    return rows + 16 * (row * STRIDE + (chunk ^ (row & 7)));
+  }
+};
+
+template <int D, int WARPS, int ROW_TILES, int KEYS>
+struct AttentionTile {
+  static constexpr int THREADS = 32 * WARPS;
+  static constexpr int ROWS = 16 * WARPS * ROW_TILES;
+  static constexpr int SHARED_BYTES = (ROWS + 2 * KEYS) * SharedRows<D>::ROW_BYTES;
+};
+
+// Which rows and keys a block owns.
+struct AttentionWork {
+  int stream;
+  int64_t row_first, row_end;  // rows are pairs of token and head
+  int key_first, key_end;      // tokens are fewer than 2^31; what is addressed with them is not
+  int64_t split;
+};
+
+template <int ROWS, int KEYS>
+DEVICE AttentionWork attention_work(const AttentionArgs& args) {
+  AttentionWork work;
+  const int64_t length =
+      args.lengths ? args.lengths[block_z()] : args.stream[0].key_rows;
+  work.key_first = 0;
+  work.key_end = int(length + args.stream[1].key_rows);
+  work.split = block_x() % args.splits;
+  int64_t tile = block_x() / args.splits;
+  if (args.pieces) {
+    const AttentionPiece piece = args.pieces[block_x()];
+    work.stream = 0;
+    work.row_first = piece.query_first * args.group;
+    work.row_end = piece.query_end * args.group;
+    work.key_first = int(piece.key_first);
+    work.key_end = int(piece.key_end);
+    return work;
+  }
+  // Tiles that see the most keys start first.
+  if (args.causal) tile = grid_x() / args.splits - 1 - tile;
+  const int64_t rows_0 = args.stream[0].query_rows * args.group;
+  const int64_t tiles_0 = (rows_0 + ROWS - 1) / ROWS;
+  work.stream = tile < tiles_0 ? 0 : 1;
+  const int64_t rows = work.stream == 0 ? rows_0 : args.stream[1].query_rows * args.group;
+  work.row_first = (work.stream == 0 ? tile : tile - tiles_0) * ROWS;
+  work.row_end = min64(work.row_first + ROWS, rows);
+  if (args.causal) {
+    const int64_t last = (work.row_end - 1) / args.group;
+    work.key_end = int(min64(work.key_end, last + args.offset + 1));
+  }
+  if (args.splits > 1) {
+    const int64_t tiles = (work.key_end + KEYS - 1) / KEYS;
+    const int64_t each = (tiles + args.splits - 1) / args.splits * KEYS;
+    work.key_first = int(min64(work.split * each, work.key_end));
+    work.key_end = int(min64(work.key_first + each, work.key_end));
+  }
+  return work;
+}
+
+// Brings keys or values `start..start + KEYS` of one head to shared memory, zeros after `end`.
+template <int D, int KEYS, int THREADS>
+DEVICE void load_key_rows(unsigned char* to, const bf16* first, int first_stride,
+                          const bf16* second, int second_stride, int split, int start, int end) {
+  constexpr int CHUNKS = SharedRows<D>::CHUNKS;
+  for (int i = thread_index(); i < KEYS * CHUNKS; i += THREADS) {
+    const int row = i / CHUNKS, chunk = i % CHUNKS;
+    const bool there = start + row < end;
+    const int key = there ? start + row : end - 1;
+    const bf16* from = key < split ? first + int64_t(key) * first_stride
+                                   : second + int64_t(key - split) * second_stride;
+    copy_async(SharedRows<D>::at(to, row, chunk), from + 8 * chunk, there);
+  }
+}
+
+template <int D, int WARPS, int ROW_TILES, int KEYS, bool PREPARE>
+DEVICE void attention_block(const AttentionArgs& args) {
+  using Tile = AttentionTile<D, WARPS, ROW_TILES, KEYS>;
+  using Shared = SharedRows<D>;
+  constexpr int ROWS = Tile::ROWS, THREADS = Tile::THREADS;
+  unsigned char* query_rows = shared_memory();
+  unsigned char* key_rows = query_rows + ROWS * Shared::ROW_BYTES;
+  unsigned char* value_rows = key_rows + KEYS * Shared::ROW_BYTES;
+
+  const AttentionWork work = attention_work<ROWS, KEYS>(args);
+  const AttentionStream& own = args.stream[work.stream];
+  const AttentionStream &text = args.stream[0], &image = args.stream[1];
+  const int64_t batch = block_z(), key_head = block_y();
+  // Joint attention has neither groups nor a causal mask, nor shares of keys.
+  const int64_t group = PREPARE ? 1 : args.group;
+  const bool causal = !PREPARE && args.causal;
+  const int split_at = int(args.lengths ? args.lengths[batch] : text.key_rows);
+  const int64_t head_at = key_head * D;
+  const bf16* text_keys = text.key + batch * text.key_batch + head_at;
+  const bf16* image_keys = image.key + batch * image.key_batch + head_at;
+  const bf16* text_values = text.value + batch * text.value_batch + head_at;
+  const bf16* image_values = image.value + batch * image.value_batch + head_at;
+  auto load_keys = [&](int start) {
+    load_key_rows<D, KEYS, THREADS>(key_rows, text_keys, int(text.key_stride), image_keys,
+                                    int(image.key_stride), split_at, start, work.key_end);
+    copy_commit();
+  };
+  auto load_values = [&](int start) {
+    load_key_rows<D, KEYS, THREADS>(value_rows, text_values, int(text.value_stride), image_values,
+                                    int(image.value_stride), split_at, start, work.key_end);
+    copy_commit();
+  };
+  if (work.key_first < work.key_end) load_keys(work.key_first);
+
+  // The queries, prepared while the first keys arrive. D / 8 neighbouring lanes share a row.
+  for (int i = thread_index(); i < ROWS * Shared::CHUNKS; i += THREADS) {
+    const int row = i / Shared::CHUNKS, chunk = i % Shared::CHUNKS;
+    const int64_t r = work.row_first + row;
+    const bool there = r < work.row_end;
+    const int64_t token = (there ? r : work.row_first) / group;
+    const int64_t head = key_head * group + (there ? r : work.row_first) % group;
+    Words words = load_words(own.query + batch * own.query_batch + token * own.query_stride +
+                             head * D + 8 * chunk);
+    if constexpr (PREPARE) words = prepared_chunk<D>(words, own.prepare, token, chunk);
+    if (!there) words = {{0, 0, 0, 0}};
+    store_words(Shared::at(query_rows, row, chunk), words);
+  }
+
+  const int row_of_warp = warp() * ROW_TILES * 16;
+  const float factor = float(args.scale * 1.4426950408889634);  // exp(x) = exp2(x / ln 2)
+  float out[ROW_TILES][D / 8][4], maximum[ROW_TILES][2], sum[ROW_TILES][2];
+  UNROLL
+  for (int m = 0; m < ROW_TILES; ++m) {
+    UNROLL
+    for (int n = 0; n < D / 8; ++n) {
+      UNROLL
+      for (int part = 0; part < 4; ++part) out[m][n][part] = 0.0f;
+    }
+    maximum[m][0] = maximum[m][1] = -INFINITY;
+    sum[m][0] = sum[m][1] = 0.0f;
+  }
+
+  for (int start = work.key_first; start < work.key_end; start += KEYS) {
+    copy_wait<0>();
+    block_barrier();  // the keys are there, and nobody reads the last values any more
+    load_values(start);
+
+    float scores[ROW_TILES][KEYS / 8][4];
+    UNROLL
+    for (int m = 0; m < ROW_TILES; ++m) {
+      UNROLL
+      for (int n = 0; n < KEYS / 8; ++n) {
+        UNROLL
+        for (int part = 0; part < 4; ++part) scores[m][n][part] = 0.0f;
+      }
+    }
+    UNROLL
+    for (int k = 0; k < D / 16; ++k) {
+      uint32_t a[ROW_TILES][4];
+      UNROLL
+      for (int m = 0; m < ROW_TILES; ++m) {
+        const int row = row_of_warp + 16 * m + (lane() & 15);
+        load_matrices(a[m], Shared::at(query_rows, row, 2 * k + (lane() >> 4)));
+      }
+      UNROLL
+      for (int n = 0; n < KEYS / 16; ++n) {
+        uint32_t b[4];
+        const int row = 16 * n + (lane() & 7) + 8 * (lane() >> 4);
+        load_matrices(b, Shared::at(key_rows, row, 2 * k + ((lane() >> 3) & 1)));
+        UNROLL
+        for (int m = 0; m < ROW_TILES; ++m) {
+          multiply_add(scores[m][2 * n], a[m], b[0], b[1]);
+          multiply_add(scores[m][2 * n + 1], a[m], b[2], b[3]);
+        }
+      }
+    }
+
+    // Keys that are not seen.
+    const int64_t first_token = (work.row_first + row_of_warp) / group;
+    if (start + KEYS > work.key_end || (causal && start + KEYS > first_token + args.offset + 1)) {
+      UNROLL
+      for (int m = 0; m < ROW_TILES; ++m) {
+        UNROLL
+        for (int half = 0; half < 2; ++half) {
+          const int64_t r = work.row_first + row_of_warp + 16 * m + 8 * half + (lane() >> 2);
+          int seen = work.key_end;
+          if (causal) seen = int(min64(seen, r / group + args.offset + 1));
+          UNROLL
+          for (int n = 0; n < KEYS / 8; ++n) {
+            UNROLL
+            for (int part = 0; part < 2; ++part) {
+              if (start + 8 * n + 2 * (lane() & 3) + part >= seen) {
+                scores[m][n][2 * half + part] = -INFINITY;
+              }
+            }
+          }
+        }
+      }
+    }
+
+    UNROLL
+    for (int m = 0; m < ROW_TILES; ++m) {
+      UNROLL
+      for (int half = 0; half < 2; ++half) {
+        float largest = -INFINITY;
+        UNROLL
+        for (int n = 0; n < KEYS / 8; ++n) {
+          largest = fmaxf(largest, fmaxf(scores[m][n][2 * half], scores[m][n][2 * half + 1]));
+        }
+        largest = fmaxf(maximum[m][half], max_lanes(largest, 4));
+        // A row that sees nothing yet has minus infinity, which must not be subtracted from itself.
+        const float base = largest == -INFINITY ? 0.0f : largest * factor;
+        const float keep = exp2_fast(maximum[m][half] * factor - base);
+        maximum[m][half] = largest;
+        float added = 0.0f;
+        UNROLL
+        for (int n = 0; n < KEYS / 8; ++n) {
+          UNROLL
+          for (int part = 2 * half; part < 2 * half + 2; ++part) {
+            scores[m][n][part] = exp2_fast(scores[m][n][part] * factor - base);
+            added += scores[m][n][part];
+          }
+        }
+        sum[m][half] = sum[m][half] * keep + added;
+        UNROLL
+        for (int n = 0; n < D / 8; ++n) {
+          out[m][n][2 * half] *= keep;
+          out[m][n][2 * half + 1] *= keep;
+        }
+      }
+    }
+
+    copy_wait<0>();
+    block_barrier();  // the values are there, and nobody reads these keys any more
+    if (start + KEYS < work.key_end) load_keys(start + KEYS);
+
+    UNROLL
+    for (int k = 0; k < KEYS / 16; ++k) {
+      uint32_t a[ROW_TILES][4];
+      UNROLL
+      for (int m = 0; m < ROW_TILES; ++m) {
+        const float(&left)[4] = scores[m][2 * k];
+        const float(&right)[4] = scores[m][2 * k + 1];
+        a[m][0] = pack_bf16(left[0], left[1]);
+        a[m][1] = pack_bf16(left[2], left[3]);
+        a[m][2] = pack_bf16(right[0], right[1]);
+        a[m][3] = pack_bf16(right[2], right[3]);
+      }
+      UNROLL
+      for (int n = 0; n < D / 16; ++n) {
+        uint32_t b[4];
+        const int row = 16 * k + (lane() & 15);
+        load_matrices_transposed(b, Shared::at(value_rows, row, 2 * n + (lane() >> 4)));
+        UNROLL
+        for (int m = 0; m < ROW_TILES; ++m) {
+          multiply_add(out[m][2 * n], a[m], b[0], b[1]);
+          multiply_add(out[m][2 * n + 1], a[m], b[2], b[3]);
+        }
+      }
+    }
+  }
+
+  UNROLL
+  for (int m = 0; m < ROW_TILES; ++m) {
+    UNROLL
+    for (int half = 0; half < 2; ++half) sum[m][half] = sum_lanes(sum[m][half], 4);
+  }
+  if (!PREPARE && args.splits > 1) {
+    const int64_t rows = own.query_rows * group;
+    const int64_t key_heads = args.heads / group;
+    // Numbers of the batch entries are those of the grid's third axis.
+    const int64_t entry = (work.split * grid_z() + batch) * key_heads + key_head;
+    UNROLL
+    for (int m = 0; m < ROW_TILES; ++m) {
+      UNROLL
+      for (int half = 0; half < 2; ++half) {
+        const int64_t r = work.row_first + row_of_warp + 16 * m + 8 * half + (lane() >> 2);
+        if (r >= work.row_end) continue;
+        float* to = args.partial + (entry * rows + r) * D;
+        UNROLL
+        for (int n = 0; n < D / 8; ++n) {
+          to[8 * n + 2 * (lane() & 3)] = out[m][n][2 * half];
+          to[8 * n + 2 * (lane() & 3) + 1] = out[m][n][2 * half + 1];
+        }
+        if ((lane() & 3) == 0) {
+          args.partial_stats[2 * (entry * rows + r)] = maximum[m][half];
+          args.partial_stats[2 * (entry * rows + r) + 1] = sum[m][half];
+        }
+      }
+    }
+    return;
+  }
+  // The queries' place takes the output, so that it is written in whole lines; a warp needs its own
+  // rows only. Without keys, others may still write queries there.
+  block_barrier();
+  UNROLL
+  for (int m = 0; m < ROW_TILES; ++m) {
+    UNROLL
+    for (int half = 0; half < 2; ++half) {
+      const float share = sum[m][half] == 0.0f ? 0.0f : 1.0f / sum[m][half];
+      const int row = row_of_warp + 16 * m + 8 * half + (lane() >> 2);
+      UNROLL
+      for (int n = 0; n < D / 8; ++n) {
+        const uint32_t pair = pack_bf16(out[m][n][2 * half] * share, out[m][n][2 * half + 1] * share);
+        *reinterpret_cast<uint32_t*>(Shared::at(query_rows, row, n) + 4 * (lane() & 3)) = pair;
+      }
+    }
+  }
+  warp_barrier();
+  for (int i = lane(); i < 16 * ROW_TILES * Shared::CHUNKS; i += 32) {
+    const int row = row_of_warp + i / Shared::CHUNKS, chunk = i % Shared::CHUNKS;
+    const int64_t r = work.row_first + row;
+    if (r >= work.row_end) continue;
+    const int64_t token = r / group, head = key_head * group + r % group;
+    bf16* to = own.out + ((batch * own.query_rows + token) * args.heads + head) * D + 8 * chunk;
+    store_words(to, load_words(Shared::at(query_rows, row, chunk)));
+  }
+}

@@ -1,0 +1,362 @@
+// Runs kernels without a GPU. The threads of a block are fibers of one thread of the processor: each
+// runs until it must wait for others, at a barrier or at an operation of a whole warp, which then
+// exchanges data as the PTX manual lays it out. What a GPU would punish now and then is punished here
+// every time: shared memory starts as NaN, asynchronous copies arrive at the last moment, lanes that
+// part ways or never meet are errors, and the order of the fibers can be varied to uncover races.
+#include "../device.cuh"
+
+#include <sched.h>
+#include <stdio.h>
+#include <stdlib.h>
+
+#include <vector>
+
+#ifndef __x86_64__
+#include <ucontext.h>
+#endif
+
+namespace emulation {
+
+constexpr size_t STACK_BYTES = 128 << 10;
+constexpr int THREADS_MAX = 1024;
+
+thread_local Place place;
+
+static const Kernel*& kernels() {
+  static const Kernel* first = nullptr;
+  return first;
+}
+
+Kernel::Kernel(const char* name, uint64_t argument_bytes, int threads_max, void (*run)(const void*))
+    : name(name), argument_bytes(argument_bytes), threads_max(threads_max), run(run), next(kernels()) {
+  kernels() = this;
+}
+
+// Switching between stacks.
+#ifdef __x86_64__
+struct Context {
+  void* stack_pointer;
+};
+extern "C" void pentimento_switch(void** save, void* load);
+asm(R"(
+.text
+.p2align 4
+pentimento_switch:
+  pushq %rbp
+  pushq %rbx
+  pushq %r12
+  pushq %r13
+  pushq %r14
+  pushq %r15
+  movq %rsp, (%rdi)
+  movq %rsi, %rsp
+  popq %r15
+  popq %r14
+  popq %r13
+  popq %r12
+  popq %rbx
+  popq %rbp
+  ret
+)");
+static void switch_to(Context& from, Context& to) {
+  pentimento_switch(&from.stack_pointer, to.stack_pointer);
+}
+static void prepare(Context& context, unsigned char* stack, void (*entry)()) {
+  // As after a call of `entry`: the stack is 8 bytes off a multiple of 16.
+  void** top = reinterpret_cast<void**>(stack + STACK_BYTES - 64);
+  *--top = nullptr;
+  *--top = reinterpret_cast<void*>(entry);
+  for (int i = 0; i < 6; ++i) *--top = nullptr;
+  context.stack_pointer = top;
+}
+#else
+struct Context {
+  ucontext_t context;
+};
+static void switch_to(Context& from, Context& to) { swapcontext(&from.context, &to.context); }
+static void prepare(Context& context, unsigned char* stack, void (*entry)()) {
+  getcontext(&context.context);
+  context.context.uc_stack.ss_sp = stack;
+  context.context.uc_stack.ss_size = STACK_BYTES;
+  context.context.uc_link = nullptr;
+  makecontext(&context.context, entry, 0);
+}
+#endif
+
+struct Copy {
+  void* to;
+  const void* from;
+  bool there;
+};
+
+struct Fiber {
+  Context context;
+  bool done;
+  std::vector<std::vector<Copy>> groups;  // committed, oldest first
+  std::vector<Copy> open;
+};
+
+struct Warp {
+  const char* operation;
+  void* operands[32];
+  int arrived;
+};
+
+struct Scheduler {
+  Context home;
+  unsigned char* stacks = nullptr;
+  std::vector<Fiber> fibers;
+  Warp warps[THREADS_MAX / 32];
+  std::vector<int> ready;
+  size_t next_ready;
+  int at_barrier;
+  int order;
+  uint32_t random;
+  const Kernel* kernel;
+  const void* args;
+  char error[256];
+};
+
+static thread_local Scheduler scheduler;
+
+static void go_home() { switch_to(scheduler.fibers[place.thread].context, scheduler.home); }
+
+void fail(const char* why) {
+  snprintf(scheduler.error, sizeof scheduler.error, "kernel %s, block (%lld, %lld, %lld), thread %d: %s",
+           scheduler.kernel->name, (long long)place.block[0], (long long)place.block[1],
+           (long long)place.block[2], place.thread, why);
+  go_home();
+  abort();  // a fiber that failed is never run again
+}
+
+void together(const char* operation, void* operands, void (*exchange)(void* const* lanes)) {
+  Warp& warp = scheduler.warps[place.thread / 32];
+  if (warp.arrived > 0 && strcmp(warp.operation, operation) != 0) {
+    char why[160];
+    snprintf(why, sizeof why, "is at %s while other lanes of its warp are at %s", operation,
+             warp.operation);
+    fail(why);
+  }
+  warp.operation = operation;
+  warp.operands[place.thread % 32] = operands;
+  if (++warp.arrived < 32) return go_home();
+  warp.arrived = 0;
+  if (exchange) exchange(warp.operands);
+  const int first = place.thread / 32 * 32;
+  for (int i = 0; i < 32; ++i) {
+    if (first + i != place.thread) scheduler.ready.push_back(first + i);
+  }
+}
+
+void wait_for_block() {
+  if (++scheduler.at_barrier < place.threads) return go_home();
+  scheduler.at_barrier = 0;
+  for (int i = 0; i < place.threads; ++i) {
+    if (i != place.thread) scheduler.ready.push_back(i);
+  }
+}
+
+void copy_later(void* to, const void* from, bool there) {
+  if (reinterpret_cast<uintptr_t>(to) % 16 || (there && reinterpret_cast<uintptr_t>(from) % 16)) {
+    fail("an asynchronous copy of 16 bytes is not aligned");
+  }
+  memset(to, 0xff, 16);
+  scheduler.fibers[place.thread].open.push_back({to, from, there});
+}
+
+void commit_copies() {
+  Fiber& fiber = scheduler.fibers[place.thread];
+  fiber.groups.push_back(std::move(fiber.open));
+  fiber.open.clear();
+}
+
+void finish_copies(int pending) {
+  auto& groups = scheduler.fibers[place.thread].groups;
+  while (groups.size() > size_t(pending)) {
+    for (const Copy& copy : groups.front()) {
+      if (copy.there) {
+        memcpy(copy.to, copy.from, 16);
+      } else {
+        memset(copy.to, 0, 16);
+      }
+    }
+    groups.erase(groups.begin());
+  }
+}
+
+static uint16_t element(const void* row, int column) {
+  uint16_t bits;
+  memcpy(&bits, static_cast<const unsigned char*>(row) + 2 * column, 2);
+  return bits;
+}
+
+template <bool transposed>
+static void load_any(void* const* lanes) {
+  const void* rows[32];
+  for (int i = 0; i < 32; ++i) {
+    rows[i] = static_cast<LoadMatrices*>(lanes[i])->row;
+    if (reinterpret_cast<uintptr_t>(rows[i]) % 16) fail("a matrix row is not aligned to 16 bytes");
+  }
+  // The eight rows of a matrix are read at once where they lie in different banks.
+  for (int matrix = 0; matrix < 4; ++matrix) {
+    int banks = 0;
+    for (int i = 0; i < 8; ++i) {
+      banks |= 1 << (reinterpret_cast<uintptr_t>(rows[8 * matrix + i]) / 16 % 8);
+    }
+    if (banks != 0xff) fail("rows of a matrix share a bank");
+  }
+  for (int i = 0; i < 32; ++i) {
+    for (int matrix = 0; matrix < 4; ++matrix) {
+      uint32_t pair = 0;
+      for (int half = 0; half < 2; ++half) {
+        const int row = transposed ? 2 * (i % 4) + half : i / 4;
+        const int column = transposed ? i / 4 : 2 * (i % 4) + half;
+        pair |= uint32_t(element(rows[8 * matrix + row], column)) << (16 * half);
+      }
+      static_cast<LoadMatrices*>(lanes[i])->to[matrix] = pair;
+    }
+  }
+}
+
+void load_matrices(void* const* lanes) { load_any<false>(lanes); }
+void load_matrices_transposed(void* const* lanes) { load_any<true>(lanes); }
+
+void multiply_add(void* const* lanes) {
+  float a[16][16], b[8][16];  // b: [column][row]
+  for (int i = 0; i < 32; ++i) {
+    const auto& operands = *static_cast<MultiplyAdd*>(lanes[i]);
+    const int group = i / 4, pair = 2 * (i % 4);
+    for (int half = 0; half < 2; ++half) {
+      auto value = [half](uint32_t word) { return half ? high_float(word) : low_float(word); };
+      for (int part = 0; part < 4; ++part) {
+        a[group + 8 * (part % 2)][pair + half + 8 * (part / 2)] = value(operands.a[part]);
+      }
+      for (int part = 0; part < 2; ++part) b[group][pair + half + 8 * part] = value(operands.b[part]);
+    }
+  }
+  for (int i = 0; i < 32; ++i) {
+    auto& operands = *static_cast<MultiplyAdd*>(lanes[i]);
+    for (int part = 0; part < 4; ++part) {
+      const float* row = a[i / 4 + 8 * (part / 2)];
+      const float* column = b[2 * (i % 4) + part % 2];
+      float sum = operands.d[part];
+      for (int k = 0; k < 16; ++k) sum += row[k] * column[k];
+      operands.d[part] = sum;
+    }
+  }
+}
+
+void shuffle(void* const* lanes) {
+  for (int i = 0; i < 32; ++i) {
+    auto& operands = *static_cast<Shuffle*>(lanes[i]);
+    operands.result = static_cast<Shuffle*>(lanes[operands.from])->value;
+  }
+}
+
+static void run_fiber() {
+  scheduler.kernel->run(scheduler.args);
+  scheduler.fibers[place.thread].done = true;
+  go_home();
+  abort();  // a fiber that is done is never run again
+}
+
+static int take_ready() {
+  auto& ready = scheduler.ready;
+  size_t at = 0;
+  if (scheduler.order == 0) {  // first come, first served; the front is given back now and then
+    const int thread = ready[scheduler.next_ready++];
+    if (scheduler.next_ready > 4096) {
+      ready.erase(ready.begin(), ready.begin() + long(scheduler.next_ready));
+      scheduler.next_ready = 0;
+    }
+    return thread;
+  }
+  at = ready.size() - 1;
+  if (scheduler.order > 1) {
+    scheduler.random = scheduler.random * 1664525u + 1013904223u;
+    at = scheduler.random % ready.size();
+  }
+  const int thread = ready[at];
+  ready[at] = ready.back();
+  ready.pop_back();
+  return thread;
+}
+
+static bool run_block(int threads) {
+  scheduler.at_barrier = 0;
+  scheduler.ready.clear();
+  scheduler.next_ready = 0;
+  for (Warp& warp : scheduler.warps) warp.arrived = 0;
+  for (int i = 0; i < threads; ++i) {
+    Fiber& fiber = scheduler.fibers[i];
+    fiber.done = false;
+    fiber.groups.clear();
+    fiber.open.clear();
+    prepare(fiber.context, scheduler.stacks + size_t(i) * STACK_BYTES, run_fiber);
+    scheduler.ready.push_back(i);
+  }
+  while (scheduler.ready.size() > scheduler.next_ready) {
+    place.thread = take_ready();
+    switch_to(scheduler.home, scheduler.fibers[place.thread].context);
+    if (scheduler.error[0]) return false;
+  }
+  for (int i = 0; i < threads; ++i) {
+    if (!scheduler.fibers[i].done) {
+      place.thread = i;
+      snprintf(scheduler.error, sizeof scheduler.error,
+               "kernel %s: thread %d waits for threads that never come", scheduler.kernel->name, i);
+      return false;
+    }
+  }
+  return true;
+}
+
+}  // namespace emulation
+
+// The kernels make themselves known, so they belong to this unit: a linker takes what is asked for.
+#include "../kernels.cu"
+
+// Runs kernel `name` on all blocks of the grid. `order` is the order of the fibers: 0 first come,
+// first served; 1 last come, first served; others, seeds of random orders. Returns null, or what went
+// wrong, which stays valid until this thread's next launch.
+extern "C" const char* pentimento_emulate(const char* name, const int64_t grid[3], int64_t threads,
+                                          uint64_t shared_bytes, const void* args,
+                                          uint64_t argument_bytes, uint32_t order) {
+  using namespace emulation;
+  scheduler.error[0] = 0;
+  const Kernel* kernel = kernels();
+  while (kernel && strcmp(kernel->name, name) != 0) kernel = kernel->next;
+  const char* fault = !kernel                                  ? "there is no such kernel"
+                      : kernel->argument_bytes != argument_bytes ? "its arguments have another size"
+                      : threads < 1 || threads > kernel->threads_max || threads % 32
+                          ? "it does not run with so many threads"
+                          : nullptr;
+  if (fault) {
+    snprintf(scheduler.error, sizeof scheduler.error, "kernel %s: %s", name, fault);
+    return scheduler.error;
+  }
+  if (!scheduler.stacks) {
+    scheduler.stacks = static_cast<unsigned char*>(malloc(STACK_BYTES * THREADS_MAX));
+    scheduler.fibers.resize(THREADS_MAX);
+  }
+  std::vector<unsigned char> shared(shared_bytes + 128);
+  scheduler.kernel = kernel;
+  scheduler.args = args;
+  scheduler.order = int(order);
+  scheduler.random = order;
+  place.threads = int(threads);
+  place.shared = shared.data() + (128 - reinterpret_cast<uintptr_t>(shared.data()) % 128);
+  for (int i = 0; i < 3; ++i) place.grid[i] = grid[i];
+  for (int64_t z = 0; z < grid[2]; ++z) {
+    for (int64_t y = 0; y < grid[1]; ++y) {
+      for (int64_t x = 0; x < grid[0]; ++x) {
+        place.block[0] = x;
+        place.block[1] = y;
+        place.block[2] = z;
+        memset(shared.data(), 0xff, shared.size());
+        if (!run_block(int(threads))) return scheduler.error;
+      }
+    }
+  }
+  return nullptr;
+}

@@ -1,0 +1,7 @@
+// All kernels, as one unit of compilation.
+#include "attention.cu"
+#include "conv.cu"
+#include "elementwise.cu"
+#include "joint_attention.cu"
+#include "linear.cu"
+#include "rows.cu"

@@ -1,0 +1,131 @@
+// Products of bf16 rows with weights as they are stored:  y[row][out] = sum_k x[row][k] w[out][k] + bias[out].
+// Weights are widened in registers; activations stay bf16, since blocks of 8-bit activations with half
+// scales overflow on outliers. Sums are float32, rounded once.
+//
+// linear_few_F: up to 8 rows. A warp owns one output; its lanes share the depth, eight numbers each.
+//   Bound by reading the weights. Grid: (outs / 8, 1, 1); 256 threads.
+// linear_many_F: tiles of 128 rows by 128 outputs, see product.cuh; a tile of weights is widened to
+//   bf16 in shared memory. Grid: (row tiles, out tiles, 1); 256 threads.
+// F: q8_0, q4_k, q5_k, q6_k, f8_e4m3 (with one scale for the matrix), bf16.
+#include "product.cuh"
+#include "quantized.cuh"
+
+struct LinearArgs {
+  const bf16* x;          // [rows][depth]
+  const uint8_t* weight;  // [outs] rows of depth / NUMBERS blocks
+  const bf16* bias;       // [outs], or null
+  bf16* y;                // [rows][outs]
+  int64_t rows, depth, outs;  // depth: a multiple of 8
+  double scale;           // of the weights; 1 but for fp8
+};
+
+template <class Format>
+DEVICE void linear_few(const LinearArgs& args) {
+  constexpr int ROWS = 8;
+  const int64_t out = block_x() * (block_threads() / 32) + warp();
+  if (out >= args.outs) return;
+  const uint8_t* weight = args.weight + out * (args.depth / Format::NUMBERS * Format::BYTES);
+  float sums[ROWS];
+  UNROLL
+  for (int row = 0; row < ROWS; ++row) sums[row] = 0.0f;
+  const int chunks = int(args.depth / 8);
+  for (int chunk = lane(); chunk < chunks; chunk += 32) {
+    float w[8];
+    widen_chunk<Format>(weight, chunk, w);
+    UNROLL
+    for (int row = 0; row < ROWS; ++row) {
+      if (row < args.rows) {
+        const Words x = load_words(args.x + row * args.depth + 8 * chunk);
+        UNROLL
+        for (int i = 0; i < 4; ++i) {
+          sums[row] += low_float(x.at[i]) * w[2 * i];
+          sums[row] += high_float(x.at[i]) * w[2 * i + 1];
+        }
+      }
+    }
+  }
+  const float bias = args.bias ? to_float(args.bias[out]) : 0.0f;
+  UNROLL
+  for (int row = 0; row < ROWS; ++row) {
+    const float sum = sum_lanes(sums[row], 32);
+    if (row < args.rows && lane() == 0) {
+      args.y[row * args.outs + out] = from_float<bf16>(sum * float(args.scale) + bias);
+    }
+  }
+}
+
+// The two operands of a tile, as product.cuh asks for them.
+template <class Format>
+struct LinearOperands {
+  const LinearArgs& args;
+
+  DEVICE int64_t rows() const { return args.rows; }
+  DEVICE int64_t columns() const { return args.outs; }
+  DEVICE int64_t depth() const { return args.depth; }
+
+  DEVICE void copy_rows(unsigned char* to, int64_t first, int k) const {
+    copy_row_tile(to, args.x, args.depth, first, args.rows, k);
+  }
+
+  static constexpr bool COLUMNS_BY_DEPTH = false;  // a column's numbers lie side by side
+  static constexpr int HELD = PRODUCT_COLUMNS * PRODUCT_DEPTH / 8 / PRODUCT_THREADS;
+  struct Held {
+    Words words[HELD];
+  };
+
+  // Widens this thread's share of the next tile while the last one is multiplied.
+  DEVICE void fetch_columns(Held& held, int64_t first, int k) const {
+    const int64_t row_bytes = args.depth / Format::NUMBERS * Format::BYTES;
+    UNROLL
+    for (int i = 0; i < HELD; ++i) {
+      const int at = thread_index() + i * PRODUCT_THREADS;
+      const int column = at / (PRODUCT_DEPTH / 8), chunk = at % (PRODUCT_DEPTH / 8);
+      held.words[i] = {{0, 0, 0, 0}};
+      if (first + column < args.outs && k + 8 * chunk < args.depth) {
+        float w[8];
+        widen_chunk<Format>(args.weight + (first + column) * row_bytes, k / 8 + chunk, w);
+        UNROLL
+        for (int j = 0; j < 4; ++j) held.words[i].at[j] = pack_bf16(w[2 * j], w[2 * j + 1]);
+      }
+    }
+  }
+
+  DEVICE void place_columns(unsigned char* to, const Held& held) const {
+    UNROLL
+    for (int i = 0; i < HELD; ++i) {
+      const int at = thread_index() + i * PRODUCT_THREADS;
+      const int column = at / (PRODUCT_DEPTH / 8), chunk = at % (PRODUCT_DEPTH / 8);
+      store_words(SharedRows<PRODUCT_DEPTH>::at(to, column, chunk), held.words[i]);
+    }
+  }
+
+  DEVICE void store(int64_t row, int64_t column, float first, float second) const {
+    if (row >= args.rows) return;
+    const float scale = float(args.scale);
+    bf16* y = args.y + row * args.outs + column;
+    if (column < args.outs) {
+      y[0] = from_float<bf16>(first * scale + (args.bias ? to_float(args.bias[column]) : 0.0f));
+    }
+    if (column + 1 < args.outs) {
+      y[1] = from_float<bf16>(second * scale + (args.bias ? to_float(args.bias[column + 1]) : 0.0f));
+    }
+  }
+};
+
+template <class Format>
+DEVICE void linear_many(const LinearArgs& args) {
+  product_block(LinearOperands<Format>{args});
+}
+
+KERNEL(linear_few_q8_0, LinearArgs, 256, 1) { linear_few<Q8_0>(args); }
+KERNEL(linear_few_q4_k, LinearArgs, 256, 1) { linear_few<Q4K>(args); }
+KERNEL(linear_few_q5_k, LinearArgs, 256, 1) { linear_few<Q5K>(args); }
+KERNEL(linear_few_q6_k, LinearArgs, 256, 1) { linear_few<Q6K>(args); }
+KERNEL(linear_few_f8_e4m3, LinearArgs, 256, 1) { linear_few<Float8>(args); }
+KERNEL(linear_few_bf16, LinearArgs, 256, 1) { linear_few<Plain>(args); }
+KERNEL(linear_many_q8_0, LinearArgs, 256, 2) { linear_many<Q8_0>(args); }
+KERNEL(linear_many_q4_k, LinearArgs, 256, 2) { linear_many<Q4K>(args); }
+KERNEL(linear_many_q5_k, LinearArgs, 256, 2) { linear_many<Q5K>(args); }
+KERNEL(linear_many_q6_k, LinearArgs, 256, 2) { linear_many<Q6K>(args); }
+KERNEL(linear_many_f8_e4m3, LinearArgs, 256, 2) { linear_many<Float8>(args); }
+KERNEL(linear_many_bf16, LinearArgs, 256, 2) { linear_many<Plain>(args); }

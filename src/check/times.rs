@@ -1,0 +1,298 @@
+//! Times at the published dimensions: single operations, then the transformer with all its layers.
+//!
+//! `benches/peer_gpu.py` times the same operations in PyTorch; names and sizes agree.
+
+use std::{path::Path, time::Instant};
+
+use candle_core::{DType, Device, Tensor, quantized::GgmlDType};
+
+use super::{
+    report::{Finding, Row},
+    weights::{self, Dimensions},
+};
+use crate::{
+    diffusion::{
+        Conditioning, Grid, Transformer,
+        qwen_image::{ModelInput, Outputs},
+    },
+    error::Result,
+    ops::{
+        self, Conv2dShape, JointShape, JointStream, Mask, PackedConv2d, PackedLinear, Padding,
+        cuda::{Format, StoredMatrix},
+    },
+    progress::CancelToken,
+    weights::{ModelFiles, Precision, Storage},
+};
+
+/// A part of the times: the device, a folder for weights, and what sizes are divided by.
+pub(super) type Part = fn(&Device, &Path, usize) -> Vec<Row>;
+
+/// In this order.
+pub(super) const PARTS: &[Part] = &[operations, products, transformer];
+
+/// A 1024 × 1024 picture with one reference, and a long request.
+const IMAGE_TOKENS: usize = 8192;
+const TEXT_TOKENS: usize = 512;
+
+struct Timer<'a> {
+    device: &'a Device,
+    part: &'static str,
+    runs: usize,
+    rows: Vec<Row>,
+}
+
+impl Timer<'_> {
+    /// Times `work`, which does `amount` of `unit` a second at the rate that is reported.
+    fn time(
+        &mut self,
+        name: String,
+        (amount, unit): (f64, &'static str),
+        work: impl Fn() -> Result<()>,
+    ) {
+        let finding = match self.median(&work) {
+            Ok(seconds) => Finding::Timed { seconds, rate: amount / seconds, unit },
+            Err(error) => Finding::Failed(error.to_string()),
+        };
+        self.rows.push(Row { part: self.part, name, finding });
+    }
+
+    fn median(&self, work: &impl Fn() -> Result<()>) -> Result<f64> {
+        work()?;
+        self.device.synchronize()?;
+        let mut seconds = Vec::with_capacity(self.runs);
+        for _ in 0..self.runs {
+            let start = Instant::now();
+            work()?;
+            self.device.synchronize()?;
+            seconds.push(start.elapsed().as_secs_f64());
+        }
+        seconds.sort_by(f64::total_cmp);
+        Ok(seconds.get(seconds.len() >> 1).copied().unwrap_or(f64::NAN))
+    }
+}
+
+#[expect(clippy::cast_precision_loss, reason = "an amount of work")]
+fn amount(factors: &[usize]) -> f64 {
+    factors.iter().map(|factor| *factor as f64).product()
+}
+
+fn random(device: &Device, dims: &[usize]) -> Result<Tensor> {
+    Ok(Tensor::randn(0.0_f32, 1.0, dims, device)?.to_dtype(DType::BF16)?)
+}
+
+/// Rows of what could not even be prepared.
+fn or_failed(part: &'static str, rows: Result<Vec<Row>>) -> Vec<Row> {
+    rows.unwrap_or_else(|error| {
+        let finding = Finding::Failed(error.to_string());
+        vec![Row { part, name: "preparation".to_owned(), finding }]
+    })
+}
+
+fn operations(device: &Device, _scratch: &Path, shrink: usize) -> Vec<Row> {
+    let part = "operations";
+    let mut timer = Timer { device, part, runs: 20, rows: Vec::new() };
+    let done = attentions(&mut timer, shrink).and_then(|()| rows(&mut timer, shrink));
+    or_failed(part, done.map(|()| timer.rows))
+}
+
+fn attentions(timer: &mut Timer<'_>, shrink: usize) -> Result<()> {
+    let device = timer.device;
+    let small = |n: usize| n.div_ceil(shrink);
+    let (heads, d) = (small(24), 128);
+    for (image, batch) in [(IMAGE_TOKENS, 1), (IMAGE_TOKENS, 2), (2 * IMAGE_TOKENS, 1)] {
+        let (image, text) = (small(image), small(TEXT_TOKENS));
+        let rows = |n: usize| random(device, &[batch, n, heads, d]);
+        let ones = Tensor::ones(d, DType::BF16, device)?;
+        let angles = |n: usize| Tensor::ones((n, d >> 1), DType::F32, device);
+        let text_rows = [rows(text)?, rows(text)?, rows(text)?];
+        let image_rows = [rows(image)?, rows(image)?, rows(image)?];
+        let (text_angles, image_angles) = (angles(text)?, angles(image)?);
+        let stream = |[query, key, value]: &'_ [Tensor; 3], angles: &'_ Tensor| -> [Tensor; 4] {
+            [query.clone(), key.clone(), value.clone(), angles.clone()]
+        };
+        let (t, i) = (stream(&text_rows, &text_angles), stream(&image_rows, &image_angles));
+        let shape = JointShape { scale: 0.088, eps: 1e-6, text_lengths: None };
+        let n = text + image;
+        let work = amount(&[4, batch, heads, n, n, d]) / 1e12;
+        timer.time(
+            format!("joint attention, {n} tokens, batch {batch}"),
+            (work, "TFLOP/s"),
+            || {
+                ops::joint_attention(&as_stream(&t, &ones), &as_stream(&i, &ones), shape)?;
+                Ok(())
+            },
+        );
+    }
+    // The language model of 7B: 28 heads over 4.
+    for (n, m) in [(small(1500), small(1500)), (1, small(1500)), (1, small(8000))] {
+        let (q, k) = (random(device, &[1, n, 28, d])?, random(device, &[1, m, 4, d])?);
+        let mask = Mask::Causal { offset: m - n };
+        let work = if n > 1 {
+            (amount(&[2, 28, n, m, d]) / 1e12, "TFLOP/s")
+        } else {
+            (amount(&[2, m, 4, d, 2]) / 1e9, "GB/s")
+        };
+        timer.time(format!("causal attention, {n} of {m} tokens"), work, || {
+            ops::attention(&q, &k, &k, 0.088, mask)?;
+            Ok(())
+        });
+    }
+    Ok(())
+}
+
+fn as_stream<'a>(
+    [query, key, value, angles]: &'a [Tensor; 4],
+    norm: &'a Tensor,
+) -> JointStream<'a> {
+    JointStream {
+        query: Some(query),
+        key,
+        value,
+        norm_query: norm,
+        norm_key: norm,
+        cos: angles,
+        sin: angles,
+    }
+}
+
+fn rows(timer: &mut Timer<'_>, shrink: usize) -> Result<()> {
+    const EPS: f64 = 1e-6;
+    let device = timer.device;
+    let n = IMAGE_TOKENS.div_ceil(shrink);
+    let dim = 3072;
+    let (x, y) = (random(device, &[1, n, dim])?, random(device, &[1, n, dim])?);
+    let wide = random(device, &[1, n, 4 * dim])?;
+    let (gate, shift) = (random(device, &[1, 1, dim])?, random(device, &[1, 1, dim])?);
+    let bytes = |passes: usize| (amount(&[passes, n, dim, 2]) / 1e9, "GB/s");
+    timer.time(format!("modulated norm, {n} rows"), bytes(2), || {
+        ops::modulated_layer_norm(&x, &gate, &shift, EPS)?;
+        Ok(())
+    });
+    timer.time(format!("gated add, {n} rows"), bytes(3), || {
+        ops::gated_add(&x, &y, &gate)?;
+        Ok(())
+    });
+    timer.time(format!("gated add and norm, {n} rows"), bytes(4), || {
+        ops::gated_add_norm(&x, &y, &gate, [&gate, &shift], EPS)?;
+        Ok(())
+    });
+    timer.time(format!("gelu, {n} rows of four times the width"), bytes(8), || {
+        ops::gelu_tanh(&wide)?;
+        Ok(())
+    });
+    let side = 1024_usize.div_ceil(shrink);
+    let picture = random(device, &[1, 96, side, side])?;
+    let weight = random(device, &[96, 96, 3, 3])?;
+    let shape = Conv2dShape { stride: 1, padding: Padding::all(1) };
+    let conv = PackedConv2d::new(&weight, None, shape)?;
+    let work = amount(&[2, side, side, 96, 96, 9]) / 1e12;
+    timer.time(format!("convolution 3 × 3, 96 channels, side {side}"), (work, "TFLOP/s"), || {
+        conv.forward(&picture)?;
+        Ok(())
+    });
+    let gamma = random(device, &[96])?;
+    let work = amount(&[2, side, side, 96, 2]) / 1e9;
+    timer.time(format!("channel norm and silu, 96 channels, side {side}"), (work, "GB/s"), || {
+        ops::channel_rms_norm_silu(&picture, &gamma)?;
+        Ok(())
+    });
+    Ok(())
+}
+
+fn products(device: &Device, _scratch: &Path, shrink: usize) -> Vec<Row> {
+    let part = "products";
+    let mut timer = Timer { device, part, runs: 20, rows: Vec::new() };
+    let done = all_products(&mut timer, shrink);
+    or_failed(part, done.map(|()| timer.rows))
+}
+
+fn all_products(timer: &mut Timer<'_>, shrink: usize) -> Result<()> {
+    let device = timer.device;
+    let small = |n: usize| n.div_ceil(256 * shrink) * 256;
+    for [rows, depth, outs] in [
+        [small(IMAGE_TOKENS), small(3072), small(3072)],
+        [small(IMAGE_TOKENS), small(3072), small(12_288)],
+        [1, small(3584), small(18_944)],
+    ] {
+        let x = random(device, &[rows, depth])?;
+        let weight = random(device, &[outs, depth])?;
+        let size = format!("{rows} rows, {depth} to {outs}");
+        let work = |bytes_a_weight: f64| match rows {
+            1 => (amount(&[depth, outs]) * bytes_a_weight / 1e9, "GB/s"),
+            _ => (amount(&[2, rows, depth, outs]) / 1e12, "TFLOP/s"),
+        };
+        let plain = PackedLinear::new(ops::LinearWeight::Dense(weight.clone()), None)?;
+        timer.time(format!("product bf16 of the library, {size}"), work(2.0), || {
+            plain.forward(&x)?;
+            Ok(())
+        });
+        for (format, dtype, bytes) in [
+            (Format::Q8_0, GgmlDType::Q8_0, 34.0 / 32.0),
+            (Format::Q4K, GgmlDType::Q4K, 144.0 / 256.0),
+        ] {
+            let kept = ops::LinearWeight::quantized(&weight, dtype)?;
+            let layer = PackedLinear::new(kept, None)?;
+            timer.time(format!("product {format:?}, {size}"), work(bytes), || {
+                layer.forward(&x)?;
+                Ok(())
+            });
+        }
+        for (format, bytes) in [(Format::F8E4M3, 1), (Format::Bf16, 2)] {
+            let blocks = Tensor::ones(depth * outs * bytes, DType::U8, device)?;
+            let matrix = StoredMatrix::new(blocks, format, (outs, depth), 1.0)?;
+            timer.time(format!("product {format:?}, {size}"), work(amount(&[bytes])), || {
+                matrix.forward(&x, None)?;
+                Ok(())
+            });
+        }
+    }
+    Ok(())
+}
+
+fn transformer(device: &Device, scratch: &Path, shrink: usize) -> Vec<Row> {
+    let part = "transformer";
+    let mut timer = Timer { device, part, runs: 3, rows: Vec::new() };
+    let dims = Dimensions::new(shrink);
+    let done = weights::write(scratch, dims).map_err(Into::into).and_then(|()| {
+        [Storage::Compute, Storage::Q8_0, Storage::Q4K]
+            .into_iter()
+            .try_for_each(|storage| forward(&mut timer, scratch, (dims, storage), shrink))
+    });
+    or_failed(part, done.map(|()| timer.rows))
+}
+
+/// One forward pass over a 1024 × 1024 picture and its reference. All blocks share the weights of one,
+/// which are too large for a cache, so that times are those of as many blocks.
+fn forward(
+    timer: &mut Timer<'_>,
+    folder: &Path,
+    (dims, storage): (Dimensions, Storage),
+    shrink: usize,
+) -> Result<()> {
+    let device = timer.device;
+    let precision = Precision {
+        device: device.clone(),
+        compute: DType::BF16,
+        storage,
+        ..Precision::reference()
+    };
+    let files = ModelFiles::Folder(folder.to_owned());
+    let model = Transformer::load(&files, &precision)?.repeated(dims.layers);
+    let side = 64_usize.div_ceil(shrink);
+    let grid = Grid { height: side, width: side };
+    let text = TEXT_TOKENS.div_ceil(shrink);
+    let tokens = Tensor::randn(0.0_f32, 1.0, (1, 2 * side * side, dims.latent), device)?;
+    let hidden_states = Tensor::randn(0.0_f32, 1.0, (1, text, dims.conditioning), device)?;
+    let conditioning = Conditioning { hidden_states };
+    let cancel = CancelToken::new();
+    let contexts = model.contexts(&[0.5], &cancel)?;
+    let Some(context) = contexts.first() else { return Ok(()) };
+    let name = format!("{} layers, {} tokens, {storage:?}", dims.layers, 2 * side * side + text);
+    timer.time(name, (1.0, "steps/s"), || {
+        let input =
+            ModelInput { tokens: &tokens, grids: &[grid, grid], conditioning: &conditioning };
+        model.forward(&input, context, Outputs::Target, &cancel)?;
+        Ok(())
+    });
+    Ok(())
+}

@@ -1,0 +1,239 @@
+//! Attention with grouped queries, causal or in segments: `kernels/attention.cu`.
+
+use candle_core::{DType, Device, Result, Tensor};
+
+use super::{
+    ffi::{Output, launch},
+    joint::Preparation,
+    launch::{Args, Launch, Rows},
+};
+use crate::ops::Mask;
+
+/// Rows that a block of four warps owns, rows of a block of one, and the keys of a tile.
+const ROWS: usize = 64;
+const SPLIT_ROWS: usize = 16;
+const KEYS: usize = 64;
+const WARP: usize = 32;
+/// Blocks that keep a large GPU busy.
+const BLOCKS: usize = 512;
+
+/// One `AttentionStream` of `kernels/attention.cuh`.
+pub(super) struct StreamArgs<'a> {
+    pub(super) query: Option<&'a Rows>,
+    pub(super) key: Option<&'a Tensor>,
+    pub(super) key_rows: usize,
+    pub(super) key_stride: usize,
+    pub(super) key_batch_stride: usize,
+    pub(super) value: &'a Rows,
+    pub(super) out: u64,
+    pub(super) prepare: Option<Preparation<'a>>,
+}
+
+impl StreamArgs<'_> {
+    pub(super) fn push(&self, args: &mut Args) -> Result<()> {
+        let value = (self.key_rows > 0).then_some(&self.value.tensor);
+        args.tensor(self.query.map(|query| &query.tensor))?.tensor(self.key)?.tensor(value)?;
+        args.address(self.out);
+        match self.query {
+            Some(query) => args.counts([query.rows, query.stride, query.batch_stride]),
+            None => args.counts([0, 0, 0]),
+        };
+        args.counts([self.key_rows, self.key_stride, self.key_batch_stride]);
+        args.counts([self.value.stride, self.value.batch_stride]);
+        match &self.prepare {
+            Some(prepare) => prepare.push(args),
+            None => {
+                args.counts([0; 5]);
+                Ok(())
+            }
+        }
+    }
+}
+
+/// Numbers for a kernel, as 64-bit integers.
+pub(super) fn counts(counts: &[usize], device: &Device) -> Result<Tensor> {
+    let wide = counts.iter().map(|count| i64::try_from(*count).map_err(candle_core::Error::wrap));
+    Tensor::from_vec(wide.collect::<Result<Vec<i64>>>()?, counts.len(), device)
+}
+
+/// [`crate::ops::attention`], or `None` where there is no kernel for the types and sizes.
+pub(in crate::ops) fn attention(
+    q: &Tensor,
+    k: &Tensor,
+    v: &Tensor,
+    scale: f32,
+    mask: Mask<'_>,
+) -> Result<Option<Tensor>> {
+    let (b, n, h, d) = q.dims4()?;
+    let (_, m, h_kv, _) = k.dims4()?;
+    if !super::takes(&[q, k, v])
+        || !matches!(d, 16 | 32 | 64 | 80 | 128)
+        || scale <= 0.0
+        || b * n * h * m * h_kv == 0
+    {
+        return Ok(None);
+    }
+    let group = h.checked_div(h_kv).unwrap_or(1);
+    let call = Call {
+        query: Rows::new(q)?,
+        key: Rows::new(k)?,
+        value: Rows::new(v)?,
+        sizes: Sizes { b, n, h, h_kv, group, d },
+        scale,
+        mask,
+    };
+    let pieces = match mask {
+        Mask::Segments(starts) => {
+            let pieces = pieces(starts, ROWS.checked_div(group).unwrap_or(1).max(1));
+            if pieces.is_empty() {
+                return Ok(None);
+            }
+            Some(pieces)
+        }
+        Mask::None | Mask::Causal { .. } => None,
+    };
+    let tiles = (n * group).div_ceil(SPLIT_ROWS);
+    let splits = BLOCKS.checked_div(tiles * h_kv * b).unwrap_or(1).min(m.div_ceil(KEYS));
+    if pieces.is_none() && splits > 1 {
+        return call.split(tiles, splits).map(Some);
+    }
+    call.whole(pieces.as_deref()).map(Some)
+}
+
+struct Sizes {
+    b: usize,
+    n: usize,
+    h: usize,
+    h_kv: usize,
+    group: usize,
+    d: usize,
+}
+
+struct Call<'a> {
+    query: Rows,
+    key: Rows,
+    value: Rows,
+    sizes: Sizes,
+    scale: f32,
+    mask: Mask<'a>,
+}
+
+/// Partial sums of a split launch: `(sums, maxima and denominators, splits)`.
+type Partial<'a> = (&'a Output, &'a Output, usize);
+
+impl Call<'_> {
+    fn output(&self) -> Result<Output> {
+        let Sizes { b, n, h, d, .. } = self.sizes;
+        Output::new(self.query.tensor.device(), &[b, n, h, d], DType::BF16)
+    }
+
+    fn args(
+        &self,
+        out: u64,
+        pieces: Option<&Tensor>,
+        partial: Option<Partial<'_>>,
+    ) -> Result<Args> {
+        let mut args = Args::default();
+        let stream = StreamArgs {
+            query: Some(&self.query),
+            key: Some(&self.key.tensor),
+            key_rows: self.key.rows,
+            key_stride: self.key.stride,
+            key_batch_stride: self.key.batch_stride,
+            value: &self.value,
+            out,
+            prepare: None,
+        };
+        stream.push(&mut args)?;
+        let filled = args.0.len();
+        args.0.resize(2 * filled, 0); // there is no second stream
+        args.counts([self.sizes.h, self.sizes.group]).address(0).tensor(pieces)?;
+        match self.mask {
+            Mask::Causal { offset } => args.flag(true).count(offset),
+            Mask::None | Mask::Segments(_) => args.flag(false).count(0),
+        };
+        match partial {
+            Some((sums, stats, splits)) => {
+                args.count(splits).address(sums.address()).address(stats.address())
+            }
+            None => args.count(1).address(0).address(0),
+        };
+        args.number(f64::from(self.scale));
+        Ok(args)
+    }
+
+    /// Each block sees all keys of its rows.
+    fn whole(&self, pieces: Option<&[usize]>) -> Result<Tensor> {
+        let Sizes { b, n, h_kv, group, d, .. } = self.sizes;
+        let device = self.query.tensor.device();
+        let blocks = match pieces {
+            Some(pieces) => pieces.len().div_ceil(PIECE),
+            None => (n * group).div_ceil(ROWS),
+        };
+        let pieces = pieces.map(|pieces| counts(pieces, device)).transpose()?;
+        let out = self.output()?;
+        launch(
+            device,
+            &Launch {
+                kernel: format!("attention_d{d}"),
+                grid: [blocks, h_kv, b],
+                threads: 4 * WARP,
+                shared_bytes: shared_bytes(ROWS, d),
+                args: self.args(out.address(), pieces.as_ref(), None)?,
+            },
+        )?;
+        out.into_tensor()
+    }
+
+    /// The keys of a tile of rows are shared out to `splits` blocks.
+    fn split(&self, tiles: usize, splits: usize) -> Result<Tensor> {
+        let Sizes { b, n, h, h_kv, group, d } = self.sizes;
+        let device = self.query.tensor.device();
+        let sums = Output::new(device, &[splits, b, n, h, d], DType::F32)?;
+        let stats = Output::new(device, &[splits, b, n, h, 2], DType::F32)?;
+        launch(
+            device,
+            &Launch {
+                kernel: format!("attention_split_d{d}"),
+                grid: [tiles * splits, h_kv, b],
+                threads: WARP,
+                shared_bytes: shared_bytes(SPLIT_ROWS, d),
+                args: self.args(0, None, Some((&sums, &stats, splits)))?,
+            },
+        )?;
+        let out = self.output()?;
+        let mut args = Args::default();
+        args.address(sums.address()).address(stats.address()).address(out.address());
+        args.counts([splits, b, n, h, group, d]).number(f64::from(self.scale));
+        launch(
+            device,
+            &Launch {
+                kernel: "attention_join".to_owned(),
+                grid: [n * h, 1, b],
+                threads: d.next_multiple_of(WARP),
+                shared_bytes: 0,
+                args,
+            },
+        )?;
+        out.into_tensor()
+    }
+}
+
+/// Shared memory of a block; rows take the room of 64 or 128 numbers.
+pub(super) fn shared_bytes(rows: usize, d: usize) -> usize {
+    (rows + 2 * KEYS) * d.next_power_of_two().max(64) * DType::BF16.size_in_bytes()
+}
+
+/// Numbers of one `AttentionPiece`.
+const PIECE: usize = 4;
+
+/// Tiles of at most `rows` tokens, each within a segment: first and end of its queries and its keys.
+fn pieces(starts: &[usize], rows: usize) -> Vec<usize> {
+    let segments = starts.windows(2).map(|pair| (pair[0], pair[1]));
+    segments
+        .flat_map(|(first, end)| {
+            let tiles = (first..end).step_by(rows);
+            tiles.flat_map(move |at| [at, end.min(at + rows), first, end])
+        })
+        .collect()
+}

@@ -1,0 +1,380 @@
+//! The border to the kernels: addresses of tensors, memory for what kernels write, and the launch
+//! itself. Nothing else in this crate starts kernels.
+//!
+//! A launch gets bare addresses, so whoever composes one answers for them: tensors must outlive it
+//! (memory is freed in the order of the stream, so on a device it is enough that they are alive when
+//! it is queued), and sizes must be those of the tensors.
+
+use std::borrow::Cow;
+
+use candle_core::{CpuStorage, DType, Device, Result, Storage, Tensor, bail, quantized::QTensor};
+use half::bf16;
+
+use super::launch::Launch;
+
+/// The address of a tensor's first element; the rest lies by its strides.
+pub(super) fn address(tensor: &Tensor) -> Result<u64> {
+    let (storage, layout) = tensor.storage_and_layout();
+    let offset = layout.start_offset();
+    match &*storage {
+        Storage::Cpu(storage) => match storage {
+            CpuStorage::BF16(all) => Ok(host_address(&all[offset..])),
+            CpuStorage::F32(all) => Ok(host_address(&all[offset..])),
+            CpuStorage::U8(all) => Ok(host_address(&all[offset..])),
+            CpuStorage::U32(all) => Ok(host_address(&all[offset..])),
+            CpuStorage::I64(all) => Ok(host_address(&all[offset..])),
+            _ => bail!("a kernel does not read {:?}", tensor.dtype()),
+        },
+        #[cfg(feature = "cuda")]
+        Storage::Cuda(storage) => device::address(storage, offset),
+        _ => bail!("a kernel cannot read what lies on {:?}", tensor.device()),
+    }
+}
+
+/// The address of a quantized matrix's blocks.
+pub(super) fn blocks_address(matrix: &QTensor) -> Result<u64> {
+    if !matrix.device().is_cpu() {
+        return Ok(matrix.device_ptr()?.addr() as u64);
+    }
+    match matrix.data()? {
+        Cow::Borrowed(bytes) => Ok(host_address(bytes)),
+        Cow::Owned(_) => bail!("the blocks of a quantized matrix are not in one piece"),
+    }
+}
+
+fn host_address<T>(slice: &[T]) -> u64 {
+    slice.as_ptr().addr() as u64
+}
+
+/// A copy without gaps, even of a tensor that is contiguous already.
+pub(super) fn copied(x: &Tensor) -> Result<Tensor> {
+    if x.is_contiguous() { x.copy() } else { x.contiguous() }
+}
+
+/// Memory that a kernel writes.
+#[derive(Debug)]
+pub(super) struct Output {
+    dims: Vec<usize>,
+    device: Device,
+    memory: Memory,
+}
+
+#[derive(Debug)]
+enum Memory {
+    Bf16(Vec<bf16>),
+    F32(Vec<f32>),
+    #[cfg(feature = "cuda")]
+    Cuda(candle_core::CudaStorage),
+}
+
+impl Output {
+    /// Room for `dims` numbers of bf16 or float32. On a device they start as anything, in host memory
+    /// as NaN, so that what a kernel leaves out is seen.
+    pub(super) fn new(device: &Device, dims: &[usize], dtype: DType) -> Result<Self> {
+        let count = dims.iter().product();
+        let memory = match (device, dtype) {
+            (Device::Cpu, DType::BF16) => Memory::Bf16(vec![bf16::NAN; count]),
+            (Device::Cpu, DType::F32) => Memory::F32(vec![f32::NAN; count]),
+            #[cfg(feature = "cuda")]
+            (Device::Cuda(device), _) => Memory::Cuda(device::allocate(device, count, dtype)?),
+            _ => bail!("a kernel does not write {dtype:?} on {device:?}"),
+        };
+        Ok(Self { dims: dims.to_vec(), device: device.clone(), memory })
+    }
+
+    /// Where the kernel writes.
+    pub(super) fn address(&self) -> u64 {
+        match &self.memory {
+            Memory::Bf16(numbers) => host_address(numbers),
+            Memory::F32(numbers) => host_address(numbers),
+            #[cfg(feature = "cuda")]
+            Memory::Cuda(storage) => device::address(storage, 0).unwrap_or(0),
+        }
+    }
+
+    /// What was written; the launches must have been queued before.
+    pub(super) fn into_tensor(self) -> Result<Tensor> {
+        match self.memory {
+            Memory::Bf16(numbers) => Tensor::from_vec(numbers, self.dims, &self.device),
+            Memory::F32(numbers) => Tensor::from_vec(numbers, self.dims, &self.device),
+            #[cfg(feature = "cuda")]
+            Memory::Cuda(storage) => {
+                let none = candle_core::op::BackpropOp::none();
+                Ok(Tensor::from_storage(Storage::Cuda(storage), self.dims, none, false))
+            }
+        }
+    }
+}
+
+/// Starts a kernel: on a device queued behind what was queued before, in host memory at once.
+pub(super) fn launch(device: &Device, launch: &Launch) -> Result<()> {
+    if launch.grid.contains(&0) {
+        return Ok(());
+    }
+    match device {
+        #[cfg(feature = "cuda-emulation")]
+        Device::Cpu => emulation::launch(launch),
+        #[cfg(feature = "cuda")]
+        Device::Cuda(device) => device::launch(device, launch),
+        _ => bail!("no kernel runs on {device:?}"),
+    }
+}
+
+#[cfg(feature = "cuda")]
+pub(super) use device::name as device_name;
+#[cfg(feature = "cuda")]
+pub use device::{PoolCounters, keep_freed_memory, pool_counters};
+
+#[cfg(feature = "cuda-emulation")]
+#[expect(unsafe_code, reason = "the emulation is C++")]
+mod emulation {
+    use std::ffi::{CStr, CString, c_char, c_void};
+
+    use candle_core::{Error, Result, bail};
+
+    use super::super::launch::Launch;
+
+    unsafe extern "C" {
+        fn pentimento_emulate(
+            name: *const c_char,
+            grid: *const i64,
+            threads: i64,
+            shared_bytes: u64,
+            args: *const c_void,
+            argument_bytes: u64,
+            order: u32,
+        ) -> *const c_char;
+    }
+
+    pub(super) fn launch(launch: &Launch) -> Result<()> {
+        let order = super::super::emulated_order().unwrap_or(0);
+        let name = CString::new(launch.kernel.as_str()).map_err(Error::wrap)?;
+        let grid = launch.grid.map(i64::try_from);
+        let [Ok(x), Ok(y), Ok(z)] = grid else { bail!("a grid of {:?} blocks", launch.grid) };
+        let threads = i64::try_from(launch.threads).map_err(Error::wrap)?;
+        let args = &launch.args.0;
+        // SAFETY: the emulation copies nothing beyond the argument's bytes, whose number it checks
+        // against the kernel's own; the addresses in it are those of live tensors of the sizes that
+        // stand beside them. What comes back is null or a string that lives until this thread's
+        // next launch, and is copied before.
+        let fault = unsafe {
+            let fault = pentimento_emulate(
+                name.as_ptr(),
+                [x, y, z].as_ptr(),
+                threads,
+                launch.shared_bytes as u64,
+                args.as_ptr().cast(),
+                size_of_val(args.as_slice()) as u64,
+                order,
+            );
+            (!fault.is_null()).then(|| CStr::from_ptr(fault).to_string_lossy().into_owned())
+        };
+        match fault {
+            Some(fault) => bail!("{fault}"),
+            None => Ok(()),
+        }
+    }
+}
+
+#[cfg(feature = "cuda")]
+#[expect(unsafe_code, reason = "a kernel gets addresses")]
+mod device {
+    use std::{
+        collections::{HashMap, hash_map::Entry},
+        sync::{Arc, Mutex, PoisonError},
+    };
+
+    use candle_core::{
+        CudaDevice, CudaStorage, DType, Error, Result, bail,
+        cuda::{DeviceId, WrapErr, cudarc},
+        cuda_backend::CudaDType,
+    };
+    use cudarc::{
+        driver::{
+            CudaFunction, CudaModule, DevicePtr, DeviceRepr, LaunchConfig, PushKernelArg,
+            sys::CUfunction_attribute_enum::CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES,
+        },
+        nvrtc::Ptx,
+    };
+    use half::bf16;
+
+    use super::super::launch::Launch;
+
+    /// Every kernel for every architecture, as the build script compiled them.
+    static FATBIN: &[u8] = include_bytes!(concat!(env!("OUT_DIR"), "/kernels.fatbin"));
+    /// Shared memory that every kernel may use without asking.
+    const SHARED_BYTES_FREE: usize = 48 << 10;
+    /// 8-byte fields that the arguments of a kernel may have.
+    const FIELDS_MAX: usize = 64;
+
+    /// A kernel's arguments with room to spare; the driver reads as many bytes as the kernel takes.
+    #[repr(C)]
+    struct Arguments([u64; FIELDS_MAX]);
+
+    // SAFETY: plain numbers without padding.
+    unsafe impl DeviceRepr for Arguments {}
+
+    /// What is loaded on each device.
+    static LOADED: Mutex<Option<HashMap<DeviceId, Loaded>>> = Mutex::new(None);
+
+    struct Loaded {
+        module: Arc<CudaModule>,
+        functions: HashMap<String, CudaFunction>,
+    }
+
+    pub(super) fn address(storage: &CudaStorage, offset: usize) -> Result<u64> {
+        fn of<T: CudaDType>(storage: &CudaStorage, offset: usize) -> Result<u64> {
+            let slice = storage.as_cuda_slice::<T>()?;
+            let stream = storage.device.cuda_stream();
+            let (address, _on_one_stream) = slice.device_ptr(&stream);
+            Ok(address + (offset * size_of::<T>()) as u64)
+        }
+        use candle_core::backend::BackendStorage;
+        match storage.dtype() {
+            DType::BF16 => of::<bf16>(storage, offset),
+            DType::F32 => of::<f32>(storage, offset),
+            DType::U8 => of::<u8>(storage, offset),
+            DType::U32 => of::<u32>(storage, offset),
+            DType::I64 => of::<i64>(storage, offset),
+            other => bail!("a kernel does not read {other:?}"),
+        }
+    }
+
+    pub(super) fn allocate(device: &CudaDevice, count: usize, dtype: DType) -> Result<CudaStorage> {
+        // SAFETY: the kernel that the memory is for writes every number before any is read.
+        unsafe {
+            match dtype {
+                DType::BF16 => {
+                    Ok(CudaStorage::wrap_cuda_slice(device.alloc::<bf16>(count)?, device.clone()))
+                }
+                DType::F32 => {
+                    Ok(CudaStorage::wrap_cuda_slice(device.alloc::<f32>(count)?, device.clone()))
+                }
+                other => bail!("a kernel does not write {other:?}"),
+            }
+        }
+    }
+
+    /// The kernel by its name; the module is loaded once for a device.
+    fn function(device: &CudaDevice, launch: &Launch) -> Result<CudaFunction> {
+        let mut all = LOADED.lock().unwrap_or_else(PoisonError::into_inner);
+        let loaded = match all.get_or_insert_default().entry(device.id()) {
+            Entry::Occupied(loaded) => loaded.into_mut(),
+            Entry::Vacant(place) => {
+                let stream = device.cuda_stream();
+                let module = stream.context().load_module(Ptx::from_binary(FATBIN.to_vec())).w()?;
+                place.insert(Loaded { module, functions: HashMap::new() })
+            }
+        };
+        if let Some(function) = loaded.functions.get(&launch.kernel) {
+            return Ok(function.clone());
+        }
+        let function = loaded.module.load_function(&launch.kernel).w()?;
+        if launch.shared_bytes > SHARED_BYTES_FREE {
+            let bytes = i32::try_from(launch.shared_bytes).map_err(Error::wrap)?;
+            function.set_attribute(CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES, bytes).w()?;
+        }
+        loaded.functions.insert(launch.kernel.clone(), function.clone());
+        Ok(function)
+    }
+
+    /// The device's name and compute capability.
+    pub(in super::super) fn name(device: &CudaDevice) -> Result<String> {
+        let stream = device.cuda_stream();
+        let (major, minor) = stream.context().compute_capability().w()?;
+        Ok(format!("{}, compute capability {major}.{minor}", stream.context().name().w()?))
+    }
+
+    /// What the device's default memory pool counts, in bytes: every allocation of this process on
+    /// the device comes from it, and what one model frees the next one takes.
+    #[derive(Debug, Clone, Copy, PartialEq, Eq)]
+    pub struct PoolCounters {
+        /// In use now, and at most since the start.
+        pub used: [u64; 2],
+        /// Taken from the driver now, and at most since the start.
+        pub reserved: [u64; 2],
+    }
+
+    /// Reads the pool's counters, after all that is queued is done.
+    ///
+    /// # Errors
+    /// A failure of the device.
+    pub fn pool_counters(device: &CudaDevice) -> Result<PoolCounters> {
+        let stream = device.cuda_stream();
+        stream.synchronize().w()?;
+        let read = |attribute| -> Result<u64> {
+            let mut value = 0_u64;
+            // SAFETY: the pool belongs to the device of a live context, and each attribute that is
+            // asked for here is a 64-bit number.
+            unsafe {
+                let pool = cudarc::driver::result::device::get_default_mem_pool(
+                    stream.context().cu_device(),
+                )
+                .w()?;
+                cudarc::driver::result::mem_pool::get_attribute(
+                    pool,
+                    attribute,
+                    (&raw mut value).cast(),
+                )
+                .w()?;
+            }
+            Ok(value)
+        };
+        use cudarc::driver::sys::CUmemPool_attribute as Attribute;
+        Ok(PoolCounters {
+            used: [
+                read(Attribute::CU_MEMPOOL_ATTR_USED_MEM_CURRENT)?,
+                read(Attribute::CU_MEMPOOL_ATTR_USED_MEM_HIGH)?,
+            ],
+            reserved: [
+                read(Attribute::CU_MEMPOOL_ATTR_RESERVED_MEM_CURRENT)?,
+                read(Attribute::CU_MEMPOOL_ATTR_RESERVED_MEM_HIGH)?,
+            ],
+        })
+    }
+
+    /// Tells the pool to keep what is freed, so that the next allocation needs no driver call.
+    ///
+    /// # Errors
+    /// A failure of the device.
+    pub fn keep_freed_memory(device: &CudaDevice) -> Result<()> {
+        let mut threshold = u64::MAX;
+        let stream = device.cuda_stream();
+        // SAFETY: as above; the threshold is a 64-bit number that is only read.
+        unsafe {
+            let pool =
+                cudarc::driver::result::device::get_default_mem_pool(stream.context().cu_device())
+                    .w()?;
+            cudarc::driver::result::mem_pool::set_attribute(
+                pool,
+                cudarc::driver::sys::CUmemPool_attribute::CU_MEMPOOL_ATTR_RELEASE_THRESHOLD,
+                (&raw mut threshold).cast(),
+            )
+            .w()
+        }
+    }
+
+    pub(super) fn launch(device: &CudaDevice, launch: &Launch) -> Result<()> {
+        let function = function(device, launch)?;
+        let mut arguments = Arguments([0; FIELDS_MAX]);
+        let fields = launch.args.0.as_slice();
+        let Some(room) = arguments.0.get_mut(..fields.len()) else {
+            bail!("kernel {} takes too many arguments", launch.kernel);
+        };
+        room.copy_from_slice(fields);
+        let small = |n: usize| u32::try_from(n).map_err(Error::wrap);
+        let [x, y, z] = launch.grid;
+        let config = LaunchConfig {
+            grid_dim: (small(x)?, small(y)?, small(z)?),
+            block_dim: (small(launch.threads)?, 1, 1),
+            shared_mem_bytes: small(launch.shared_bytes)?,
+        };
+        let stream = device.cuda_stream();
+        let mut builder = stream.launch_builder(&function);
+        builder.arg(&arguments);
+        // SAFETY: the arguments are the kernel's own, which the emulation's tests hold; addresses and
+        // sizes in them are those of tensors that are alive while this is queued.
+        unsafe { builder.launch(config) }.w()?;
+        Ok(())
+    }
+}

@@ -1,0 +1,172 @@
+//! Joint attention: `kernels/joint_attention.cu`.
+
+use candle_core::{DType, Result, Tensor};
+
+use super::{
+    attention::{StreamArgs, shared_bytes},
+    ffi::{Output, launch},
+    launch::{Args, Launch, Rows},
+};
+use crate::ops::joint::{JointOutput, JointShape, JointStream};
+
+/// Rows of queries that a block owns, and its threads.
+const ROWS: usize = 128;
+const THREADS: usize = 128;
+/// Elements that one thread prepares.
+const TOGETHER: usize = 8;
+
+/// [`crate::ops::joint_attention`], or `None` where there is no kernel for the types and sizes.
+pub(in crate::ops) fn joint_attention(
+    text: &JointStream<'_>,
+    image: &JointStream<'_>,
+    shape: JointShape<'_>,
+) -> Result<Option<JointOutput>> {
+    let (b, n_text, h, d) = text.key.dims4()?;
+    let n_image = image.key.dim(1)?;
+    let fits = [text, image].into_iter().all(fits);
+    if !fits
+        || !matches!(d, 16 | 32 | 64 | 128)
+        || shape.scale <= 0.0
+        || b * h * (n_text + n_image) == 0
+    {
+        return Ok(None);
+    }
+    let device = text.key.device();
+    let prepared = [Prepared::new(text, shape)?, Prepared::new(image, shape)?];
+    let tiles: usize = prepared.iter().map(|stream| stream.query_rows().div_ceil(ROWS)).sum();
+    let lengths = shape.text_lengths.map(|lengths| super::attention::counts(lengths, device));
+    let lengths = lengths.transpose()?;
+
+    let mut args = Args::default();
+    for stream in &prepared {
+        stream.args().push(&mut args)?;
+    }
+    args.counts([h, 1]).tensor(lengths.as_ref())?.address(0);
+    args.counts([0, 0, 1]).address(0).address(0).number(f64::from(shape.scale));
+    launch(
+        device,
+        &Launch {
+            kernel: format!("attention_joint_d{d}"),
+            grid: [tiles, h, b],
+            threads: THREADS,
+            shared_bytes: shared_bytes(ROWS, d),
+            args,
+        },
+    )?;
+    let [text, image] = prepared.map(Prepared::into_output);
+    Ok(Some(JointOutput { text: text?, image: image? }))
+}
+
+/// Whether the kernel reads the stream's types.
+fn fits(stream: &JointStream<'_>) -> bool {
+    let norms = [stream.norm_query, stream.norm_key];
+    let angles = [stream.cos, stream.sin];
+    let rows = [stream.key, stream.value].into_iter().chain(stream.query);
+    rows.into_iter().all(|x| super::takes(&[x]))
+        && norms.iter().all(|x| matches!(x.dtype(), DType::BF16 | DType::F32))
+        && stream.norm_query.dtype() == stream.norm_key.dtype()
+        && angles.iter().all(|x| x.dtype() == DType::F32)
+        && super::are_near(&norms)
+        && super::are_near(&angles)
+        && stream.query.is_none_or(|query| query.dims().iter().all(|n| *n > 0))
+}
+
+/// One stream with its keys normalised and rotated, and a place for its output.
+struct Prepared {
+    query: Option<Rows>,
+    key: Option<Tensor>,
+    value: Rows,
+    out: Option<Output>,
+    norm_query: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    eps: f64,
+    heads_width: usize,
+}
+
+impl Prepared {
+    fn new(stream: &JointStream<'_>, shape: JointShape<'_>) -> Result<Self> {
+        let (_, n, h, d) = stream.key.dims4()?;
+        let (cos, sin) = (stream.cos.contiguous()?, stream.sin.contiguous()?);
+        let key = (n > 0).then(|| prepared_keys(stream, [&cos, &sin], shape.eps)).transpose()?;
+        let out = stream.query.map(|query| Output::new(query.device(), query.dims(), DType::BF16));
+        Ok(Self {
+            query: stream.query.map(Rows::new).transpose()?,
+            key,
+            value: Rows::new(stream.value)?,
+            out: out.transpose()?,
+            norm_query: stream.norm_query.contiguous()?,
+            cos,
+            sin,
+            eps: shape.eps,
+            heads_width: h * d,
+        })
+    }
+
+    fn query_rows(&self) -> usize {
+        self.query.as_ref().map_or(0, |query| query.rows)
+    }
+
+    fn args(&self) -> StreamArgs<'_> {
+        StreamArgs {
+            query: self.query.as_ref(),
+            key: self.key.as_ref(),
+            key_rows: self.value.rows,
+            key_stride: self.heads_width,
+            key_batch_stride: self.value.rows * self.heads_width,
+            value: &self.value,
+            out: self.out.as_ref().map_or(0, Output::address),
+            prepare: Some(Preparation {
+                norm: &self.norm_query,
+                cos: &self.cos,
+                sin: &self.sin,
+                eps: self.eps,
+            }),
+        }
+    }
+
+    fn into_output(self) -> Result<Option<Tensor>> {
+        self.out.map(Output::into_tensor).transpose()
+    }
+}
+
+/// Norm and rotation of rows: `Preparation` in `kernels/rotary.cuh`.
+pub(super) struct Preparation<'a> {
+    pub(super) norm: &'a Tensor,
+    pub(super) cos: &'a Tensor,
+    pub(super) sin: &'a Tensor,
+    pub(super) eps: f64,
+}
+
+impl Preparation<'_> {
+    pub(super) fn push(&self, args: &mut Args) -> Result<()> {
+        args.tensor(Some(self.norm))?.flag(self.norm.dtype() == DType::F32);
+        args.tensor(Some(self.cos))?.tensor(Some(self.sin))?.number(self.eps);
+        Ok(())
+    }
+}
+
+/// The stream's keys after norm and rotation, `[b, n, h, d]`.
+fn prepared_keys(stream: &JointStream<'_>, angles: [&Tensor; 2], eps: f64) -> Result<Tensor> {
+    let (b, n, h, d) = stream.key.dims4()?;
+    let key = Rows::new(stream.key)?;
+    let out = Output::new(stream.key.device(), &[b, n, h, d], DType::BF16)?;
+    let norm = stream.norm_key.contiguous()?;
+    let [cos, sin] = angles;
+    let mut args = Args::default();
+    args.tensor(Some(&key.tensor))?.address(out.address());
+    args.counts([n, h, key.stride, key.batch_stride, n * h * d]);
+    Preparation { norm: &norm, cos, sin, eps }.push(&mut args)?;
+    let chunks = (n * h * d).div_ceil(TOGETHER);
+    launch(
+        stream.key.device(),
+        &Launch {
+            kernel: format!("prepare_keys_d{d}"),
+            grid: [chunks.div_ceil(THREADS), 1, b],
+            threads: THREADS,
+            shared_bytes: 0,
+            args,
+        },
+    )?;
+    out.into_tensor()
+}

@@ -1,0 +1,91 @@
+//! What a kernel is started with.
+
+use candle_core::{Result, Tensor};
+
+use super::ffi;
+
+/// A kernel's arguments: one struct of 8-byte fields, in their order.
+#[derive(Debug, Clone, Default)]
+pub(super) struct Args(pub(super) Vec<u64>);
+
+impl Args {
+    /// The first element of `tensor`, or null.
+    pub(super) fn tensor(&mut self, tensor: Option<&Tensor>) -> Result<&mut Self> {
+        let address = tensor.map(ffi::address).transpose()?;
+        Ok(self.address(address.unwrap_or(0)))
+    }
+
+    pub(super) fn address(&mut self, address: u64) -> &mut Self {
+        self.0.push(address);
+        self
+    }
+
+    pub(super) fn count(&mut self, count: usize) -> &mut Self {
+        // A size fits: memory is addressed with it.
+        self.0.push(count as u64);
+        self
+    }
+
+    pub(super) fn counts<const N: usize>(&mut self, counts: [usize; N]) -> &mut Self {
+        for count in counts {
+            self.count(count);
+        }
+        self
+    }
+
+    pub(super) fn flag(&mut self, flag: bool) -> &mut Self {
+        self.0.push(u64::from(flag));
+        self
+    }
+
+    pub(super) fn number(&mut self, number: f64) -> &mut Self {
+        self.0.push(number.to_bits());
+        self
+    }
+}
+
+/// One start of a kernel.
+#[derive(Debug, Clone)]
+pub(super) struct Launch {
+    pub(super) kernel: String,
+    pub(super) grid: [usize; 3],
+    pub(super) threads: usize,
+    pub(super) shared_bytes: usize,
+    pub(super) args: Args,
+}
+
+/// `[b, n, h, d]` with the heads of a token side by side, as kernels read it: tokens and batch
+/// entries may lie apart.
+pub(super) struct Rows {
+    pub(super) tensor: Tensor,
+    pub(super) rows: usize,
+    /// Elements between tokens.
+    pub(super) stride: usize,
+    /// Elements between batch entries.
+    pub(super) batch_stride: usize,
+}
+
+impl Rows {
+    /// `x` as it lies, or a copy where its heads lie apart or its rows do not start at multiples of
+    /// 16 bytes.
+    pub(super) fn new(x: &Tensor) -> Result<Self> {
+        /// Elements of bf16 that are moved at once.
+        const TOGETHER: usize = 8;
+        const STRIDE_MAX: usize = 1 << 30;
+        let (_, rows, _, d) = x.dims4()?;
+        let fits = |x: &Tensor| {
+            let (layout, stride) = (x.layout(), x.stride());
+            // Strides are 32-bit numbers in the kernels; offsets are not.
+            if stride[1] > STRIDE_MAX {
+                return false;
+            }
+            let aligned = [layout.start_offset(), stride[0], stride[1]];
+            stride[3] == 1
+                && (stride[2] == d || x.dims()[2] == 1)
+                && aligned.iter().all(|at| at.is_multiple_of(TOGETHER))
+        };
+        let tensor = if fits(x) { x.clone() } else { ffi::copied(x)? };
+        let (stride, batch_stride) = (tensor.stride()[1], tensor.stride()[0]);
+        Ok(Self { tensor, rows, stride, batch_stride })
+    }
+}

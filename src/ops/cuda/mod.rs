@@ -1,0 +1,91 @@
+//! Launches of the CUDA kernels in `kernels/`: one function for each operation, which gives `None`
+//! where no kernel fits the types and sizes, so that the plain version runs.
+//!
+//! The kernels also run without a GPU, in the emulation of `kernels/host`, on bf16 tensors in host
+//! memory. [`parity`] holds one suite of checks for both.
+
+mod attention;
+mod conv;
+mod ffi;
+mod joint;
+mod launch;
+mod linear;
+#[cfg(any(feature = "cuda", feature = "cuda-emulation"))]
+pub mod parity;
+mod rows;
+
+use std::cell::Cell;
+
+use candle_core::{DType, Device, Error, Result, Tensor};
+
+pub(super) use attention::attention;
+pub(super) use conv::StoredKernel;
+#[cfg(feature = "cuda")]
+pub use ffi::{PoolCounters, keep_freed_memory, pool_counters};
+pub(super) use joint::joint_attention;
+pub use linear::{Format, StoredMatrix};
+pub(super) use rows::{
+    Activation, activate, channel_rms_norm, gated_add, gated_add_norm, guided_step, layer_norm,
+    rms_norm, rotate,
+};
+
+thread_local! {
+    static EMULATED: Cell<Option<u32>> = const { Cell::new(None) };
+}
+
+/// Runs `work` with the kernels in place of the plain versions for bf16 tensors in host memory, in
+/// this thread. `order` is the order in which a block's threads run: 0 first come, first served;
+/// 1 last come, first served; others, seeds of random orders. No result may depend on it.
+#[cfg(feature = "cuda-emulation")]
+pub fn emulated<T>(order: u32, work: impl FnOnce() -> T) -> T {
+    with_order(Some(order), work)
+}
+
+/// Runs `work` without the emulation, even within [`emulated`].
+#[cfg(any(feature = "cuda", feature = "cuda-emulation"))]
+pub fn not_emulated<T>(work: impl FnOnce() -> T) -> T {
+    with_order(None, work)
+}
+
+/// The device's name and compute capability.
+///
+/// # Errors
+/// A device that is not a CUDA device, or a failure of it.
+pub fn device_name(device: &Device) -> Result<String> {
+    match device {
+        #[cfg(feature = "cuda")]
+        Device::Cuda(device) => ffi::device_name(device),
+        _ => Err(Error::msg(format!("{device:?} is not a CUDA device"))),
+    }
+}
+
+#[cfg(any(feature = "cuda", feature = "cuda-emulation"))]
+fn with_order<T>(order: Option<u32>, work: impl FnOnce() -> T) -> T {
+    struct Reset(Option<u32>);
+    impl Drop for Reset {
+        fn drop(&mut self) {
+            EMULATED.set(self.0);
+        }
+    }
+    let _reset = Reset(EMULATED.replace(order));
+    work()
+}
+
+/// The order of an emulated block's threads, where kernels are emulated in this thread.
+fn emulated_order() -> Option<u32> {
+    EMULATED.get()
+}
+
+/// Whether kernels run on these tensors: all bf16 on a CUDA device, or in host memory while kernels are
+/// emulated.
+pub(super) fn takes(tensors: &[&Tensor]) -> bool {
+    tensors.iter().all(|x| x.dtype() == DType::BF16) && are_near(tensors)
+}
+
+/// Whether all tensors are where kernels run.
+fn are_near(tensors: &[&Tensor]) -> bool {
+    tensors.iter().all(|x| {
+        let near = x.device().is_cuda() || (x.device().is_cpu() && emulated_order().is_some());
+        near && !x.track_op()
+    })
+}

@@ -1,0 +1,109 @@
+//! Norms, activations, rotation and the sampler's step against their definitions.
+
+use candle_core::Tensor;
+
+use super::Suite;
+use crate::ops;
+
+pub(super) fn check(suite: &mut Suite) {
+    rows(suite);
+    activations(suite);
+    rotations(suite);
+    channels(suite);
+    steps(suite);
+}
+
+fn rows(suite: &mut Suite) {
+    const EPS: f64 = 1e-6;
+    for [b, n, dim] in [[3, 70, 8], [2, 5, 48], [1, 3, 3072], [2, 2, 3584]] {
+        let name = format!("[{b}, {n}, {dim}]");
+        let x = suite.random(&[b, n, dim]);
+        let x = (x.affine(3.0, 0.7)).unwrap_or(x);
+        let (y, weight) = (suite.random(&[b, n, dim]), suite.random(&[dim]));
+        for wide in [&[][..], &[1]] {
+            let case =
+                format!("{name}, weight in {}", if wide.is_empty() { "bf16" } else { "f32" });
+            suite.compare("rms norm", case, ([&x, &weight], wide), |[x, weight]| {
+                let weight = if x.dtype().is_float() && wide.is_empty() {
+                    weight.clone()
+                } else {
+                    weight.to_dtype(x.dtype())?
+                };
+                ops::rms_norm(x, &weight, EPS)
+            });
+        }
+        suite.compare("layer norm", name.clone(), ([&x], &[]), |[x]| ops::layer_norm(x, EPS));
+        for shared in [[b, 1, dim], [b, n, dim], [1, 1, dim]] {
+            let [scale, shift, gate] = [0, 1, 2].map(|_| suite.random(&shared));
+            let case = format!("{name} by {shared:?}");
+            let inputs = ([&x, &scale, &shift], &[][..]);
+            suite.compare("modulated norm", case.clone(), inputs, |[x, scale, shift]| {
+                ops::modulated_layer_norm(x, scale, shift, EPS)
+            });
+            let inputs = ([&y, &x, &gate], &[][..]);
+            suite.compare("gated add", case.clone(), inputs, |[y, x, gate]| {
+                ops::gated_add(y, x, gate)
+            });
+            let inputs = ([&y, &x, &gate, &scale, &shift], &[][..]);
+            suite.compare("gated add and norm", case, inputs, |[y, x, gate, scale, shift]| {
+                let (sum, normed) = ops::gated_add_norm(y, x, gate, [scale, shift], EPS)?;
+                Tensor::cat(&[sum, normed], 0)
+            });
+        }
+    }
+}
+
+fn activations(suite: &mut Suite) {
+    for dims in [vec![1], vec![3, 37], vec![2, 5, 1040]] {
+        let (x, up) = (suite.random(&dims), suite.random(&dims));
+        let x = (x.affine(4.0, 0.0)).unwrap_or(x);
+        let name = format!("{dims:?}");
+        suite.compare("gelu tanh", name.clone(), ([&x], &[]), |[x]| ops::gelu_tanh(x));
+        suite.compare("gelu erf", name.clone(), ([&x], &[]), |[x]| ops::gelu_erf(x));
+        suite.compare("silu", name.clone(), ([&x], &[]), |[x]| ops::silu(x));
+        suite.compare("swiglu", name, ([&x, &up], &[]), |[x, up]| ops::swiglu(x, up));
+    }
+}
+
+fn rotations(suite: &mut Suite) {
+    for [b, n, h, d] in [[1, 1, 1, 2], [2, 7, 3, 80], [1, 33, 4, 128]] {
+        let x = suite.random(&[b, n, h, d]);
+        let Ok([cos, sin]) = suite.angles(n, d >> 1) else { return };
+        let name = format!("[{b}, {n}, {h}, {d}]");
+        // The plain version computes in the type of its input, and wants angles of that type.
+        suite.compare("rotate pairs", name.clone(), ([&x, &cos, &sin], &[]), |[x, cos, sin]| {
+            ops::rotate_pairs(x, cos, sin)
+        });
+        suite.compare("rotate halves", name, ([&x, &cos, &sin], &[]), |[x, cos, sin]| {
+            ops::rotate_halves(x, cos, sin)
+        });
+    }
+}
+
+fn channels(suite: &mut Suite) {
+    for dims in [[1, 1, 1, 1], [2, 17, 5, 7], [1, 96, 9, 31]] {
+        let (x, gamma) = (suite.random(&dims), suite.random(&dims[1..2]));
+        let name = format!("{dims:?}");
+        suite.compare("channel norm", name.clone(), ([&x, &gamma], &[]), |[x, gamma]| {
+            ops::channel_rms_norm(x, gamma)
+        });
+        suite.compare("channel norm and silu", name, ([&x, &gamma], &[]), |[x, gamma]| {
+            ops::channel_rms_norm_silu(x, gamma)
+        });
+    }
+}
+
+/// In float32: the plain version's error is that of float32, too.
+fn steps(suite: &mut Suite) {
+    for dims in [[1, 5, 64], [2, 3, 20]] {
+        let [latents, positive, negative] = [0, 1, 2].map(|_| suite.random(&dims));
+        for guided in [false, true] {
+            let case = format!("{dims:?}, guided {guided}");
+            let inputs = ([&latents, &positive, &negative], &[0, 1, 2][..]);
+            suite.compare("guided step", case, inputs, |[latents, positive, negative]| {
+                let negative = guided.then_some((negative, 4.0));
+                ops::guided_step(latents, positive, negative, -0.13)
+            });
+        }
+    }
+}

@@ -1,0 +1,320 @@
+//! Norms, modulation, activations, rotation and the sampler's step: `kernels/rows.cu` and
+//! `kernels/elementwise.cu`.
+
+use candle_core::{D, DType, Device, Result, Tensor};
+
+use super::{
+    are_near,
+    ffi::{Output, launch},
+    launch::{Args, Launch},
+    takes,
+};
+
+/// Threads of a block that owns a row, and of one that owns chunks of elements.
+const ROW_THREADS: usize = 128;
+const THREADS: usize = 256;
+/// Elements that one thread moves at once.
+const TOGETHER: usize = 8;
+/// The widest row that shared memory holds, with the warps' sums beside it.
+const WIDTH_MAX: usize = 12_000;
+const WARP_SUMS: usize = 32;
+
+/// Scale, shift or gate of the rows of `[b, n, dim]`: one row a batch entry or one a token.
+struct Shared {
+    tensor: Tensor,
+    rows: usize,
+}
+
+impl Shared {
+    fn new(x: &Tensor, shared: &Tensor) -> Result<Option<Self>> {
+        let Ok((b, n, dim)) = x.dims3() else { return Ok(None) };
+        let rows = match shared.dims() {
+            dims if dims == [b, n, dim] => 1,
+            [one, 1, last] if [*one, *last] == [b, dim] => n,
+            // One row for the whole batch, as the modulation of a step is.
+            [1, 1, last] if *last == dim => b * n,
+            _ => return Ok(None),
+        };
+        Ok(Some(Self { tensor: shared.contiguous()?, rows }))
+    }
+}
+
+/// `RowArgs` of `kernels/rows.cu`.
+#[derive(Default)]
+struct RowArgs<'a> {
+    scale: Option<&'a Tensor>,
+    shift: Option<&'a Tensor>,
+    shared: usize,
+    residual: Option<&'a Tensor>,
+    gate: Option<&'a Tensor>,
+    sum: u64,
+    weight: Option<&'a Tensor>,
+    eps: f64,
+}
+
+impl RowArgs<'_> {
+    fn args(&self, x: &Tensor, out: &Output) -> Result<Args> {
+        let width = x.dim(D::Minus1)?;
+        let mut args = Args::default();
+        args.tensor(Some(x))?.address(out.address());
+        args.counts([x.elem_count().checked_div(width).unwrap_or(0), width]);
+        args.tensor(self.scale)?.tensor(self.shift)?.count(self.shared.max(1));
+        args.tensor(self.residual)?.tensor(self.gate)?.address(self.sum).tensor(self.weight)?;
+        let wide = self.weight.is_some_and(|weight| weight.dtype() == DType::F32);
+        args.flag(wide).number(self.eps);
+        Ok(args)
+    }
+}
+
+/// Whether rows of `x` suit the kernels that keep a row in shared memory.
+fn has_rows(x: &Tensor) -> bool {
+    let width = x.dims().last().copied().unwrap_or(0);
+    x.elem_count() > 0 && width.is_multiple_of(TOGETHER) && width <= WIDTH_MAX
+}
+
+fn by_row(kernel: &str, x: &Tensor, out: &Output, args: Args) -> Result<()> {
+    let width = x.dim(D::Minus1)?;
+    launch(
+        x.device(),
+        &Launch {
+            kernel: kernel.to_owned(),
+            grid: [x.elem_count().checked_div(width).unwrap_or(0), 1, 1],
+            threads: ROW_THREADS,
+            shared_bytes: (width + WARP_SUMS) * DType::F32.size_in_bytes(),
+            args,
+        },
+    )?;
+    let _written = out;
+    Ok(())
+}
+
+/// [`crate::ops::rms_norm`], or `None` where there is no kernel for the types and sizes.
+pub(in crate::ops) fn rms_norm(x: &Tensor, weight: &Tensor, eps: f64) -> Result<Option<Tensor>> {
+    let fits = matches!(weight.dtype(), DType::BF16 | DType::F32)
+        && x.dims().last().is_some_and(|dim| weight.dims() == [*dim]);
+    if !takes(&[x]) || !are_near(&[weight]) || !fits || !has_rows(x) {
+        return Ok(None);
+    }
+    let (x, weight) = (aligned(x)?, weight.contiguous()?);
+    let out = Output::new(x.device(), x.dims(), DType::BF16)?;
+    let args = RowArgs { weight: Some(&weight), eps, ..RowArgs::default() }.args(&x, &out)?;
+    by_row("rms_norm", &x, &out, args)?;
+    out.into_tensor().map(Some)
+}
+
+/// [`crate::ops::layer_norm`] with scale and shift if there are any, or `None` where there is no
+/// kernel for the types and sizes.
+pub(in crate::ops) fn layer_norm(
+    x: &Tensor,
+    modulation: Option<[&Tensor; 2]>,
+    eps: f64,
+) -> Result<Option<Tensor>> {
+    if !takes(&[x]) || !modulation.is_none_or(|modulation| takes(&modulation)) || !has_rows(x) {
+        return Ok(None);
+    }
+    let x = aligned(x)?;
+    let modulation = match modulation {
+        None => None,
+        Some([scale, shift]) if scale.dims() == shift.dims() => {
+            let Some(scale) = Shared::new(&x, scale)? else { return Ok(None) };
+            Some((scale, shift.contiguous()?))
+        }
+        Some(_) => return Ok(None),
+    };
+    let out = Output::new(x.device(), x.dims(), DType::BF16)?;
+    let args = RowArgs {
+        scale: modulation.as_ref().map(|(scale, _)| &scale.tensor),
+        shift: modulation.as_ref().map(|(_, shift)| shift),
+        shared: modulation.as_ref().map_or(1, |(scale, _)| scale.rows),
+        eps,
+        ..RowArgs::default()
+    };
+    by_row("layer_norm", &x, &out, args.args(&x, &out)?)?;
+    out.into_tensor().map(Some)
+}
+
+/// [`crate::ops::gated_add`], or `None` where there is no kernel for the types and sizes.
+pub(in crate::ops) fn gated_add(
+    residual: &Tensor,
+    x: &Tensor,
+    gate: &Tensor,
+) -> Result<Option<Tensor>> {
+    if !takes(&[residual, x, gate]) || residual.dims() != x.dims() || !has_rows(x) {
+        return Ok(None);
+    }
+    let (residual, x) = (aligned(residual)?, aligned(x)?);
+    let Some(gate) = Shared::new(&x, gate)? else { return Ok(None) };
+    let out = Output::new(x.device(), x.dims(), DType::BF16)?;
+    let args = RowArgs {
+        residual: Some(&residual),
+        gate: Some(&gate.tensor),
+        shared: gate.rows,
+        ..RowArgs::default()
+    };
+    let grid = x.elem_count().div_ceil(TOGETHER * THREADS);
+    flat("gated_add", x.device(), grid, args.args(&x, &out)?)?;
+    out.into_tensor().map(Some)
+}
+
+/// [`crate::ops::gated_add_norm`], or `None` where there is no kernel for the types and sizes.
+pub(in crate::ops) fn gated_add_norm(
+    residual: &Tensor,
+    x: &Tensor,
+    gate: &Tensor,
+    modulation: [&Tensor; 2],
+    eps: f64,
+) -> Result<Option<(Tensor, Tensor)>> {
+    let [scale, shift] = modulation;
+    let one_kind = scale.dims() == shift.dims() && scale.dims() == gate.dims();
+    let same = residual.dims() == x.dims();
+    if !takes(&[residual, x, gate, scale, shift]) || !one_kind || !same || !has_rows(x) {
+        return Ok(None);
+    }
+    let (residual, x) = (aligned(residual)?, aligned(x)?);
+    let Some(gate) = Shared::new(&x, gate)? else { return Ok(None) };
+    let (scale, shift) = (scale.contiguous()?, shift.contiguous()?);
+    let sum = Output::new(x.device(), x.dims(), DType::BF16)?;
+    let out = Output::new(x.device(), x.dims(), DType::BF16)?;
+    let args = RowArgs {
+        scale: Some(&scale),
+        shift: Some(&shift),
+        shared: gate.rows,
+        residual: Some(&residual),
+        gate: Some(&gate.tensor),
+        sum: sum.address(),
+        weight: None,
+        eps,
+    };
+    by_row("layer_norm", &x, &out, args.args(&x, &out)?)?;
+    Ok(Some((sum.into_tensor()?, out.into_tensor()?)))
+}
+
+/// Which activation, as `kernels/elementwise.cu` numbers them.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(in crate::ops) enum Activation {
+    GeluTanh = 1,
+    GeluErf = 2,
+    Silu = 3,
+}
+
+/// `activation(x)`, times `up` if there is one, or `None` where there is no kernel.
+pub(in crate::ops) fn activate(
+    x: &Tensor,
+    up: Option<&Tensor>,
+    activation: Activation,
+) -> Result<Option<Tensor>> {
+    if !takes(&[x]) || !up.is_none_or(|up| takes(&[up])) || x.elem_count() == 0 {
+        return Ok(None);
+    }
+    let (x, up) = (x.contiguous()?, up.map(Tensor::contiguous).transpose()?);
+    let out = Output::new(x.device(), x.dims(), DType::BF16)?;
+    let mut args = Args::default();
+    args.tensor(Some(&x))?.tensor(up.as_ref())?.address(0).address(0).address(out.address());
+    args.counts([x.elem_count(), x.dim(D::Minus1)?, activation as usize]);
+    flat("activate", x.device(), x.elem_count().div_ceil(TOGETHER * THREADS), args)?;
+    out.into_tensor().map(Some)
+}
+
+/// [`crate::ops::rotate_pairs`] or, with `halves`, [`crate::ops::rotate_halves`]; `None` where there
+/// is no kernel for the types and sizes.
+pub(in crate::ops) fn rotate(
+    x: &Tensor,
+    [cos, sin]: [&Tensor; 2],
+    halves: bool,
+) -> Result<Option<Tensor>> {
+    let fits = matches!(cos.dtype(), DType::BF16 | DType::F32) && cos.dtype() == sin.dtype();
+    if !takes(&[x]) || !are_near(&[cos, sin]) || !fits || x.elem_count() == 0 {
+        return Ok(None);
+    }
+    let (_, n, h, d) = x.dims4()?;
+    let (x, cos, sin) = (x.contiguous()?, cos.contiguous()?, sin.contiguous()?);
+    let out = Output::new(x.device(), x.dims(), DType::BF16)?;
+    let mut args = Args::default();
+    args.tensor(Some(&x))?.address(out.address()).tensor(Some(&cos))?.tensor(Some(&sin))?;
+    args.flag(cos.dtype() == DType::F32).counts([x.elem_count(), n, h, d]).flag(halves);
+    flat("rotate", x.device(), (x.elem_count() >> 1).div_ceil(THREADS), args)?;
+    out.into_tensor().map(Some)
+}
+
+/// [`crate::ops::channel_rms_norm`], with SiLU after it if `silu`; `None` where there is no kernel.
+pub(in crate::ops) fn channel_rms_norm(
+    x: &Tensor,
+    gamma: &Tensor,
+    silu: bool,
+) -> Result<Option<Tensor>> {
+    const PIXELS: usize = 32;
+    let fits = matches!(gamma.dtype(), DType::BF16 | DType::F32)
+        && x.rank() == 4
+        && gamma.dims() == [x.dim(1)?];
+    if !takes(&[x]) || !are_near(&[gamma]) || !fits || x.elem_count() == 0 {
+        return Ok(None);
+    }
+    let (b, channels, h, w) = x.dims4()?;
+    let (x, gamma) = (x.contiguous()?, gamma.contiguous()?);
+    let out = Output::new(x.device(), x.dims(), DType::BF16)?;
+    let mut args = Args::default();
+    args.tensor(Some(&x))?.tensor(Some(&gamma))?.flag(gamma.dtype() == DType::F32);
+    args.address(out.address()).counts([channels, h * w]).flag(silu);
+    launch(
+        x.device(),
+        &Launch {
+            kernel: "channel_norm".to_owned(),
+            grid: [(h * w).div_ceil(PIXELS), 1, b],
+            threads: THREADS,
+            shared_bytes: THREADS * DType::F32.size_in_bytes(),
+            args,
+        },
+    )?;
+    out.into_tensor().map(Some)
+}
+
+/// [`crate::ops::guided_step`], or `None` where there is no kernel for the types and sizes.
+pub(in crate::ops) fn guided_step(
+    latents: &Tensor,
+    positive: &Tensor,
+    negative: Option<(&Tensor, f64)>,
+    step: f64,
+) -> Result<Option<Tensor>> {
+    const ROWS: usize = 4;
+    let inputs = [latents, positive, negative.map_or(positive, |(negative, _)| negative)];
+    let fits = inputs.iter().all(|x| x.dtype() == DType::F32 && x.dims() == latents.dims());
+    if !are_near(&inputs) || !fits || latents.elem_count() == 0 || latents.rank() == 0 {
+        return Ok(None);
+    }
+    let [latents, positive, other] = [0, 1, 2].map(|i| inputs[i].contiguous());
+    let (latents, positive, other) = (latents?, positive?, other?);
+    let width = latents.dim(D::Minus1)?;
+    let rows = latents.elem_count().checked_div(width).unwrap_or(0);
+    let out = Output::new(latents.device(), latents.dims(), DType::F32)?;
+    let mut args = Args::default();
+    args.tensor(Some(&latents))?.tensor(Some(&positive))?;
+    args.tensor(negative.is_some().then_some(&other))?.address(out.address());
+    args.counts([rows, width]).number(negative.map_or(1.0, |(_, scale)| scale)).number(step);
+    launch(
+        latents.device(),
+        &Launch {
+            kernel: "guided_step".to_owned(),
+            grid: [rows.div_ceil(ROWS), 1, 1],
+            threads: ROW_THREADS,
+            shared_bytes: 0,
+            args,
+        },
+    )?;
+    out.into_tensor().map(Some)
+}
+
+fn flat(kernel: &str, device: &Device, blocks: usize, args: Args) -> Result<()> {
+    let grid = [blocks, 1, 1];
+    launch(
+        device,
+        &Launch { kernel: kernel.to_owned(), grid, threads: THREADS, shared_bytes: 0, args },
+    )
+}
+
+/// `x` without gaps, starting at a multiple of 16 bytes.
+pub(super) fn aligned(x: &Tensor) -> Result<Tensor> {
+    if x.is_contiguous() && x.layout().start_offset().is_multiple_of(TOGETHER) {
+        return Ok(x.clone());
+    }
+    super::ffi::copied(x)
+}
