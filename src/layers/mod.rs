@@ -79,6 +79,12 @@ impl RmsNorm {
     pub fn forward(&self, x: &Tensor) -> TensorResult<Tensor> {
         ops::rms_norm(x, &self.weight, self.eps)
     }
+
+    /// `[dim]`, for operations that the norm is a part of.
+    #[must_use]
+    pub fn weight(&self) -> &Tensor {
+        &self.weight
+    }
 }
 
 /// RMS norm over the channels of a picture.

@@ -1,6 +1,6 @@
 //! One joint block: image and text tokens attend to each other, modulated by the timestep.
 
-use candle_core::{DType, Result as TensorResult, Tensor};
+use candle_core::{DType, Error, Result as TensorResult, Tensor};
 
 use super::{
     config::Config,
@@ -10,7 +10,7 @@ use super::{
 use crate::{
     error::Result,
     layers::{Linear, RmsNorm},
-    ops::{self, Mask},
+    ops::{self, JointOutput, JointShape, JointStream},
     weights::Weights,
 };
 
@@ -71,6 +71,13 @@ const TEXT_NAMES: AttentionNames = AttentionNames {
     norm_key: "norm_added_k",
 };
 
+/// What one stream brings to the attention, each `[b, n, h, d]`, before norm and rotation.
+struct Projections {
+    query: Option<Tensor>,
+    key: Tensor,
+    value: Tensor,
+}
+
 #[derive(Debug, Clone)]
 struct Mlp {
     up: Linear,
@@ -122,22 +129,16 @@ impl Block {
         step: &BlockContext,
     ) -> TensorResult<Streams> {
         let normed = self.normed(streams, layout, step)?;
-        let (keys, values) = self.keys_and_values(&normed, layout)?;
-        let text_query = self.query(&self.text_attention, &normed.text, &layout.text)?;
-        let image_query = self.query(&self.image_attention, &normed.image, &layout.image)?;
+        let text = self.projections(&self.text_attention, &normed.text, true)?;
+        let image = self.projections(&self.image_attention, &normed.image, true)?;
         drop(normed);
-        let query = Tensor::cat(&[text_query, image_query], 1)?; // (b, n_text + n_image, h, d)
-        let attended = self.attend(&query, &keys, &values)?;
-        let text_tokens = streams.text.dim(1)?;
-        let image_tokens = streams.image.dim(1)?;
-        let text = attended.narrow(1, 0, text_tokens)?;
-        let image = attended.narrow(1, text_tokens, image_tokens)?;
+        let attended = self.attend(&text, &image, layout)?;
 
-        let text = self.text_attention.out.forward(&text)?;
+        let text = self.text_attention.out.forward(&required(attended.text)?)?;
         let text = ops::gated_add(&streams.text, &text, &step.text.attention.gate)?;
         let inner = self.text_mlp.forward(&modulated(&text, &step.text.mlp)?)?;
         let text = in_range(ops::gated_add(&text, &inner, &step.text.mlp.gate)?)?;
-        let image = self.image_attention.out.forward(&image)?;
+        let image = self.image_attention.out.forward(&required(attended.image)?)?;
         let image = self.finish_image(&streams.image, &image, layout, step)?;
         Ok(Streams { image, text })
     }
@@ -151,15 +152,14 @@ impl Block {
         step: &BlockContext,
     ) -> TensorResult<Tensor> {
         let normed = self.normed(streams, layout, step)?;
-        let (keys, values) = self.keys_and_values(&normed, layout)?;
         let target = |x: &Tensor| x.narrow(1, 0, layout.target_tokens);
-        let rotation = Rotation {
-            cos: layout.image.cos.narrow(0, 0, layout.target_tokens)?,
-            sin: layout.image.sin.narrow(0, 0, layout.target_tokens)?,
-        };
-        let query = self.query(&self.image_attention, &target(&normed.image)?, &rotation)?;
+        let text = self.projections(&self.text_attention, &normed.text, false)?;
+        let mut image = self.projections(&self.image_attention, &normed.image, false)?;
+        let query = self.image_attention.query.forward(&target(&normed.image)?)?;
+        image.query = Some(self.heads_of(&query)?);
         drop(normed);
-        let image = self.image_attention.out.forward(&self.attend(&query, &keys, &values)?)?;
+        let attended = required(self.attend(&text, &image, layout)?.image)?;
+        let image = self.image_attention.out.forward(&attended)?;
         self.finish_image(&target(&streams.image)?, &image, layout, step)
     }
 
@@ -175,39 +175,35 @@ impl Block {
         Ok(Streams { image, text })
     }
 
-    /// Keys and values of all tokens, text first: each `[b, n_text + n_image, h, d]`.
-    fn keys_and_values(&self, normed: &Streams, layout: &Layout) -> TensorResult<(Tensor, Tensor)> {
-        let key = |attention: &StreamAttention, x: &Tensor, rotation: &Rotation| {
-            let key = self.heads_of(&attention.key.forward(x)?)?;
-            rotated(&attention.norm_key.forward(&key)?, rotation)
-        };
-        let value = |attention: &StreamAttention, x| self.heads_of(&attention.value.forward(x)?);
-        let keys = [
-            key(&self.text_attention, &normed.text, &layout.text)?,
-            key(&self.image_attention, &normed.image, &layout.image)?,
-        ];
-        let values = [
-            value(&self.text_attention, &normed.text)?,
-            value(&self.image_attention, &normed.image)?,
-        ];
-        Ok((Tensor::cat(&keys, 1)?, Tensor::cat(&values, 1)?))
-    }
-
-    fn query(
+    fn projections(
         &self,
         attention: &StreamAttention,
         x: &Tensor,
-        rotation: &Rotation,
-    ) -> TensorResult<Tensor> {
-        let query = self.heads_of(&attention.query.forward(x)?)?;
-        rotated(&attention.norm_query.forward(&query)?, rotation)
+        with_query: bool,
+    ) -> TensorResult<Projections> {
+        let heads = |linear: &Linear| self.heads_of(&linear.forward(x)?);
+        Ok(Projections {
+            key: heads(&attention.key)?,
+            value: heads(&attention.value)?,
+            query: with_query.then(|| heads(&attention.query)).transpose()?,
+        })
     }
 
-    /// `[b, n, h, d]` three times → `[b, n, dim]`.
-    fn attend(&self, query: &Tensor, keys: &Tensor, values: &Tensor) -> TensorResult<Tensor> {
+    /// Each stream's queries see the keys of both streams; the output is `[b, n, dim]` each.
+    fn attend(
+        &self,
+        text: &Projections,
+        image: &Projections,
+        layout: &Layout,
+    ) -> TensorResult<JointOutput> {
         #[expect(clippy::cast_precision_loss, reason = "the width of a head is small")]
         let scale = (self.head_dim as f32).sqrt().recip();
-        ops::attention(query, keys, values, scale, Mask::None)?.flatten_from(2) // (b, n, h·d)
+        let shape = JointShape { scale, eps: EPS, text_lengths: None };
+        let text = text.stream(&self.text_attention, &layout.text);
+        let image = image.stream(&self.image_attention, &layout.image);
+        let attended = ops::joint_attention(&text, &image, shape)?;
+        let flat = |x: Option<Tensor>| x.map(|x| x.flatten_from(2)).transpose(); // (b, n, h·d)
+        Ok(JointOutput { text: flat(attended.text)?, image: flat(attended.image)? })
     }
 
     fn heads_of(&self, x: &Tensor) -> TensorResult<Tensor> {
@@ -269,10 +265,27 @@ fn modulated(x: &Tensor, modulation: &Modulation) -> TensorResult<Tensor> {
     ops::modulated_layer_norm(x, &modulation.scale, &modulation.shift, EPS)
 }
 
-/// Rotates in float32 whatever the type of `x: [b, n, h, d]` is, as the reference does.
-fn rotated(x: &Tensor, rotation: &Rotation) -> TensorResult<Tensor> {
-    let turned = ops::rotate_pairs(&x.to_dtype(DType::F32)?, &rotation.cos, &rotation.sin)?;
-    turned.to_dtype(x.dtype())
+/// The output of a stream that had queries.
+fn required(attended: Option<Tensor>) -> TensorResult<Tensor> {
+    attended.ok_or_else(|| Error::msg("a stream with queries has no attended values"))
+}
+
+impl Projections {
+    fn stream<'a>(
+        &'a self,
+        attention: &'a StreamAttention,
+        rotation: &'a Rotation,
+    ) -> JointStream<'a> {
+        JointStream {
+            query: self.query.as_ref(),
+            key: &self.key,
+            value: &self.value,
+            norm_query: attention.norm_query.weight(),
+            norm_key: attention.norm_key.weight(),
+            cos: &rotation.cos,
+            sin: &rotation.sin,
+        }
+    }
 }
 
 impl StreamAttention {
