@@ -10,7 +10,7 @@ use pentimento::{
         qwen_image::{ModelInput, Outputs},
         vae::{Autoencoder, Tiling},
     },
-    weights::{ModelFiles, Precision, Storage},
+    weights::{AttentionType, ModelFiles, Precision, Storage},
 };
 
 fn inputs(folder: &Path, name: &str) -> Tensor {
@@ -22,7 +22,8 @@ fn inputs(folder: &Path, name: &str) -> Tensor {
 /// forward does, the modulation of the step and the references' output included.
 pub(crate) fn transformer(folder: &Path, storage: Storage) -> impl Fn() -> Tensor + use<> {
     let files = ModelFiles::Folder(folder.to_owned());
-    let precision = Precision { storage, ..Precision::reference() };
+    let attention = AttentionType::default();
+    let precision = Precision { storage, attention, ..Precision::reference() };
     let model = Transformer::load(&files, &precision).unwrap();
     let tokens = inputs(folder, "tokens");
     let conditioning = Conditioning { hidden_states: inputs(folder, "text") };

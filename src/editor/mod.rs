@@ -46,7 +46,7 @@ use crate::{
         WeightShare,
     },
     vlm::VisionLanguageModel,
-    weights::{LoraReport, ModelFiles, Precision, Storage},
+    weights::{AttentionType, LoraReport, ModelFiles, Precision, Storage},
 };
 
 /// Where and how a model runs.
@@ -73,7 +73,8 @@ impl EngineOptions {
         let device = self.device.open()?;
         let compute = Device::compute_type(&device);
         let storage = self.storage.unwrap_or_default();
-        Ok(Precision { device, compute, storage, cancel: self.cancel.clone() })
+        let attention = AttentionType::default();
+        Ok(Precision { device, compute, storage, attention, cancel: self.cancel.clone() })
     }
 }
 

@@ -111,6 +111,16 @@ impl PackedLinear {
         Ok(Self { weight, bias })
     }
 
+    /// Whether the weights are kept in fewer bits than float32.
+    #[must_use]
+    pub fn is_narrow(&self) -> bool {
+        match &self.weight {
+            Kernel::Packed(weight) => weight.is_narrow(),
+            Kernel::Dense(weight) => weight.dtype().size_in_bytes() < size_of::<f32>(),
+            Kernel::Blocks(_) | Kernel::Quantized(_) => true,
+        }
+    }
+
     /// `x · weightᵀ + bias`: `[.., in]` → `[.., out]`.
     ///
     /// # Errors

@@ -19,7 +19,7 @@ pub use activation::{gelu_erf, gelu_tanh, silu, swiglu};
 pub use attention::{Mask, attention};
 pub use conv::{Conv2dShape, PackedConv2d, Padding, upsample_nearest_2x};
 pub use cpu::on_worker;
-pub use joint::{JointOutput, JointShape, JointStream, joint_attention};
+pub use joint::{JointOutput, JointShape, JointStream, joint_attention, joint_attention_bf16};
 pub use linear::{LinearWeight, PackedLinear};
 pub use norm::{
     channel_rms_norm, channel_rms_norm_silu, gated_add, layer_norm, modulated_layer_norm, rms_norm,

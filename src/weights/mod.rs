@@ -19,7 +19,7 @@ mod stored;
 pub(crate) use adapter_config::AdapterConfig;
 pub use assembly::Assembly;
 pub use checkpoint::{Checkpoint, TensorEntry};
-pub use cursor::{Precision, Storage, Weights};
+pub use cursor::{AttentionType, Precision, Storage, Weights};
 pub use files::{EmbeddedFile, ModelFiles};
 pub use identify::identify;
 pub use lora::{LoraFile, LoraReport, LowRankChanges};

@@ -11,7 +11,7 @@ use crate::{
     error::Result,
     layers::{Linear, RmsNorm},
     ops::{self, JointOutput, JointShape, JointStream},
-    weights::Weights,
+    weights::{AttentionType, Weights},
 };
 
 const EPS: f64 = 1e-6;
@@ -96,19 +96,24 @@ pub(super) struct Block {
     text_mlp: Mlp,
     heads: usize,
     head_dim: usize,
+    attention_in_bf16: bool,
 }
 
 impl Block {
     pub(super) fn load(weights: &Weights, config: &Config) -> Result<Self> {
         let attention = weights.pp("attn");
+        let image_attention = StreamAttention::load(&attention, config, &IMAGE_NAMES)?;
+        let attention_in_bf16 = weights.precision().attention == AttentionType::LikeWeights
+            && image_attention.query.is_narrow();
         Ok(Self {
             modulation: BlockProjections::load(weights, config)?,
-            image_attention: StreamAttention::load(&attention, config, &IMAGE_NAMES)?,
+            image_attention,
             text_attention: StreamAttention::load(&attention, config, &TEXT_NAMES)?,
             image_mlp: Mlp::load(&weights.pp("img_mlp"), config.dim())?,
             text_mlp: Mlp::load(&weights.pp("txt_mlp"), config.dim())?,
             heads: config.heads,
             head_dim: config.head_dim,
+            attention_in_bf16,
         })
     }
 
@@ -201,7 +206,10 @@ impl Block {
         let shape = JointShape { scale, eps: EPS, text_lengths: None };
         let text = text.stream(&self.text_attention, &layout.text);
         let image = image.stream(&self.image_attention, &layout.image);
-        let attended = ops::joint_attention(&text, &image, shape)?;
+        let attended = match self.attention_in_bf16 {
+            true => ops::joint_attention_bf16(&text, &image, shape)?,
+            false => ops::joint_attention(&text, &image, shape)?,
+        };
         let flat = |x: Option<Tensor>| x.map(|x| x.flatten_from(2)).transpose(); // (b, n, h·d)
         Ok(JointOutput { text: flat(attended.text)?, image: flat(attended.image)? })
     }

@@ -1,6 +1,7 @@
 //! Attention over tiles with a running softmax: the scores of one tile at a time, in registers and
 //! the first-level cache.
 
+pub(super) mod joint;
 mod rows;
 mod tiles;
 

@@ -1,6 +1,7 @@
 //! Vectorised inner loops of the CPU's operations. The instruction set (AVX-512, AVX2 with FMA,
 //! NEON, or none) is found at run time, once per operation.
 
+pub(super) mod bf16;
 pub(super) mod blocks;
 pub(super) mod hugepage;
 pub(super) mod lanes;
