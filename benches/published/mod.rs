@@ -10,6 +10,7 @@ use pentimento::{
         qwen_image::{ModelInput, Outputs},
         vae::{Autoencoder, Tiling},
     },
+    ops::KeepBuffers,
     weights::{AttentionType, ModelFiles, Precision, Storage},
 };
 
@@ -28,7 +29,10 @@ pub(crate) fn transformer(folder: &Path, storage: Storage) -> impl Fn() -> Tenso
     let tokens = inputs(folder, "tokens");
     let conditioning = Conditioning { hidden_states: inputs(folder, "text") };
     let side = (tokens.dim(1).unwrap() / 2).isqrt();
+    // As in a loop of several steps.
+    let buffers = KeepBuffers::new();
     move || {
+        let _buffers = &buffers;
         let grids = [Grid { height: side, width: side }; 2];
         let input = ModelInput { tokens: &tokens, grids: &grids, conditioning: &conditioning };
         let cancel = CancelToken::new();

@@ -11,6 +11,7 @@ use super::{
 };
 use crate::{
     error::{Error, Result},
+    ops,
     progress::{CancelToken, Event, Observer, Stage},
 };
 
@@ -65,6 +66,7 @@ impl Denoise<'_> {
     ) -> Result<Tensor> {
         self.check(model)?;
         let begin = Instant::now();
+        let _buffers = ops::KeepBuffers::new();
         let of = self.schedule.steps();
         let device = &model.precision().device;
         let mut latents = self.noise.to_device(device)?.to_dtype(DType::F32)?;

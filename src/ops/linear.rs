@@ -12,12 +12,12 @@ use candle_core::{
 use rayon::prelude::*;
 
 use super::{
+    buffers,
     cpu::Floats,
     matrix::PackedMatrix,
     simd::{
         Arch,
         blocks::{BlockFormat, PackedBlocks},
-        hugepage,
     },
 };
 
@@ -208,7 +208,7 @@ fn by_rows(
     if bias.is_some_and(|bias| bias.len() != out) {
         bail!("linear: the bias does not have the output's width {out}");
     }
-    let mut y = hugepage::zeros(dims.iter().product());
+    let mut y = buffers::of_len(dims.iter().product());
     let wide = x.to_dtype(DType::F32)?.contiguous()?;
     multiply(Floats::new(&wide).contiguous()?, bias, &mut y);
     Tensor::from_vec(y, dims, x.device())?.to_dtype(x.dtype())

@@ -3,6 +3,7 @@
 
 pub mod activation;
 pub mod attention;
+mod buffers;
 pub mod conv;
 mod cpu;
 mod direct;
@@ -15,8 +16,9 @@ pub mod rope;
 mod rows;
 mod simd;
 
-pub use activation::{gelu_erf, gelu_tanh, silu, swiglu};
+pub use activation::{gelu_erf, gelu_tanh, gelu_tanh_owned, silu, swiglu};
 pub use attention::{Mask, attention};
+pub use buffers::{KeepBuffers, recycle};
 pub use conv::{Conv2dShape, PackedConv2d, Padding, upsample_nearest_2x};
 pub use cpu::on_worker;
 pub use joint::{JointOutput, JointShape, JointStream, joint_attention, joint_attention_bf16};

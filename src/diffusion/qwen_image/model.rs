@@ -5,7 +5,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use candle_core::{DType, Tensor};
 
 use super::{
-    block::{Block, Layout, Streams},
+    block::{Block, Layout, Streams, recycle},
     config::{self, Config},
     modulation::{StepContext, TimeEmbedding},
     pack::Grid,
@@ -231,6 +231,7 @@ impl Transformer {
         cancel: &CancelToken,
     ) -> Result<Tensor> {
         let layout = self.layout(input)?;
+        let _buffers = ops::KeepBuffers::new();
         let Precision { device, compute, .. } = &self.precision;
         let text = input.conditioning.hidden_states.to_device(device)?.to_dtype(*compute)?;
         let image = input.tokens.to_device(device)?.to_dtype(*compute)?;
@@ -248,7 +249,9 @@ impl Transformer {
         }
         for (block, step) in blocks.iter().zip(steps) {
             cancel.check()?;
-            streams = block.forward(&streams, &layout, step)?;
+            let before = streams;
+            streams = block.forward(&before, &layout, step)?;
+            recycle([before.text, before.image])?;
         }
         let image = match last {
             Some(((block, _), (step, _))) => {

@@ -175,9 +175,7 @@ mod x86 {
         _mm512_storeu_si512, _mm512_sub_ps, _mm512_ternarylogic_epi32,
     };
 
-    use super::{
-        Columns, Head, KEYS, LANES, Pair, Preparation, ROWS, VECTORS, pair_of,
-    };
+    use super::{Columns, Head, KEYS, LANES, Pair, Preparation, ROWS, VECTORS, pair_of};
 
     /// `1.5 · 2²³`: adding it rounds to the nearest integer and leaves that integer in the low bits.
     const ROUND: f32 = 12_582_912.0;
@@ -185,18 +183,12 @@ mod x86 {
     const EXP2_MIN: f32 = -126.0;
     /// Coefficients of `2ˣ` on ±½, the highest power first; largest relative error 2.6e-6, a
     /// thousandth of bf16's.
-    const EXP2: [f32; 5] =
-        [0.009_570_102, 0.055_917_86, 0.240_247_44, 0.693_121_8, 0.999_999_3];
+    const EXP2: [f32; 5] = [0.009_570_102, 0.055_917_86, 0.240_247_44, 0.693_121_8, 0.999_999_3];
 
     type Sums = [[__m512; VECTORS]; ROWS];
 
     /// See [`Preparation`]; `out` has half as many pairs as `x` has numbers.
-    pub(super) fn prepare(
-        x: &[f32],
-        turn: [&[f32]; 2],
-        how: Preparation<'_>,
-        out: &mut [Pair],
-    ) {
+    pub(super) fn prepare(x: &[f32], turn: [&[f32]; 2], how: Preparation<'_>, out: &mut [Pair]) {
         #[expect(unsafe_code, reason = "needs instructions that not every processor has")]
         // SAFETY: `Head::begin` makes room for pairs only where `is_supported`, and this is called
         // with that room only.
@@ -207,12 +199,7 @@ mod x86 {
 
     #[target_feature(enable = "avx512f,avx512bw")]
     #[expect(clippy::cast_precision_loss, reason = "the width of a head is small")]
-    fn prepare_avx512(
-        x: &[f32],
-        [cos, sin]: [&[f32]; 2],
-        how: Preparation<'_>,
-        out: &mut [Pair],
-    ) {
+    fn prepare_avx512(x: &[f32], [cos, sin]: [&[f32]; 2], how: Preparation<'_>, out: &mut [Pair]) {
         let (x, weight) = (x.as_chunks::<2>().0, how.weight.as_chunks::<2>().0);
         let mut squares = [[0.0_f32; 2]; 4];
         for x in x.chunks(4) {
@@ -327,7 +314,6 @@ mod x86 {
     /// `Σ a[pair][row] · b[pair][column]`, where a pair's product is the sum of two.
     #[inline]
     #[target_feature(enable = "avx512f,avx512bw,avx512bf16")]
-    #[expect(clippy::needless_range_loop, reason = "only indices are unrolled into registers")]
     fn tile(a: &[[Pair; ROWS]], b: &[Columns<Pair>]) -> Sums {
         let mut sums = [[_mm512_setzero_ps(); VECTORS]; ROWS];
         for (a, b) in a.iter().zip(b) {

@@ -7,11 +7,11 @@ use candle_core::{Result, Tensor};
 
 use super::{Heads, dense_rows};
 use crate::ops::{
+    buffers,
     cpu::{Floats, is_fast},
     joint::{JointOutput, JointShape, JointStream},
     simd::{
         bf16::{Head, Preparation, QUERIES},
-        hugepage,
         tiles::{Grid, Tile, par_tiles},
     },
 };
@@ -55,7 +55,7 @@ pub(in crate::ops) fn attention(
         shape,
         head_dim: d,
     };
-    let mut out = hugepage::zeros(b * n * h * d);
+    let mut out = buffers::of_len(b * n * h * d);
     let pieces = (TASKS_PER_THREAD * rayon::current_num_threads()).div_ceil((b * h).max(1));
     let tile_rows = n.div_ceil(pieces).max(PIECE_QUERIES_MIN);
     let grid = Grid { rows: n, cols: h * d, tile_rows, tile_cols: d };
@@ -208,8 +208,7 @@ impl Inputs<'_> {
         (lane, row): (usize, usize),
     ) {
         let [text, image] = &self.streams;
-        let (stream, token) =
-            if row < text.rows { (text, row) } else { (image, row - text.rows) };
+        let (stream, token) = if row < text.rows { (text, row) } else { (image, row - text.rows) };
         let Some(query) = &stream.query else { return };
         let factor = self.shape.scale * std::f32::consts::LOG2_E;
         let how = self.preparation(stream.norm_query, factor);
