@@ -10,7 +10,7 @@ use std::{path::Path, time::Duration};
 
 use candle_core::DType;
 use criterion::{Criterion, criterion_group, criterion_main};
-use pentimento::weights::Storage;
+use pentimento::weights::{AttentionType, Precision, Storage};
 
 mod published;
 
@@ -24,11 +24,14 @@ fn models(c: &mut Criterion) {
     let kept =
         [("q8_0", Storage::Q8_0), ("bf16", Storage::Plain(DType::BF16)), ("f32", Storage::Compute)];
     for (name, storage) in kept {
-        let forward = published::transformer(&folder, storage);
+        let attention = AttentionType::LikeWeights;
+        let precision = Precision { storage, attention, ..Precision::reference() };
+        let forward = published::transformer(&folder, precision);
         group.bench_function(format!("transformer {name}"), |b| b.iter(&forward));
     }
-    let there_and_back = published::autoencoder(&folder);
-    group.bench_function("autoencoder f32", |b| b.iter(&there_and_back));
+    let (encode, decode) = (published::encode(&folder), published::decode(&folder));
+    group.bench_function("autoencoder encode f32", |b| b.iter(&encode));
+    group.bench_function("autoencoder decode f32", |b| b.iter(&decode));
     group.finish();
 }
 

@@ -11,7 +11,7 @@ use pentimento::{
         vae::{Autoencoder, Tiling},
     },
     ops::KeepBuffers,
-    weights::{AttentionType, ModelFiles, Precision, Storage},
+    weights::{ModelFiles, Precision},
 };
 
 fn inputs(folder: &Path, name: &str) -> Tensor {
@@ -21,10 +21,8 @@ fn inputs(folder: &Path, name: &str) -> Tensor {
 
 /// One forward pass over the tokens of the picture and its reference: everything that diffusers'
 /// forward does, the modulation of the step and the references' output included.
-pub(crate) fn transformer(folder: &Path, storage: Storage) -> impl Fn() -> Tensor + use<> {
+pub(crate) fn transformer(folder: &Path, precision: Precision) -> impl Fn() -> Tensor + use<> {
     let files = ModelFiles::Folder(folder.to_owned());
-    let attention = AttentionType::default();
-    let precision = Precision { storage, attention, ..Precision::reference() };
     let model = Transformer::load(&files, &precision).unwrap();
     let tokens = inputs(folder, "tokens");
     let conditioning = Conditioning { hidden_states: inputs(folder, "text") };
@@ -41,14 +39,19 @@ pub(crate) fn transformer(folder: &Path, storage: Storage) -> impl Fn() -> Tenso
     }
 }
 
-/// The picture to its latents and back.
-pub(crate) fn autoencoder(folder: &Path) -> impl Fn() -> Tensor + use<> {
+/// The picture to its latents.
+pub(crate) fn encode(folder: &Path) -> impl Fn() -> Tensor + use<> {
+    let (model, picture) = (autoencoder(folder), inputs(folder, "picture"));
+    move || model.encode(&picture, &Tiling::OFF, &CancelToken::new()).unwrap()
+}
+
+/// Latents to a picture.
+pub(crate) fn decode(folder: &Path) -> impl Fn() -> Tensor + use<> {
+    let (model, latents) = (autoencoder(folder), encode(folder)());
+    move || model.decode(&latents, &Tiling::OFF, &CancelToken::new()).unwrap()
+}
+
+fn autoencoder(folder: &Path) -> Autoencoder {
     let files = ModelFiles::Folder(folder.to_owned());
-    let model = Autoencoder::load(&files, &Precision::reference()).unwrap();
-    let picture = inputs(folder, "picture");
-    move || {
-        let cancel = CancelToken::new();
-        let latents = model.encode(&picture, &Tiling::OFF, &cancel).unwrap();
-        model.decode(&latents, &Tiling::OFF, &cancel).unwrap()
-    }
+    Autoencoder::load(&files, &Precision::reference()).unwrap()
 }
