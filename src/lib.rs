@@ -28,7 +28,8 @@ pub mod vlm;
 pub mod weights;
 
 pub use editor::{
-    Assistant, Engine, EngineOptions, LoraSource, ModelInfo, ModelParts, ModelSource, PlannerSource,
+    Assistant, BENCH_VERSION, BenchReport, BenchRequest, BenchRow, Engine, EngineOptions,
+    LoraSource, ModelInfo, ModelParts, ModelSource, PlannerSource,
 };
 pub use error::{Error, ModelError, PictureError, RequestError, Result};
 pub use memory::Device;

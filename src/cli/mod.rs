@@ -2,6 +2,7 @@
 
 mod args;
 mod ask;
+mod bench;
 mod doctor;
 mod edit;
 mod eval;
@@ -47,6 +48,7 @@ fn dispatch(command: Command) -> Result<()> {
         Command::Ask(args) => ask::run(args),
         Command::Eval { what: EvalCommand::Scenes(args) } => eval::scenes(&args),
         Command::Eval { what: EvalCommand::Drift(args) } => eval::drift(&args),
+        Command::Bench(args) => bench::run(&args),
         Command::Info(args) => info::run(&args),
         Command::Doctor(args) => doctor::run(&args),
         Command::Completions { shell } => {
@@ -113,6 +115,7 @@ impl Command {
             Self::Ask(args) => args.report.json,
             Self::Eval { what: EvalCommand::Scenes(args) } => args.report.json,
             Self::Eval { what: EvalCommand::Drift(args) } => args.report.json,
+            Self::Bench(args) => args.report.json,
             Self::Info(args) => args.json,
             Self::Doctor(args) => args.json,
             Self::Completions { .. } => false,
@@ -126,6 +129,7 @@ impl Command {
             Self::Ask(args) => args.report.verbose,
             Self::Eval { what: EvalCommand::Scenes(args) } => args.report.verbose,
             Self::Eval { what: EvalCommand::Drift(args) } => args.report.verbose,
+            Self::Bench(args) => args.report.verbose,
             _ => 0,
         }
     }

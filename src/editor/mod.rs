@@ -2,6 +2,7 @@
 
 mod ask;
 mod assemble;
+mod bench;
 mod checked;
 mod edit;
 mod estimate;
@@ -19,6 +20,14 @@ use std::time::Duration;
 
 use image::RgbImage;
 
+pub use self::{
+    bench::{BENCH_VERSION, BenchReport, BenchRequest, BenchRow},
+    inspect::{ModelInfo, PartInfo},
+    lora::LoraSource,
+    pipeline::Kind,
+    planning::PlannerSource,
+    source::{ModelParts, ModelSource},
+};
 use self::{
     inspect::PARTS,
     lora::{LoadedLoras, Loras},
@@ -27,13 +36,6 @@ use self::{
     plan_sizes::Sizes,
     planning::{ENCODER, PlanWork, PlannerParts},
     stages::Stages,
-};
-pub use self::{
-    inspect::{ModelInfo, PartInfo},
-    lora::LoraSource,
-    pipeline::Kind,
-    planning::PlannerSource,
-    source::{ModelParts, ModelSource},
 };
 use crate::{
     diffusion::DiffusionModel,
