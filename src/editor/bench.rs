@@ -162,11 +162,11 @@ impl Engine {
         let inputs = vlm.prepare(&text, &[])?;
         let mut options = vlm.generate_options();
         (options.sampling, options.stop_tokens) = (Sampling::Greedy, Vec::new());
-        let mut answer = |tokens: usize| {
+        let mut answer = |tokens: usize| -> Result<(Duration, usize)> {
             options.max_new_tokens = tokens;
             let begin = Instant::now();
             let written = vlm.generate(&inputs, &options, cancel, &mut |_| ())?.tokens.len();
-            Result::Ok((begin.elapsed(), written))
+            Ok((begin.elapsed(), written))
         };
         // The first token comes with the prompt.
         let (first, _) = answer(1)?;
