@@ -16,7 +16,9 @@ use crate::{
     layers::{Linear, RmsNorm},
     ops,
     progress::CancelToken,
-    weights::{Checkpoint, LoraFile, LoraReport, LowRankChanges, ModelFiles, Precision, Weights},
+    weights::{
+        Checkpoint, LoraFile, LoraReport, LowRankChanges, ModelFiles, Precision, Storage, Weights,
+    },
 };
 
 const EPS: f64 = 1e-6;
@@ -116,17 +118,20 @@ impl Transformer {
         let weights =
             Weights::new(checkpoint, precision.clone()).with_changes(Arc::clone(&changes));
         let (dim, time) = (config.dim(), weights.pp("time_text_embed.timestep_embedder"));
+        // Two thin matrices at the ends of the residual stream: what is lost there reaches every
+        // number of the output, and they take a thousandth of the work.
+        let ends = weights.with_storage(Storage::Compute);
         let blocks = weights.pp("transformer_blocks");
         let model = Self {
             time_embedding: TimeEmbedding::load(&time, dim)?,
             text_norm: RmsNorm::load(&weights.pp("txt_norm"), config.conditioning_dim, EPS)?,
             text_in: Linear::load(&weights.pp("txt_in"), config.conditioning_dim, dim)?,
-            image_in: Linear::load(&weights.pp("img_in"), config.latent_dim, dim)?,
+            image_in: Linear::load(&ends.pp("img_in"), config.latent_dim, dim)?,
             blocks: (0..config.layers)
                 .map(|i| Block::load(&blocks.pp(i), &config))
                 .collect::<Result<_>>()?,
             norm_out: Linear::load(&weights.pp("norm_out.linear"), dim, 2 * dim)?,
-            proj_out: Linear::load(&weights.pp("proj_out"), dim, config.latent_dim)?,
+            proj_out: Linear::load(&ends.pp("proj_out"), dim, config.latent_dim)?,
             precision: precision.clone(),
             config,
             kept: Mutex::new(Vec::new()),
