@@ -9,7 +9,10 @@ use candle_core::{DType, Device, Tensor};
 use criterion::{
     BenchmarkGroup, Criterion, Throughput, criterion_group, criterion_main, measurement::WallTime,
 };
-use pentimento::ops::{self, Conv2dShape, LinearWeight, Mask, PackedConv2d, PackedLinear, Padding};
+use pentimento::ops::{
+    self, Conv2dShape, JointShape, JointStream, LinearWeight, Mask, PackedConv2d, PackedLinear,
+    Padding,
+};
 use pulp::{Arch, Simd, WithSimd};
 use rayon::prelude::*;
 
@@ -88,6 +91,46 @@ fn attention(c: &mut Criterion) {
         group.throughput(Throughput::Elements((4 * scores * h * d) as u64));
         group.bench_function(name, |b| b.iter(|| ops::attention(&q, &k, &k, 0.09, mask).unwrap()));
     }
+    group.finish();
+}
+
+/// One stream's tensors: queries, keys and values alike.
+struct Stream {
+    heads: Tensor,
+    norm: Tensor,
+    angles: Tensor,
+}
+
+impl Stream {
+    fn new(tokens: usize) -> Self {
+        let heads = random(&[1, tokens, HEADS, 128]);
+        Self { heads, norm: random(&[128]), angles: random(&[tokens, 64]) }
+    }
+
+    fn joint(&self) -> JointStream<'_> {
+        JointStream {
+            query: Some(&self.heads),
+            key: &self.heads,
+            value: &self.heads,
+            norm_query: &self.norm,
+            norm_key: &self.norm,
+            cos: &self.angles,
+            sin: &self.angles,
+        }
+    }
+}
+
+fn joint_attention(c: &mut Criterion) {
+    let mut group = group(c, "joint attention");
+    let (text, image) = (Stream::new(200), Stream::new(TOKENS - 200));
+    let shape = JointShape { scale: 0.09, eps: 1e-6, text_lengths: None };
+    group.throughput(Throughput::Elements((4 * TOKENS * TOKENS * HEADS * 128) as u64));
+    group.bench_function("f32", |b| {
+        b.iter(|| ops::joint_attention(&text.joint(), &image.joint(), shape).unwrap());
+    });
+    group.bench_function("bf16", |b| {
+        b.iter(|| ops::joint_attention_bf16(&text.joint(), &image.joint(), shape).unwrap());
+    });
     group.finish();
 }
 
@@ -193,5 +236,5 @@ fn passes(c: &mut Criterion) {
     group.finish();
 }
 
-criterion_group!(benches, peak, attention, linear, conv, passes);
+criterion_group!(benches, peak, attention, joint_attention, linear, conv, passes);
 criterion_main!(benches);

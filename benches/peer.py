@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Time diffusers on a folder made by make_published.py.
 
-    peer.py FOLDER transformer|autoencoder f32|bf16 REPEATS
+    peer.py FOLDER transformer|encode|decode f32|bf16 REPEATS
 
 Prints one line for each repeat after a first, untimed one:
 
@@ -39,16 +39,18 @@ def transformer(folder: Path, dtype: torch.dtype):
     return lambda: model(**arguments)[0]
 
 
-def autoencoder(folder: Path, dtype: torch.dtype):
-    """The picture to its latents and back."""
+def encode(folder: Path, dtype: torch.dtype):
+    """A picture to its latents."""
     model = AutoencoderKLQwenImage.from_pretrained(folder / "vae", torch_dtype=dtype)
     picture = load_file(folder / "inputs.safetensors")["picture"].to(dtype).unsqueeze(2)
+    return lambda: model.encode(picture, return_dict=False)[0].mode()
 
-    def run():
-        latents = model.encode(picture, return_dict=False)[0].mode()
-        return model.decode(latents, return_dict=False)[0]
 
-    return run
+def decode(folder: Path, dtype: torch.dtype):
+    """Latents to a picture."""
+    model = AutoencoderKLQwenImage.from_pretrained(folder / "vae", torch_dtype=dtype)
+    latents = encode(folder, dtype)()
+    return lambda: model.decode(latents, return_dict=False)[0]
 
 
 def peak_bytes() -> int:
@@ -62,8 +64,8 @@ def main() -> None:
     folder, what, dtype, repeats = Path(sys.argv[1]), *sys.argv[2:5]
     torch.set_num_threads(THREADS)
     dtype = {"f32": torch.float32, "bf16": torch.bfloat16}[dtype]
-    run = {"transformer": transformer, "autoencoder": autoencoder}[what](folder, dtype)
     with torch.inference_mode():
+        run = {"transformer": transformer, "encode": encode, "decode": decode}[what](folder, dtype)
         run()
         for _ in range(int(repeats)):
             start = time.perf_counter()

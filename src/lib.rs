@@ -33,8 +33,9 @@ mod whole_file;
 
 pub use diffusion::StepCache;
 pub use editor::{
-    Assistant, ConvertOutcome, ConvertRequest, EditVersion, Engine, EngineOptions, LoraSource,
-    ModelInfo, ModelParts, ModelSource, PlannerSource, convert,
+    Assistant, BENCH_VERSION, BenchReport, BenchRequest, BenchRow, ConvertOutcome, ConvertRequest,
+    EditVersion, Engine, EngineOptions, LoraSource, ModelInfo, ModelParts, ModelSource,
+    PlannerSource, convert,
 };
 pub use error::{Error, ModelError, PictureError, RequestError, Result};
 pub use memory::Device;

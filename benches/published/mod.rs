@@ -10,7 +10,8 @@ use pentimento::{
         qwen_image::{ModelInput, Outputs},
         vae::{Autoencoder, Tiling},
     },
-    weights::{ModelFiles, Precision, Storage},
+    ops::KeepBuffers,
+    weights::{ModelFiles, Precision},
 };
 
 fn inputs(folder: &Path, name: &str) -> Tensor {
@@ -20,14 +21,16 @@ fn inputs(folder: &Path, name: &str) -> Tensor {
 
 /// One forward pass over the tokens of the picture and its reference: everything that diffusers'
 /// forward does, the modulation of the step and the references' output included.
-pub(crate) fn transformer(folder: &Path, storage: Storage) -> impl Fn() -> Tensor + use<> {
+pub(crate) fn transformer(folder: &Path, precision: Precision) -> impl Fn() -> Tensor + use<> {
     let files = ModelFiles::Folder(folder.to_owned());
-    let precision = Precision { storage, ..Precision::reference() };
     let model = Transformer::load(&files, &precision).unwrap();
     let tokens = inputs(folder, "tokens");
     let conditioning = Conditioning { hidden_states: inputs(folder, "text") };
     let side = (tokens.dim(1).unwrap() / 2).isqrt();
+    // As in a loop of several steps.
+    let buffers = KeepBuffers::new();
     move || {
+        let _buffers = &buffers;
         let grids = [Grid { height: side, width: side }; 2];
         let input = ModelInput { tokens: &tokens, grids: &grids, conditioning: &conditioning };
         let cancel = CancelToken::new();
@@ -36,14 +39,19 @@ pub(crate) fn transformer(folder: &Path, storage: Storage) -> impl Fn() -> Tenso
     }
 }
 
-/// The picture to its latents and back.
-pub(crate) fn autoencoder(folder: &Path) -> impl Fn() -> Tensor + use<> {
+/// The picture to its latents.
+pub(crate) fn encode(folder: &Path) -> impl Fn() -> Tensor + use<> {
+    let (model, picture) = (autoencoder(folder), inputs(folder, "picture"));
+    move || model.encode(&picture, &Tiling::OFF, &CancelToken::new()).unwrap()
+}
+
+/// Latents to a picture.
+pub(crate) fn decode(folder: &Path) -> impl Fn() -> Tensor + use<> {
+    let (model, latents) = (autoencoder(folder), encode(folder)());
+    move || model.decode(&latents, &Tiling::OFF, &CancelToken::new()).unwrap()
+}
+
+fn autoencoder(folder: &Path) -> Autoencoder {
     let files = ModelFiles::Folder(folder.to_owned());
-    let model = Autoencoder::load(&files, &Precision::reference()).unwrap();
-    let picture = inputs(folder, "picture");
-    move || {
-        let cancel = CancelToken::new();
-        let latents = model.encode(&picture, &Tiling::OFF, &cancel).unwrap();
-        model.decode(&latents, &Tiling::OFF, &cancel).unwrap()
-    }
+    Autoencoder::load(&files, &Precision::reference()).unwrap()
 }

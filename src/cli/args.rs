@@ -31,6 +31,8 @@ pub(crate) enum Command {
         #[command(subcommand)]
         what: EvalCommand,
     },
+    /// Measure how fast each stage is with a model
+    Bench(Box<BenchArgs>),
     /// Show what a weight file, a model folder or a picture holds
     Info(InfoArgs),
     /// Write a part of a model as another file: in another format, in other types
@@ -438,6 +440,27 @@ pub(crate) enum PartArg {
     Many,
     /// What the decomposition agent makes of a request, without a grammar
     Decomposition,
+}
+
+/// `pentimento bench`
+#[derive(Debug, Args)]
+pub(crate) struct BenchArgs {
+    /// Width of the working size [default: that of a square of the model's area]
+    #[arg(short = 'W', long, value_name = "PX", requires = "height")]
+    pub(crate) width: Option<u32>,
+    /// Height of the working size
+    #[arg(short = 'H', long, value_name = "PX", requires = "width")]
+    pub(crate) height: Option<u32>,
+    /// Denoising steps to measure; their mean is shown
+    #[arg(long, value_name = "N", default_value_t = 2)]
+    pub(crate) steps: usize,
+    /// Tokens of the answer to measure
+    #[arg(long, value_name = "N", default_value_t = 32)]
+    pub(crate) answer_tokens: usize,
+    #[command(flatten)]
+    pub(crate) model: ModelArgs,
+    #[command(flatten)]
+    pub(crate) report: ReportArgs,
 }
 
 /// `pentimento info`

@@ -2,6 +2,7 @@
 
 mod args;
 mod ask;
+mod bench;
 mod convert;
 mod doctor;
 mod edit;
@@ -55,6 +56,7 @@ fn dispatch(command: Command) -> Result<ExitCode> {
         Command::Ask(args) => ask::run(*args),
         Command::Eval { what: EvalCommand::Scenes(args) } => eval::scenes(&args),
         Command::Eval { what: EvalCommand::Drift(args) } => eval::drift(&args),
+        Command::Bench(args) => bench::run(&args),
         Command::Info(args) => info::run(&args),
         Command::Convert(args) => convert::run(*args),
         Command::Models { what: ModelsCommand::List(args) } => models::list(&args),
@@ -126,6 +128,7 @@ impl Command {
             Self::Ask(args) => args.report.json,
             Self::Eval { what: EvalCommand::Scenes(args) } => args.report.json,
             Self::Eval { what: EvalCommand::Drift(args) } => args.report.json,
+            Self::Bench(args) => args.report.json,
             Self::Info(args) => args.json,
             Self::Convert(args) => args.report.json,
             Self::Models { what: ModelsCommand::List(args) } => args.json,
@@ -144,6 +147,7 @@ impl Command {
             Self::Convert(args) => args.report.verbose,
             Self::Eval { what: EvalCommand::Scenes(args) } => args.report.verbose,
             Self::Eval { what: EvalCommand::Drift(args) } => args.report.verbose,
+            Self::Bench(args) => args.report.verbose,
             _ => 0,
         }
     }

@@ -14,6 +14,7 @@ use super::{
 };
 use crate::{
     error::{Error, Result},
+    ops,
     progress::{CancelToken, Event, Observer, Stage},
 };
 
@@ -93,6 +94,7 @@ impl Denoise<'_> {
         self.check(model)?;
         let mut caches = cache.map(|settings| [settings, settings].map(BlockCache::new));
         let begin = Instant::now();
+        let _buffers = ops::KeepBuffers::new();
         let of = self.schedule.steps();
         let device = &model.precision().device;
         let mut latents = self.noise.to_device(device)?.to_dtype(DType::F32)?;

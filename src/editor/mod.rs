@@ -2,6 +2,7 @@
 
 mod ask;
 mod assemble;
+mod bench;
 mod checked;
 mod convert;
 mod edit;
@@ -22,6 +23,7 @@ use std::time::Duration;
 use image::RgbImage;
 
 pub use self::{
+    bench::{BENCH_VERSION, BenchReport, BenchRequest, BenchRow},
     convert::{ConvertOutcome, ConvertRequest, convert},
     inspect::{EditVersion, ModelInfo, PartInfo},
     lora::LoraSource,
@@ -49,7 +51,7 @@ use crate::{
         WeightShare,
     },
     vlm::VisionLanguageModel,
-    weights::{LoraReport, ModelFiles, Precision, Storage},
+    weights::{AttentionType, LoraReport, ModelFiles, Precision, Storage},
 };
 
 /// Where and how a model runs.
@@ -76,7 +78,8 @@ impl EngineOptions {
         let device = self.device.open()?;
         let compute = Device::compute_type(&device);
         let storage = self.storage.unwrap_or_default();
-        Ok(Precision { device, compute, storage, cancel: self.cancel.clone() })
+        let attention = AttentionType::default();
+        Ok(Precision { device, compute, storage, attention, cancel: self.cancel.clone() })
     }
 }
 

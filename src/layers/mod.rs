@@ -43,6 +43,12 @@ impl Linear {
         Ok(Self { matrix, changes: changes.collect::<Result<_>>()? })
     }
 
+    /// Whether the matrix is kept in fewer bits than float32.
+    #[must_use]
+    pub fn is_narrow(&self) -> bool {
+        self.matrix.is_narrow()
+    }
+
     /// `[.., width_in]` → `[.., width_out]`.
     ///
     /// # Errors

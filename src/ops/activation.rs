@@ -5,10 +5,11 @@ use pulp::{Simd, WithSimd};
 use rayon::prelude::*;
 
 use super::{
+    buffers,
     cpu::{Floats, is_fast},
     cuda,
     simd::{
-        Arch, hugepage,
+        Arch,
         lanes::{self, Lanewise},
         math,
     },
@@ -30,6 +31,20 @@ pub fn gelu_tanh(x: &Tensor) -> Result<Tensor> {
         Some(y) => Ok(y),
         None => x.gelu(),
     }
+}
+
+/// [`gelu_tanh`] of a tensor that nobody else holds, computed where it lies on the CPU.
+///
+/// # Errors
+/// A tensor of a type without this operation.
+pub fn gelu_tanh_owned(x: Tensor) -> Result<Tensor> {
+    if !is_fast(&[&x]) || !x.is_contiguous() {
+        return gelu_tanh(&x);
+    }
+    buffers::in_place(&x, |x| {
+        x.par_chunks_mut(CHUNK).for_each(|x| Arch::new().dispatch(MapInPlace { x, f: GeluTanh }));
+    })?;
+    Ok(x)
 }
 
 /// GELU with the error function.
@@ -120,7 +135,7 @@ impl Lanewise<2> for SwiGlu {
 
 fn map<const N: usize>(inputs: [&Tensor; N], f: impl Lanewise<N>) -> Result<Tensor> {
     let shape = inputs[0].shape().clone();
-    let mut out = hugepage::zeros(shape.elem_count());
+    let mut out = buffers::of_len(shape.elem_count());
     map_into(inputs, f, Arch::new(), &mut out)?;
     Tensor::from_vec(out, shape, inputs[0].device())
 }
@@ -159,6 +174,20 @@ impl<F: Lanewise<N>, const N: usize> WithSimd for Map<'_, F, N> {
     }
 }
 
+struct MapInPlace<'a, F> {
+    x: &'a mut [f32],
+    f: F,
+}
+
+impl<F: Lanewise<1>> WithSimd for MapInPlace<'_, F> {
+    type Output = ();
+
+    #[inline(always)]
+    fn with_simd<S: Simd>(self, simd: S) {
+        lanes::map(simd, self.x, self.f);
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use candle_core::Device;
@@ -172,6 +201,9 @@ mod tests {
         for arch in all_archs() {
             let mut y = vec![0.0; x.len()];
             map_into([&tensor], f, arch, &mut y).unwrap();
+            let mut changed = x.clone();
+            arch.dispatch(MapInPlace { x: &mut changed, f });
+            assert_eq!(changed, y, "{arch:?}: in place");
             for (x, y) in x.iter().map(|x| f64::from(*x)).zip(y) {
                 let error = (f64::from(y) - exact(x)).abs();
                 assert!(

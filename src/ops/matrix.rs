@@ -65,6 +65,10 @@ impl PackedMatrix {
         weight.device().is_cpu() && matches!(weight.dtype(), DType::F32 | DType::BF16 | DType::F16)
     }
 
+    pub(super) fn is_narrow(&self) -> bool {
+        !matches!(self.panels, Panels::F32(_))
+    }
+
     pub(super) fn dims(&self) -> (usize, usize) {
         (self.out, self.width)
     }

@@ -3,6 +3,7 @@
 
 pub mod activation;
 pub mod attention;
+mod buffers;
 pub mod conv;
 mod cpu;
 pub mod cuda;
@@ -17,11 +18,12 @@ mod rows;
 pub mod sampling;
 mod simd;
 
-pub use activation::{gelu_erf, gelu_tanh, silu, swiglu};
+pub use activation::{gelu_erf, gelu_tanh, gelu_tanh_owned, silu, swiglu};
 pub use attention::{Mask, attention};
+pub use buffers::{KeepBuffers, recycle};
 pub use conv::{Conv2dShape, PackedConv2d, Padding, upsample_nearest_2x};
 pub use cpu::on_worker;
-pub use joint::{JointOutput, JointShape, JointStream, joint_attention};
+pub use joint::{JointOutput, JointShape, JointStream, joint_attention, joint_attention_bf16};
 pub use linear::{LinearWeight, PackedLinear};
 pub use norm::{
     channel_rms_norm, channel_rms_norm_silu, gated_add, gated_add_norm, layer_norm,

@@ -4,10 +4,11 @@ use candle_core::{D, Result, Tensor, bail};
 use pulp::{NullaryFnOnce, as_arrays, as_arrays_mut};
 
 use super::{
+    buffers,
     cpu::{Floats, is_fast},
     cuda,
     simd::{
-        Arch, hugepage,
+        Arch,
         tiles::{Grid, par_tiles},
     },
 };
@@ -81,7 +82,7 @@ fn rotate(
 ) -> Result<Tensor> {
     let (b, n, h, d) = x.dims4()?;
     let half = cos.dim(1)?;
-    let mut out = hugepage::zeros(b * n * h * d);
+    let mut out = buffers::of_len(b * n * h * d);
     let (x, cos, sin) = (x.contiguous()?, cos.contiguous()?, sin.contiguous()?);
     let [x_floats, cos, sin] = [Floats::new(&x), Floats::new(&cos), Floats::new(&sin)];
     let (input, cos, sin) = (x_floats.contiguous()?, cos.contiguous()?, sin.contiguous()?);

@@ -4,9 +4,10 @@ use candle_core::{D, Result, Tensor};
 use pulp::{Simd, WithSimd};
 
 use super::{
+    buffers,
     cpu::Floats,
     simd::{
-        Arch, hugepage,
+        Arch,
         lanes::{self, Lanewise},
         math,
         tiles::{Grid, Tile, par_tiles},
@@ -87,7 +88,7 @@ pub(super) fn gated_add(residual: &Tensor, x: &Tensor, gate: &Modulation) -> Res
 fn by_rows(x: &Tensor, work: impl Fn(usize, &mut [f32], &[f32]) + Sync + Send) -> Result<Tensor> {
     let dim = x.dim(D::Minus1)?;
     let shape = x.shape().clone();
-    let mut out = hugepage::zeros(shape.elem_count());
+    let mut out = buffers::of_len(shape.elem_count());
     let rows = out.len().checked_div(dim).unwrap_or(0);
     let x = x.contiguous()?;
     let floats = Floats::new(&x);
@@ -291,7 +292,7 @@ fn inverse_root(squares: f32, len: usize, eps: f64) -> f32 {
 pub(super) fn channel_rms_norm(x: &Tensor, gamma: &Tensor, silu: bool) -> Result<Tensor> {
     let (_, channels, h, w) = x.dims4()?;
     let shape = x.shape().clone();
-    let mut out = hugepage::zeros(shape.elem_count());
+    let mut out = buffers::of_len(shape.elem_count());
     let (x, gamma) = (x.contiguous()?, gamma.contiguous()?);
     let (x_floats, gamma) = (Floats::new(&x), Floats::new(&gamma));
     let (input, gamma) = (x_floats.contiguous()?, gamma.contiguous()?);

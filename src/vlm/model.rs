@@ -255,6 +255,16 @@ impl VisionLanguageModel {
         Ok(Some(self.vision.forward(patches, cancel)?.squeeze(0)?))
     }
 
+    /// Runs the vision tower on the prompt's pictures, unless it has run for them; what it says is
+    /// kept with them.
+    ///
+    /// # Errors
+    /// Cancellation, or a failure of the device.
+    pub fn embed_pictures(&self, inputs: &Inputs, cancel: &CancelToken) -> Result<()> {
+        inputs.seen.embeddings(|| self.vision_embeddings(inputs, cancel))?;
+        Ok(())
+    }
+
     /// Hidden states after the final norm, `[1, n, hidden]`: the last of the reference's
     /// `hidden_states`.
     ///

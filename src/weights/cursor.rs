@@ -30,6 +30,17 @@ pub enum Storage {
     Q4K,
 }
 
+/// In which type the products inside the transformer's attention are computed.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub enum AttentionType {
+    /// bf16 with float32 sums in blocks whose matrices are kept in fewer bits than float32, where
+    /// the processor has instructions for it; the type of the computation otherwise.
+    #[default]
+    LikeWeights,
+    /// The type of the computation.
+    Compute,
+}
+
 /// Where tensors go and in which types, and what stops reading them.
 #[derive(Debug, Clone)]
 pub struct Precision {
@@ -39,6 +50,8 @@ pub struct Precision {
     pub compute: DType,
     /// The matrices of linear layers.
     pub storage: Storage,
+    /// The products inside attention.
+    pub attention: AttentionType,
     /// Looked at before each tensor is read.
     pub cancel: CancelToken,
 }
@@ -51,6 +64,7 @@ impl Precision {
             device: Device::Cpu,
             compute: DType::F32,
             storage: Storage::Compute,
+            attention: AttentionType::Compute,
             cancel: CancelToken::new(),
         }
     }

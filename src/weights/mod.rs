@@ -21,7 +21,7 @@ pub mod write;
 pub(crate) use adapter_config::AdapterConfig;
 pub use assembly::Assembly;
 pub use checkpoint::{Checkpoint, TensorEntry};
-pub use cursor::{Precision, Storage, Weights};
+pub use cursor::{AttentionType, Precision, Storage, Weights};
 pub use files::{EmbeddedFile, ModelFiles};
 pub use identify::{Family, family, identify};
 pub use lora::{LoraFile, LoraReport, LowRankChanges};

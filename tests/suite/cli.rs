@@ -353,6 +353,31 @@ fn ctrl_c_ends_with_130_and_leaves_nothing() {
 }
 
 #[test]
+fn bench_tells_how_fast_each_stage_is() {
+    let model = model();
+    let arguments = ["bench", "--model", &model, "--steps", "1", "--answer-tokens", "3"];
+    let sized = [&arguments[..], &["-W", "64", "-H", "32", "--json", "-q"]].concat();
+    let report: serde_json::Value = serde_json::from_slice(&run(&sized, 0).stdout).unwrap();
+    let rows = report["rows"].as_array().unwrap();
+    let names: Vec<&str> = rows.iter().map(|row| row["name"].as_str().unwrap()).collect();
+    let expected = ["load", "vision", "prefill", "answer", "encode", "step", "decode", "edit"];
+    assert_eq!(names, expected);
+    for row in rows {
+        assert!(row["seconds"].as_f64().unwrap() > 0.0, "{row}");
+        let counted = ["vision", "prefill", "answer"].contains(&row["name"].as_str().unwrap());
+        assert_eq!(row["tokens"].as_u64().is_some_and(|tokens| tokens > 0), counted, "{row}");
+        assert_eq!(row["tokens_per_second"].is_number(), counted, "{row}");
+    }
+    assert_eq!(rows[3]["tokens"], 3);
+    assert_eq!(report["working_size"], serde_json::json!({ "width": 64, "height": 32 }));
+    let table = String::from_utf8(run(&arguments, 0).stdout).unwrap();
+    assert_eq!(table.lines().count(), 1 + expected.len(), "{table}");
+    assert!(table.contains("an edit of 1 steps") && table.contains("tokens/s"), "{table}");
+    run(&["bench", "--model", &model, "-W", "64"], 2);
+    run(&["bench", "--model", &model, "-W", "63", "-H", "64"], 1);
+}
+
+#[test]
 fn ask_answers_and_info_and_doctor_tell() {
     let (sample, model) = (sample().display().to_string(), model());
     let output = run(

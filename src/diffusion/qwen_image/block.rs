@@ -11,7 +11,7 @@ use crate::{
     error::Result,
     layers::{Linear, RmsNorm},
     ops::{self, JointOutput, JointShape, JointStream},
-    weights::Weights,
+    weights::{AttentionType, Weights},
 };
 
 const EPS: f64 = 1e-6;
@@ -96,19 +96,24 @@ pub(super) struct Block {
     text_mlp: Mlp,
     heads: usize,
     head_dim: usize,
+    attention_in_bf16: bool,
 }
 
 impl Block {
     pub(super) fn load(weights: &Weights, config: &Config) -> Result<Self> {
         let attention = weights.pp("attn");
+        let image_attention = StreamAttention::load(&attention, config, &IMAGE_NAMES)?;
+        let attention_in_bf16 = weights.precision().attention == AttentionType::LikeWeights
+            && image_attention.query.is_narrow();
         Ok(Self {
             modulation: BlockProjections::load(weights, config)?,
-            image_attention: StreamAttention::load(&attention, config, &IMAGE_NAMES)?,
+            image_attention,
             text_attention: StreamAttention::load(&attention, config, &TEXT_NAMES)?,
             image_mlp: Mlp::load(&weights.pp("img_mlp"), config.dim())?,
             text_mlp: Mlp::load(&weights.pp("txt_mlp"), config.dim())?,
             heads: config.heads,
             head_dim: config.head_dim,
+            attention_in_bf16,
         })
     }
 
@@ -131,16 +136,18 @@ impl Block {
         let normed = self.normed(streams, layout, step)?;
         let text = self.projections(&self.text_attention, &normed.text, true)?;
         let image = self.projections(&self.image_attention, &normed.image, true)?;
-        drop(normed);
-        let attended = self.attend(&text, &image, layout)?;
+        recycle([normed.text, normed.image])?;
+        let attended = self.attend(text, image, layout)?;
 
         let text = self.text_attention.out.forward(&required(attended.text)?)?;
-        let text = ops::gated_add(&streams.text, &text, &step.text.attention.gate)?;
-        let inner = self.text_mlp.forward(&modulated(&text, &step.text.mlp)?)?;
-        let text = in_range(ops::gated_add(&text, &inner, &step.text.mlp.gate)?)?;
-        let image = self.image_attention.out.forward(&required(attended.image)?)?;
-        let image = self.finish_image(&streams.image, &image, layout, step)?;
-        Ok(Streams { image, text })
+        // Both may be views of one tensor, of which the text was read above.
+        let attended = required(attended.image)?;
+        let image = self.image_attention.out.forward(&attended)?;
+        recycle([attended])?;
+        Ok(Streams {
+            text: self.finish_text(&streams.text, text, step)?,
+            image: self.finish_image(&streams.image, image, layout, step)?,
+        })
     }
 
     /// The picture that is denoised after the block, for the last block: neither the references
@@ -157,10 +164,11 @@ impl Block {
         let mut image = self.projections(&self.image_attention, &normed.image, false)?;
         let query = self.image_attention.query.forward(&target(&normed.image)?)?;
         image.query = Some(self.heads_of(&query)?);
-        drop(normed);
-        let attended = required(self.attend(&text, &image, layout)?.image)?;
+        recycle([normed.text, normed.image])?;
+        let attended = required(self.attend(text, image, layout)?.image)?;
         let image = self.image_attention.out.forward(&attended)?;
-        self.finish_image(&target(&streams.image)?, &image, layout, step)
+        recycle([attended])?;
+        self.finish_image(&target(&streams.image)?, image, layout, step)
     }
 
     /// Both streams, normalised and modulated for attention.
@@ -192,16 +200,22 @@ impl Block {
     /// Each stream's queries see the keys of both streams; the output is `[b, n, dim]` each.
     fn attend(
         &self,
-        text: &Projections,
-        image: &Projections,
+        text: Projections,
+        image: Projections,
         layout: &Layout,
     ) -> TensorResult<JointOutput> {
         #[expect(clippy::cast_precision_loss, reason = "the width of a head is small")]
         let scale = (self.head_dim as f32).sqrt().recip();
         let shape = JointShape { scale, eps: EPS, text_lengths: None };
-        let text = text.stream(&self.text_attention, &layout.text);
-        let image = image.stream(&self.image_attention, &layout.image);
-        let attended = ops::joint_attention(&text, &image, shape)?;
+        let text_stream = text.stream(&self.text_attention, &layout.text);
+        let image_stream = image.stream(&self.image_attention, &layout.image);
+        let attended = match self.attention_in_bf16 {
+            true => ops::joint_attention_bf16(&text_stream, &image_stream, shape)?,
+            false => ops::joint_attention(&text_stream, &image_stream, shape)?,
+        };
+        for Projections { query, key, value } in [text, image] {
+            recycle(query.into_iter().chain([key, value]))?;
+        }
         let flat = |x: Option<Tensor>| x.map(|x| x.flatten_from(2)).transpose(); // (b, n, h·d)
         Ok(JointOutput { text: flat(attended.text)?, image: flat(attended.image)? })
     }
@@ -211,23 +225,46 @@ impl Block {
         x.reshape((b, n, self.heads, self.head_dim)) // (b, n, h, d)
     }
 
+    /// Adds the attention's output to the text stream and applies the MLP.
+    fn finish_text(
+        &self,
+        residual: &Tensor,
+        attended: Tensor,
+        step: &BlockContext,
+    ) -> TensorResult<Tensor> {
+        let text = ops::gated_add(residual, &attended, &step.text.attention.gate)?;
+        recycle([attended])?;
+        let inner = self.text_mlp.forward(modulated(&text, &step.text.mlp)?)?;
+        let out = in_range(ops::gated_add(&text, &inner, &step.text.mlp.gate)?)?;
+        recycle([text, inner])?;
+        Ok(out)
+    }
+
     /// Adds the attention's output to the image stream and applies the MLP.
     fn finish_image(
         &self,
         residual: &Tensor,
-        attended: &Tensor,
+        attended: Tensor,
         layout: &Layout,
         step: &BlockContext,
     ) -> TensorResult<Tensor> {
-        let image = by_kind([residual, attended], layout, step, |[residual, x], modulation| {
+        let image = by_kind([residual, &attended], layout, step, |[residual, x], modulation| {
             ops::gated_add(residual, x, &modulation.attention.gate)
         })?;
+        recycle([attended])?;
         let inner = by_kind([&image], layout, step, |[x], m| modulated(x, &m.mlp))?;
-        let inner = self.image_mlp.forward(&inner)?;
-        by_kind([&image, &inner], layout, step, |[residual, x], modulation| {
+        let inner = self.image_mlp.forward(inner)?;
+        let out = by_kind([&image, &inner], layout, step, |[residual, x], modulation| {
             in_range(ops::gated_add(residual, x, &modulation.mlp.gate)?)
-        })
+        })?;
+        recycle([image, inner])?;
+        Ok(out)
     }
+}
+
+/// Gives back the memory of tensors that are needed no more and that nobody else holds.
+pub(super) fn recycle(tensors: impl IntoIterator<Item = Tensor>) -> TensorResult<()> {
+    tensors.into_iter().try_for_each(ops::recycle)
 }
 
 /// Keeps the residual streams finite in float16, as the reference does.
@@ -311,7 +348,12 @@ impl Mlp {
         })
     }
 
-    fn forward(&self, x: &Tensor) -> TensorResult<Tensor> {
-        self.down.forward(&ops::gelu_tanh(&self.up.forward(x)?)?)
+    fn forward(&self, x: Tensor) -> TensorResult<Tensor> {
+        let inner = self.up.forward(&x)?;
+        ops::recycle(x)?;
+        let inner = ops::gelu_tanh_owned(inner)?;
+        let out = self.down.forward(&inner)?;
+        ops::recycle(inner)?;
+        Ok(out)
     }
 }

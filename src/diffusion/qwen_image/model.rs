@@ -5,7 +5,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use candle_core::{DType, Tensor};
 
 use super::{
-    block::{Block, Layout, Streams},
+    block::{Block, Layout, Streams, recycle},
     cache::BlockCache,
     config::{self, Config},
     modulation::{BlockContext, StepContext, TimeEmbedding},
@@ -17,7 +17,9 @@ use crate::{
     layers::{Linear, RmsNorm},
     ops,
     progress::CancelToken,
-    weights::{Checkpoint, LoraFile, LoraReport, LowRankChanges, ModelFiles, Precision, Weights},
+    weights::{
+        Checkpoint, LoraFile, LoraReport, LowRankChanges, ModelFiles, Precision, Storage, Weights,
+    },
 };
 
 const EPS: f64 = 1e-6;
@@ -126,17 +128,20 @@ impl Transformer {
         let weights =
             Weights::new(checkpoint, precision.clone()).with_changes(Arc::clone(&changes));
         let (dim, time) = (config.dim(), weights.pp("time_text_embed.timestep_embedder"));
+        // Two thin matrices at the ends of the residual stream: what is lost there reaches every
+        // number of the output, and they take a thousandth of the work.
+        let ends = weights.with_storage(Storage::Compute);
         let blocks = weights.pp("transformer_blocks");
         let model = Self {
             time_embedding: TimeEmbedding::load(&time, dim)?,
             text_norm: RmsNorm::load(&weights.pp("txt_norm"), config.conditioning_dim, EPS)?,
             text_in: Linear::load(&weights.pp("txt_in"), config.conditioning_dim, dim)?,
-            image_in: Linear::load(&weights.pp("img_in"), config.latent_dim, dim)?,
+            image_in: Linear::load(&ends.pp("img_in"), config.latent_dim, dim)?,
             blocks: (0..config.layers)
                 .map(|i| Block::load(&blocks.pp(i), &config))
                 .collect::<Result<_>>()?,
             norm_out: Linear::load(&weights.pp("norm_out.linear"), dim, 2 * dim)?,
-            proj_out: Linear::load(&weights.pp("proj_out"), dim, config.latent_dim)?,
+            proj_out: Linear::load(&ends.pp("proj_out"), dim, config.latent_dim)?,
             precision: precision.clone(),
             config,
             kept: Mutex::new(Vec::new()),
@@ -267,7 +272,8 @@ impl Transformer {
         outputs: Outputs,
         cancel: &CancelToken,
     ) -> Result<Vec<Tensor>> {
-        let passes = branches.iter().map(|branch| self.begin(&branch.input));
+        let _buffers = ops::KeepBuffers::new();
+        let passes = branches.iter().map(|branch| self.begin(branch));
         let mut passes: Vec<Pass> = passes.collect::<Result<_>>()?;
         let last = self.blocks.len().saturating_sub(1);
         for (index, (block, context)) in self.blocks.iter().zip(&step.blocks).enumerate() {
@@ -287,7 +293,8 @@ impl Transformer {
         passes.into_iter().map(|pass| self.velocity(pass, step)).collect()
     }
 
-    fn begin(&self, input: &ModelInput<'_>) -> Result<Pass> {
+    fn begin(&self, branch: &Branch<'_>) -> Result<Pass> {
+        let input = &branch.input;
         let layout = self.layout(input)?;
         let Precision { device, compute, .. } = &self.precision;
         let text = input.conditioning.hidden_states.to_device(device)?.to_dtype(*compute)?;
@@ -296,7 +303,8 @@ impl Transformer {
             image: self.image_in.forward(&image)?,
             text: self.text_in.forward(&self.text_norm.forward(&text)?)?,
         };
-        Ok(Pass { layout, streams, after_first: None, finished: None })
+        let recycles = branch.cache.is_none();
+        Ok(Pass { layout, streams, recycles, after_first: None, finished: None })
     }
 
     fn velocity(&self, pass: Pass, step: &StepContext) -> Result<Tensor> {
@@ -332,6 +340,8 @@ impl Transformer {
 struct Pass {
     layout: Layout,
     streams: Streams,
+    /// Whether a block's input is given back after the block; a cache keeps views of some.
+    recycles: bool,
     /// The tokens that are denoised after the first block, and what it added to them, where a cache
     /// wants to know.
     after_first: Option<[Tensor; 2]>,
@@ -341,7 +351,11 @@ struct Pass {
 
 impl Pass {
     fn advance(&mut self, block: &Block, context: &BlockContext) -> Result<()> {
-        self.streams = block.forward(&self.streams, &self.layout, context)?;
+        let after = block.forward(&self.streams, &self.layout, context)?;
+        let Streams { image, text } = std::mem::replace(&mut self.streams, after);
+        if self.recycles {
+            recycle([image, text])?;
+        }
         Ok(())
     }
 

@@ -1,6 +1,7 @@
 //! Attention over tiles with a running softmax: the scores of one tile at a time, in registers and
 //! the first-level cache.
 
+pub(super) mod joint;
 mod rows;
 mod tiles;
 
@@ -10,9 +11,10 @@ use candle_core::{Result, Tensor};
 
 use super::{
     attention::Mask,
+    buffers,
     cpu::Floats,
     simd::{
-        Arch, hugepage,
+        Arch,
         product::TileShape,
         tiles::{Grid, Tile, par_tiles},
     },
@@ -59,7 +61,7 @@ fn with_arch(q: &Tensor, k: &Tensor, v: &Tensor, softmax: Softmax<'_>) -> Result
         scale: softmax.scale,
         shape: TileShape::of(softmax.arch),
     };
-    let mut out = hugepage::zeros(b * n * h * d);
+    let mut out = buffers::of_len(b * n * h * d);
     let pieces = (TASKS_PER_THREAD * rayon::current_num_threads()).div_ceil((b * h_kv).max(1));
     let tile_rows = n.div_ceil(pieces).max(PIECE_QUERIES_MIN);
     let grid = Grid { rows: n, cols: h * d, tile_rows, tile_cols: (inputs.group * d).max(1) };

@@ -35,6 +35,19 @@ pub(crate) fn zip<S: Simd, const N: usize>(
     }
 }
 
+/// `x[i] = f(x[i])`.
+#[inline(always)]
+pub(crate) fn map<S: Simd>(simd: S, x: &mut [f32], f: impl Lanewise<1>) {
+    let (x, rest) = S::as_mut_simd_f32s(x);
+    for x in x {
+        *x = f.apply(simd, [*x]);
+    }
+    if !rest.is_empty() {
+        let last = f.apply(simd, [simd.partial_load_f32s(rest)]);
+        simd.partial_store_f32s(rest, last);
+    }
+}
+
 /// `out[i] = f(out[i], x[i])`.
 #[inline(always)]
 pub(crate) fn update<S: Simd>(simd: S, out: &mut [f32], x: &[f32], f: impl Lanewise<2>) {
