@@ -8,7 +8,7 @@ mod resolve;
 mod verify;
 mod walk;
 
-pub use describe::{Entry, describe};
+pub use describe::{Entry, describe, part};
 pub use resolve::{Want, resolve};
 pub use verify::{Verdict, verify};
 pub use walk::{Candidate, Place, Places, walk};
