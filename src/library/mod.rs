@@ -1,7 +1,7 @@
 //! Model files on this machine: where they are, what they are, and whether they are whole.
 //!
 //! Looked through are folders that a person names, Hugging Face's cache and ComfyUI's folders. Only
-//! headers are read, except by [`verify`].
+//! headers are read, except by [`verify()`].
 
 mod describe;
 mod resolve;
