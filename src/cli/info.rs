@@ -3,7 +3,7 @@
 use std::{collections::BTreeMap, path::Path};
 
 use pentimento::{
-    EditVersion, ModelInfo, ModelSource, Result,
+    EditVersion, ModelInfo, ModelSource, Result, library,
     pixels::{self, Limits},
     weights::{Checkpoint, Family, family, identify},
 };
@@ -18,6 +18,10 @@ const START_BYTES: usize = 16;
 
 pub(crate) fn run(args: &InfoArgs) -> Result<()> {
     let path = args.path.as_path();
+    if path.is_dir() && !path.join("model_index.json").is_file() && has_weights(path) {
+        let checkpoint = library::part(path)?;
+        return show(&checkpoint, None, args.json);
+    }
     if path.is_dir() {
         let info = ModelInfo::read(&ModelSource::Folder(path.to_owned()))?;
         return if args.json {
@@ -35,12 +39,24 @@ pub(crate) fn run(args: &InfoArgs) -> Result<()> {
             Some(Family::Transformer) => EditVersion::of_file(path).ok(),
             _ => None,
         };
-        if args.json {
-            return super::print_json(&weights_json(&checkpoint, version.as_ref()));
-        }
-        return super::print(weights(&checkpoint, version.as_ref()).as_bytes());
+        return show(&checkpoint, version.as_ref(), args.json);
     }
     picture(path, args.json)
+}
+
+fn show(checkpoint: &Checkpoint, version: Option<&EditVersion>, json: bool) -> Result<()> {
+    if json {
+        return super::print_json(&weights_json(checkpoint, version));
+    }
+    super::print(weights(checkpoint, version).as_bytes())
+}
+
+/// Whether the folder is that of a part, or of a model in one folder.
+fn has_weights(folder: &Path) -> bool {
+    let is_weights = |entry: std::io::Result<fs_err::DirEntry>| {
+        entry.is_ok_and(|it| it.path().extension().is_some_and(|end| end == "safetensors"))
+    };
+    fs_err::read_dir(folder).is_ok_and(|mut entries| entries.any(is_weights))
 }
 
 /// A GGUF file, or a safetensors header under another name: a small length and an opening brace.

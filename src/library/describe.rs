@@ -79,11 +79,11 @@ fn whole(entry: &mut Entry) -> Result<()> {
     Ok(())
 }
 
-/// The weights of one part's folder, in shards or in one file.
+/// The weights of one part's folder, such as `transformer/`, in shards or in one file.
 ///
 /// # Errors
 /// Weights that are missing or damaged.
-fn part(folder: &Path) -> Result<Checkpoint> {
+pub fn part(folder: &Path) -> Result<Checkpoint> {
     let whole = folder.canonicalize()?;
     let files = ModelFiles::Folder(whole.parent().unwrap_or(&whole).to_owned());
     let name = super::walk::last(&whole);

@@ -100,9 +100,11 @@ impl Preprocessor {
         Err(files.missing(&format!("{folder}/preprocessor_config.json")))
     }
 
-    /// What is subtracted from each channel, and what it is divided by then.
+    /// What is subtracted from each channel of a picture from 0 to 1, and what it is divided by then.
     pub(super) fn channels(&self) -> ([f32; CHANNELS], [f32; CHANNELS]) {
-        (self.mean, self.std)
+        #[expect(clippy::cast_possible_truncation, reason = "the numbers were f32 before")]
+        let of_one = |level: f32| (f64::from(level) / 255.0) as f32;
+        (self.mean.map(of_one), self.std.map(of_one))
     }
 
     /// The size in pixels that a picture is resized to: multiples of the token's side, an area

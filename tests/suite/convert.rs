@@ -235,6 +235,14 @@ fn a_text_encoder_becomes_a_language_model_and_its_tower() {
     let file = with(&reference, |parts| parts.llm = Some(path.clone()));
     let expected = edited(&source, None, NEWEST, NEWEST_CASE);
     assert_eq!(edited(&file, None, NEWEST, NEWEST_CASE), expected);
+    // Alone, they hold the settings of the pictures as well.
+    let alone = ModelParts { llm: Some(path.clone()), ..ModelParts::default() };
+    let alone = ModelSource::Files(alone).files().unwrap();
+    let made: serde_json::Value = alone.read_json("processor/preprocessor_config.json").unwrap();
+    let published = parts::json(&part(&reference, "processor/processor_config.json"));
+    for key in ["image_mean", "image_std", "patch_size", "merge_size", "temporal_patch_size"] {
+        assert_eq!(made[key], published["image_processor"][key], "{key}");
+    }
     // Quantized throughout but for the embedding, it is what `--dtype q8_0` makes.
     let quantized = folder.path().join("llm-q8_0.gguf");
     let mut request = ConvertRequest::new(&input, &quantized, WriteType::Q8_0);

@@ -142,7 +142,7 @@ pub(super) fn transformer(
                 key("general.architecture", &Key::Text(architecture)),
                 key("general.type", &Key::Text("model")),
             ];
-            layout.keys.extend(general_keys(wish, &name));
+            layout.keys.extend(general_keys(wish.kind, &name));
             layout.keys.extend(config.map(|text| key(header::CONFIG_KEY, &Key::Text(&text))));
         }
         WriteFormat::Safetensors => {
@@ -177,9 +177,9 @@ pub(super) fn gguf_pair(
     let paths = [request.output.clone(), tower_path];
     let mut planned = Vec::with_capacity(paths.len());
     for (path, exported) in paths.into_iter().zip(exported) {
-        let mut keys = exported.keys;
-        keys.extend(general_keys(wish, name));
         let items = items(wish, checkpoint, exported.drafts, notes);
+        let mut keys = exported.keys;
+        keys.extend(general_keys(main_type(&items).unwrap_or(wish.kind), name));
         let layout = Layout { format: wish.format, keys, texts: Vec::new(), items };
         planned.push(Planned { path, layout });
     }
@@ -200,8 +200,20 @@ pub(super) fn safetensors(
     Planned { path: path.to_owned(), layout }
 }
 
-fn general_keys(wish: &Wish, name: &str) -> Vec<(String, Vec<u8>)> {
-    let file_type = wish.kind.file_type().unwrap_or(0);
+/// The type that most matrices have, where they are not copied.
+fn main_type(items: &[Item]) -> Option<WriteType> {
+    let mut counts = BTreeMap::new();
+    for item in items.iter().filter(|item| item.shape.len() == 2) {
+        match &item.content {
+            Content::Numbers { kind, .. } => *counts.entry(Some(*kind)).or_insert(0) += 1,
+            _ => *counts.entry(None).or_insert(0) += 1,
+        }
+    }
+    counts.into_iter().max_by_key(|(_, count)| *count).and_then(|(kind, _)| kind)
+}
+
+fn general_keys(kind: WriteType, name: &str) -> Vec<(String, Vec<u8>)> {
+    let file_type = kind.file_type().unwrap_or(0);
     [
         ("general.name", Key::Text(name)),
         ("general.file_type", Key::U32(file_type)),

@@ -93,7 +93,7 @@ fn open_folder(folder: &Path, zero_cond_t: Option<bool>) -> Result<Source> {
     let checkpoint = files.checkpoint(&part, stem)?;
     // A part is named after its model, a model in one folder after itself.
     let is_part = ["transformer", "text_encoder", "vae"].contains(&part.as_str());
-    let name = if is_part { name_of(&parent) } else { part.clone() };
+    let name = model_name(if is_part { &parent } else { &whole });
     match family(&checkpoint) {
         Some(Family::Transformer) => {
             let config = match files.exists(&format!("{part}/config.json")) {
@@ -216,14 +216,29 @@ fn list(paths: &[PathBuf]) -> String {
     paths.join(", ")
 }
 
+/// What a model's folder is called; a snapshot in Hugging Face's cache is called as its repository.
+fn model_name(folder: &Path) -> String {
+    let above = folder.parent().filter(|it| name_of(it) == "snapshots");
+    let repository = above.and_then(Path::parent).map(name_of);
+    let name = repository.as_deref().and_then(|it| it.strip_prefix("models--")?.split("--").last());
+    name.map_or_else(|| name_of(folder), str::to_owned)
+}
+
 /// The last part of a path.
-pub(super) fn name_of(path: &Path) -> String {
+fn name_of(path: &Path) -> String {
     path.file_name().unwrap_or(path.as_os_str()).to_string_lossy().into_owned()
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn models_are_called_as_their_folders_or_repositories() {
+        assert_eq!(model_name(Path::new("/models/Edit-2511")), "Edit-2511");
+        let snapshot = Path::new("/hub/models--Qwen--Qwen-Image-Edit-2511/snapshots/abc");
+        assert_eq!(model_name(snapshot), "Qwen-Image-Edit-2511");
+    }
 
     #[test]
     fn one_shard_stands_for_all() {

@@ -1,7 +1,7 @@
 //! New weight files: numbers go from mapped files through a quantizer into a file that appears
 //! when it is whole, a few chunks at a time, so that memory stays small however large the model is.
 //!
-//! Nothing here knows models: what a file holds and in which types is a [`Layout`].
+//! Nothing here knows models: what a file holds and in which types is a `Layout`.
 
 mod choose;
 mod encode;
