@@ -307,7 +307,7 @@ pub(crate) struct CacheArgs {
     /// Leave out most of a step that differs little from the one before: faster, but another picture
     #[arg(long, value_enum, default_value_t = CacheModeArg::None)]
     pub(crate) cache_mode: CacheModeArg,
-    /// threshold=X: how much the first block's change may differ, as a share of itself, from 0 to 1
+    /// threshold=X: how much the first block's change may differ, as a share of itself
     #[arg(long, value_name = "KEY=VALUE", default_value = "threshold=0.1", value_parser = cache_option)]
     pub(crate) cache_option: StepCache,
 }
@@ -537,7 +537,7 @@ fn cache_option(text: &str) -> Result<StepCache, String> {
     let threshold = text.strip_prefix("threshold=").and_then(|number| number.parse().ok());
     threshold
         .and_then(|threshold| StepCache::new(threshold).ok())
-        .ok_or_else(|| "expected threshold=X with a number from 0 to 1".to_owned())
+        .ok_or_else(|| "expected threshold=X with a number from 0".to_owned())
 }
 
 fn rng(text: &str) -> Result<Rng, String> {
@@ -611,7 +611,7 @@ mod tests {
         assert_eq!(rng("cuda"), Ok(Rng::Cuda(CudaGrid::UNLIMITED)));
         assert_eq!(rng("cuda:128x1536"), Ok(Rng::Cuda(CudaGrid::of_device(128, 1536))));
         assert_eq!(cache_option("threshold=0.25"), Ok(StepCache::new(0.25).unwrap()));
-        assert!(cache_option("threshold=2").is_err() && cache_option("0.1").is_err());
+        assert!(cache_option("threshold=-1").is_err() && cache_option("0.1").is_err());
         assert_eq!(lora("a.safetensors"), Ok(LoraSource::new("a.safetensors")));
         assert_eq!(lora("C:\\a.b"), Ok(LoraSource::new("C:\\a.b")));
         let (path, strength) = ("a:b".into(), -0.5);

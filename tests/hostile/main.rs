@@ -4,8 +4,8 @@
 //! In a binary of its own, so that the allocations it counts are its own. There is no guidance by
 //! coverage; instead every reader has sound inputs to begin with, and damage that knows the words
 //! and numbers of its format. `PENTIMENTO_FUZZ_SECONDS=600 PENTIMENTO_FUZZ_SEED=8 cargo test
-//! --release --test hostile` goes on for that long, shared among the readers; an input that fails is
-//! kept, and belongs into `corpus/`.
+//! --release --test hostile` goes on for that long, shared among the readers
+//! (`PENTIMENTO_FUZZ_ONLY=gguf` for one); an input that fails is kept, and belongs into `corpus/`.
 #![expect(clippy::unwrap_used, clippy::panic, reason = "a test may panic")]
 #![expect(clippy::cast_possible_truncation, reason = "the numbers of a test are known to fit")]
 
@@ -18,7 +18,7 @@ mod seeds;
 mod specials;
 
 use std::{
-    panic::{AssertUnwindSafe, catch_unwind, resume_unwind},
+    panic::{AssertUnwindSafe, catch_unwind},
     path::Path,
     sync::{Mutex, MutexGuard, PoisonError},
     time::{Duration, Instant},
@@ -56,22 +56,20 @@ pub(crate) fn allocated<T>(work: impl FnOnce() -> T) -> (T, usize) {
 }
 
 #[expect(clippy::disallowed_methods, reason = "a test's own switches")]
-fn setting(name: &str) -> Option<u64> {
+fn setting<T: std::str::FromStr>(name: &str) -> Option<T> {
     std::env::var(name).ok()?.parse().ok()
 }
 
 /// Reads one input and holds the reader to its promises; returns whether it was accepted.
 fn check(reader: &Reader, place: &Place, input: &[u8], what: &str) -> bool {
     let begin = Instant::now();
-    let read = || allocated(|| (reader.read)(place, input));
-    let outcome = catch_unwind(AssertUnwindSafe(read)).map(|(accepted, bytes)| {
+    let outcome = catch_unwind(AssertUnwindSafe(|| {
+        let (accepted, bytes) = allocated(|| (reader.read)(place, input));
         let limit = (reader.bytes_max)(input.len());
         assert!(bytes <= limit, "{bytes} bytes allocated for {}, at most {limit}", input.len());
         assert!(begin.elapsed() < SLOW, "{:?} for {} bytes", begin.elapsed(), input.len());
         accepted
-    });
-    let outcome =
-        catch_unwind(AssertUnwindSafe(|| outcome.unwrap_or_else(|panic| resume_unwind(panic))));
+    }));
     outcome.unwrap_or_else(|panic| {
         let kept = Path::new(env!("CARGO_TARGET_TMPDIR")).join(format!("{}-input", reader.name));
         fs_err::write(&kept, input).unwrap();
@@ -102,10 +100,15 @@ fn corpus(reader: &Reader) -> Vec<Vec<u8>> {
 #[expect(clippy::print_stdout, reason = "the seed and what was reached, where a test may print")]
 fn damaged_inputs_are_errors_or_values() {
     let _alone = alone();
-    let seed = setting("PENTIMENTO_FUZZ_SEED").unwrap_or(7);
-    let seconds = setting("PENTIMENTO_FUZZ_SECONDS");
+    let seed: u64 = setting("PENTIMENTO_FUZZ_SEED").unwrap_or(7);
+    let seconds: Option<u64> = setting("PENTIMENTO_FUZZ_SECONDS");
+    let only: Option<String> = setting("PENTIMENTO_FUZZ_ONLY");
+    let readers =
+        READERS.iter().filter(|reader| only.as_ref().is_none_or(|only| only == reader.name));
+    let count = readers.clone().count() as u32;
+    assert!(count > 0, "no reader {only:?}");
     println!("PENTIMENTO_FUZZ_SEED={seed}");
-    for (index, reader) in READERS.iter().enumerate() {
+    for (index, reader) in readers.enumerate() {
         let place = Place::new();
         let sound = (reader.seeds)();
         for (number, input) in sound.iter().enumerate() {
@@ -119,7 +122,7 @@ fn damaged_inputs_are_errors_or_values() {
         inputs.extend(sound);
         let mut random = Random::new(seed.wrapping_add(index as u64));
         let begin = Instant::now();
-        let share = seconds.map(|all| Duration::from_secs(all) / READERS.len() as u32);
+        let share = seconds.map(|all| Duration::from_secs(all) / count);
         let (mut case, mut accepted) = (0, 0);
         while share.map_or(case < CASES, |share| begin.elapsed() < share) {
             let mut input = inputs[random.below(inputs.len())].clone();

@@ -242,11 +242,11 @@ fn a_step_cache_leaves_steps_out_and_is_off_unless_asked_for() {
     assert_eq!(never.reused, 0);
     assert!(largest_difference(&off.latents, &never.latents) == 0.0);
     // Both predictions of a step count; steps 4 to 14 of 16 may be left out, three in a row.
-    let always = cached(&run, &model, 16, Some(StepCache::new(1.0).unwrap()));
+    let always = cached(&run, &model, 16, Some(StepCache::new(1e9).unwrap()));
     assert_eq!(always.reused, 2 * 9, "4 5 6 _ 8 9 10 _ 12 13 14");
     let error = largest_difference(&off.latents, &always.latents);
     assert!(error > 1e-4, "the cache changed nothing");
-    let some = cached(&run, &model, 16, Some(StepCache::new(0.05).unwrap()));
-    assert!(some.reused < always.reused, "{} of {}", some.reused, always.reused);
+    let some = cached(&run, &model, 16, Some(StepCache::new(1.0).unwrap()));
+    assert!(some.reused > 0 && some.reused < always.reused, "{}", some.reused);
     assert!(largest_difference(&off.latents, &some.latents) <= error);
 }
