@@ -14,7 +14,11 @@ use rayon::prelude::*;
 use super::{
     cpu::Floats,
     matrix::PackedMatrix,
-    simd::{Arch, hugepage, int8::PackedInt8, q4k::PackedQ4K},
+    simd::{
+        Arch,
+        blocks::{BlockFormat, PackedBlocks},
+        hugepage,
+    },
 };
 
 /// Weights that one piece of work quantizes.
@@ -82,8 +86,7 @@ pub struct PackedLinear {
 #[derive(Debug, Clone)]
 enum Kernel {
     Packed(Arc<PackedMatrix>),
-    Int8(Arc<PackedInt8>),
-    Q4K(Arc<PackedQ4K>),
+    Blocks(Arc<PackedBlocks>),
     Dense(Tensor),
     Quantized(QMatMul),
 }
@@ -118,21 +121,15 @@ impl PackedLinear {
                     weight.multiply(x, bias, y);
                 });
             }
-            Kernel::Int8(weight) if is_host(x) => {
-                return by_rows(x, self.bias.as_ref(), weight.dims(), |x, bias, y| {
-                    weight.multiply(x, bias, y);
-                });
-            }
-            Kernel::Q4K(weight) if is_host(x) => {
+            Kernel::Blocks(weight) if is_host(x) => {
                 return by_rows(x, self.bias.as_ref(), weight.dims(), |x, bias, y| {
                     weight.multiply(x, bias, y);
                 });
             }
             Kernel::Packed(weight) => dense(x, &weight.unpacked()?)?,
-            Kernel::Int8(weight) => {
-                dense(x, &dequantized(weight.dims(), |row| weight.row(row).collect())?)?
+            Kernel::Blocks(weight) => {
+                dense(x, &dequantized(weight.dims(), |row| weight.row(row))?)?
             }
-            Kernel::Q4K(weight) => dense(x, &dequantized(weight.dims(), |row| weight.row(row))?)?,
             Kernel::Dense(weight) => dense(x, weight)?,
             Kernel::Quantized(weight) => weight.forward(&x.contiguous()?)?,
         };
@@ -143,21 +140,31 @@ impl PackedLinear {
     }
 }
 
-/// The matrix laid out for this machine's 8-bit instructions, where there is a layout for it.
+/// The matrix laid out for this machine's registers, where it is made of blocks.
 fn packed(weight: &QTensor) -> Result<Option<Kernel>> {
     if !weight.device().is_cpu() {
         return Ok(None);
     }
     let (out, width) = weight.shape().dims2()?;
-    let bytes = weight.data()?;
-    Ok(match weight.dtype() {
-        GgmlDType::Q8_0 => {
-            PackedInt8::new(&bytes, out, width).map(|weight| Kernel::Int8(Arc::new(weight)))
-        }
-        GgmlDType::Q4K => {
-            PackedQ4K::new(&bytes, out, width).map(|weight| Kernel::Q4K(Arc::new(weight)))
-        }
-        _ => None,
+    let Some(format) = format(weight.dtype()) else { return Ok(None) };
+    let packed = PackedBlocks::new(format, &weight.data()?, [out, width]);
+    Ok(packed.map(|weight| Kernel::Blocks(Arc::new(weight))))
+}
+
+/// The format of candle's blocks; `None` for types that are no blocks of a file.
+fn format(dtype: GgmlDType) -> Option<BlockFormat> {
+    Some(match dtype {
+        GgmlDType::Q8_0 => BlockFormat::Q8_0,
+        GgmlDType::Q6K => BlockFormat::Q6K,
+        GgmlDType::Q5K => BlockFormat::Q5K,
+        GgmlDType::Q5_0 => BlockFormat::Q5_0,
+        GgmlDType::Q5_1 => BlockFormat::Q5_1,
+        GgmlDType::Q4K => BlockFormat::Q4K,
+        GgmlDType::Q4_0 => BlockFormat::Q4_0,
+        GgmlDType::Q4_1 => BlockFormat::Q4_1,
+        GgmlDType::Q3K => BlockFormat::Q3K,
+        GgmlDType::Q2K => BlockFormat::Q2K,
+        _ => return None,
     })
 }
 

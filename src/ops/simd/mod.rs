@@ -1,12 +1,12 @@
 //! Vectorised inner loops of the CPU's operations. The instruction set (AVX-512, AVX2 with FMA,
 //! NEON, or none) is found at run time, once per operation.
 
+pub(super) mod blocks;
 pub(super) mod hugepage;
-pub(super) mod int8;
 pub(super) mod lanes;
 pub(super) mod math;
 pub(super) mod product;
-pub(super) mod q4k;
+mod q4k;
 pub(super) mod tiles;
 
 pub(super) use pulp::Arch;

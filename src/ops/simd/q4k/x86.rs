@@ -1,23 +1,18 @@
-//! The steps of a Q4_K product on processors with AVX-512 VNNI, and on those with AVX2.
+//! The steps of a Q4_K product on processors with AVX-512 VNNI.
 
 use std::arch::x86_64::{
-    __m256, __m256i, __m512, __m512i, _MM_HINT_T0, _mm_prefetch, _mm256_add_epi16,
-    _mm256_cvtepi32_ps, _mm256_fmadd_ps, _mm256_fnmadd_ps, _mm256_loadu_ps, _mm256_loadu_si256,
-    _mm256_madd_epi16, _mm256_maddubs_epi16, _mm256_mul_ps, _mm256_set1_epi16, _mm256_set1_epi32,
-    _mm256_set1_ps, _mm256_setzero_ps, _mm256_setzero_si256, _mm512_and_si512, _mm512_cvtepi32_ps,
-    _mm512_cvtph_ps, _mm512_dpbusd_epi32, _mm512_fmadd_ps, _mm512_fnmadd_ps, _mm512_loadu_ps,
+    __m512, __m512i, _MM_HINT_T0, _mm_prefetch, _mm256_loadu_si256, _mm512_and_si512,
+    _mm512_cvtepi32_ps, _mm512_cvtph_ps, _mm512_dpbusd_epi32, _mm512_fmadd_ps, _mm512_fnmadd_ps,
     _mm512_loadu_si512, _mm512_mul_ps, _mm512_or_si512, _mm512_set1_epi32, _mm512_set1_ps,
     _mm512_setzero_ps, _mm512_setzero_si512, _mm512_srli_epi32,
 };
 
 use half::f16;
 
-use super::{FOURS, Four, PANEL, PanelBlock, RowBlock, SUB_BLOCKS, Unpacked, plain};
+use super::{FOURS, Four, PANEL, PanelBlock, RowBlock, SUB_BLOCK, SUPER_BLOCK};
 
 /// Outputs of one 512-bit register of 32-bit sums.
 const LANES: usize = PANEL.div_euclid(2);
-/// Outputs of one 256-bit register.
-const HALF_LANES: usize = PANEL.div_euclid(4);
 /// How far ahead of its use a weight is asked for.
 const AHEAD_BYTES: usize = 8192;
 
@@ -42,70 +37,14 @@ macro_rules! with_instructions {
 }
 
 with_instructions! {
-    /// [`plain::quantize_row`] in wide registers.
+    /// [`quantize_row`] in wide registers.
     "avx512f,avx512bw,avx512vnni" quantize_row_avx512<const R>(
         x: &[f32], packed: &mut [RowBlock<R>], i: usize
-    ) plain::quantize_row(x, packed, i);
-    /// [`plain::quantize_row`] in wide registers.
-    "avx2,fma" quantize_row_avx2<const R>(
-        x: &[f32], packed: &mut [RowBlock<R>], i: usize
-    ) plain::quantize_row(x, packed, i);
-    /// [`plain::unpack`] in wide registers.
-    "avx512f,avx512bw,avx512vnni,f16c" unpack_avx512(
-        block: &PanelBlock, unpacked: &mut Unpacked
-    ) plain::unpack(block, unpacked);
-    /// [`plain::unpack`] in wide registers.
-    "avx2,fma" unpack_avx2(
-        block: &PanelBlock, unpacked: &mut Unpacked
-    ) plain::unpack(block, unpacked);
-    /// Adds the product of a tile of rows with a panel of outputs.
-    "avx512f,avx512bw,avx512vnni" add_product_avx512<const R>(
-        panel: &[Unpacked], x: &[RowBlock<R>], sums: &mut [[f32; PANEL]; R]
-    ) add_tile_512(panel, x, sums);
-    /// Adds the product of a tile of rows with a panel of outputs.
-    "avx2,fma" add_product_avx2<const R>(
-        panel: &[Unpacked], x: &[RowBlock<R>], sums: &mut [[f32; PANEL]; R]
-    ) add_tile_256(panel, x, sums);
+    ) quantize_row(x, packed, i);
     /// Adds the product of one row with a panel of outputs whose nibbles are still packed.
     "avx512f,avx512bw,avx512vnni" add_row_avx512<const R>(
         panel: &[PanelBlock], x: &[RowBlock<R>], sums: &mut [f32; PANEL]
     ) add_row_512(panel, x, sums);
-}
-
-#[target_feature(enable = "avx512f,avx512bw,avx512vnni")]
-#[expect(clippy::needless_range_loop, reason = "only indices are unrolled into registers")]
-fn add_tile_512<const R: usize>(
-    panel: &[Unpacked],
-    x: &[RowBlock<R>],
-    out: &mut [[f32; PANEL]; R],
-) {
-    let mut sums = [[_mm512_setzero_ps(); 2]; R];
-    for (panel, x) in panel.iter().zip(x) {
-        for sub in 0..SUB_BLOCKS {
-            let mut counts = [[_mm512_setzero_si512(); 2]; R];
-            for four in 0..FOURS {
-                let weights = halves(&panel.weights[sub][four]);
-                for row in 0..R {
-                    let x = broadcast(x.values[sub][row][four]);
-                    counts[row][0] = _mm512_dpbusd_epi32(counts[row][0], weights[0], x);
-                    counts[row][1] = _mm512_dpbusd_epi32(counts[row][1], weights[1], x);
-                }
-            }
-            let (scales, mins) = (numbers(&panel.scales[sub]), numbers(&panel.mins[sub]));
-            for row in 0..R {
-                let scale = _mm512_set1_ps(x.scales[sub][row]);
-                let sum = _mm512_set1_ps(x.sums[sub][row]);
-                for half in 0..2 {
-                    let count = _mm512_mul_ps(_mm512_cvtepi32_ps(counts[row][half]), scale);
-                    let total = _mm512_fnmadd_ps(mins[half], sum, sums[row][half]);
-                    sums[row][half] = _mm512_fmadd_ps(count, scales[half], total);
-                }
-            }
-        }
-    }
-    for row in 0..R {
-        add(&mut out[row], sums[row]);
-    }
 }
 
 #[target_feature(enable = "avx512f,avx512bw,avx512vnni")]
@@ -221,60 +160,6 @@ fn prefetch<const N: usize>(fours: &[[Four<u8>; PANEL]; N]) {
     }
 }
 
-#[target_feature(enable = "avx2,fma")]
-fn add_tile_256<const R: usize>(
-    panel: &[Unpacked],
-    x: &[RowBlock<R>],
-    out: &mut [[f32; PANEL]; R],
-) {
-    for quarter in 0..4 {
-        let sums = quarter_sums(panel, x, quarter);
-        for (out, sums) in out.iter_mut().zip(sums) {
-            let out = &mut out[quarter * HALF_LANES..][..HALF_LANES];
-            let sums: [f32; HALF_LANES] = bytemuck::cast(sums);
-            out.iter_mut().zip(sums).for_each(|(out, sum)| *out += sum);
-        }
-    }
-}
-
-/// The product of a tile of rows with a quarter of a panel of outputs.
-#[inline]
-#[target_feature(enable = "avx2,fma")]
-#[expect(clippy::needless_range_loop, reason = "only indices are unrolled into registers")]
-fn quarter_sums<const R: usize>(
-    panel: &[Unpacked],
-    x: &[RowBlock<R>],
-    quarter: usize,
-) -> [__m256; R] {
-    let ones = _mm256_set1_epi16(1);
-    let mut sums = [_mm256_setzero_ps(); R];
-    for (panel, x) in panel.iter().zip(x) {
-        for sub in 0..SUB_BLOCKS {
-            // Eight times two products of at most 15 · 127 stay within 16 bits.
-            let mut counts = [_mm256_setzero_si256(); R];
-            for four in 0..FOURS {
-                let weights = quarter_of(&panel.weights[sub][four], quarter);
-                for row in 0..R {
-                    let x = x.values[sub][row][four].map(i8::cast_unsigned);
-                    let x = _mm256_set1_epi32(i32::from_le_bytes(x));
-                    let products = _mm256_maddubs_epi16(weights, x);
-                    counts[row] = _mm256_add_epi16(counts[row], products);
-                }
-            }
-            let scales = quarter_numbers(&panel.scales[sub], quarter);
-            let mins = quarter_numbers(&panel.mins[sub], quarter);
-            for row in 0..R {
-                let count = _mm256_cvtepi32_ps(_mm256_madd_epi16(counts[row], ones));
-                let count = _mm256_mul_ps(count, _mm256_set1_ps(x.scales[sub][row]));
-                let sum = _mm256_set1_ps(x.sums[sub][row]);
-                let total = _mm256_fnmadd_ps(mins, sum, sums[row]);
-                sums[row] = _mm256_fmadd_ps(count, scales, total);
-            }
-        }
-    }
-    sums
-}
-
 /// Four activations in every lane.
 #[inline]
 #[target_feature(enable = "avx512f")]
@@ -304,17 +189,6 @@ fn halves(weights: &[Four<u8>; PANEL]) -> [__m512i; 2] {
 
 #[inline]
 #[target_feature(enable = "avx512f")]
-fn numbers(numbers: &[f32; PANEL]) -> [__m512; 2] {
-    let start = numbers.as_ptr();
-    #[expect(unsafe_code, reason = "unaligned loads")]
-    // SAFETY: the array holds the two times 16 numbers that are read.
-    unsafe {
-        [_mm512_loadu_ps(start), _mm512_loadu_ps(start.add(LANES))]
-    }
-}
-
-#[inline]
-#[target_feature(enable = "avx512f")]
 fn widen(numbers: &[f16; PANEL]) -> [__m512; 2] {
     let start = numbers.as_ptr();
     #[expect(unsafe_code, reason = "unaligned loads")]
@@ -324,24 +198,29 @@ fn widen(numbers: &[f16; PANEL]) -> [__m512; 2] {
     [_mm512_cvtph_ps(low), _mm512_cvtph_ps(high)]
 }
 
-#[inline]
-#[target_feature(enable = "avx2")]
-fn quarter_of(weights: &[Four<u8>; PANEL], quarter: usize) -> __m256i {
-    let weights = &weights.as_chunks::<HALF_LANES>().0[quarter];
-    #[expect(unsafe_code, reason = "an unaligned load")]
-    // SAFETY: the array holds the 32 bytes that are read.
-    unsafe {
-        _mm256_loadu_si256(weights.as_ptr().cast())
-    }
-}
-
-#[inline]
-#[target_feature(enable = "avx2")]
-fn quarter_numbers(numbers: &[f32; PANEL], quarter: usize) -> __m256 {
-    let numbers = &numbers.as_chunks::<HALF_LANES>().0[quarter];
-    #[expect(unsafe_code, reason = "an unaligned load")]
-    // SAFETY: the array holds the 8 numbers that are read.
-    unsafe {
-        _mm256_loadu_ps(numbers.as_ptr())
+/// Quantizes row `i` of a tile, block by block: the largest magnitude becomes 127. A block with NaN
+/// gets the scale NaN, so that it stays visible in the product.
+#[inline(always)]
+#[expect(clippy::cast_possible_truncation, reason = "rounded numbers between −127 and 127")]
+#[expect(clippy::cast_precision_loss, reason = "a sum of 32 such numbers is exact in f32")]
+fn quantize_row<const R: usize>(x: &[f32], packed: &mut [RowBlock<R>], i: usize) {
+    for (x, packed) in x.as_chunks::<SUPER_BLOCK>().0.iter().zip(packed) {
+        for (sub_block, x) in x.as_chunks::<SUB_BLOCK>().0.iter().enumerate() {
+            // Magnitudes as integers are ordered like the numbers, and NaN is the largest.
+            let bits = x.iter().fold(0, |max: u32, x| max.max(x.abs().to_bits()));
+            let max = f32::from_bits(bits);
+            let inverse = if max > 0.0 { 127.0 / max } else { 0.0 };
+            let mut values = [0_i8; SUB_BLOCK];
+            let mut sum = 0;
+            for (value, x) in values.iter_mut().zip(x) {
+                let rounded = (x * inverse).round_ties_even() as i32;
+                sum += rounded;
+                *value = rounded as i8;
+            }
+            let scale = max / 127.0;
+            packed.scales[sub_block][i] = scale;
+            packed.sums[sub_block][i] = scale * sum as f32;
+            packed.values[sub_block][i].as_flattened_mut().copy_from_slice(&values);
+        }
     }
 }

@@ -1,0 +1,198 @@
+//! Activations in 8 bits.
+//!
+//! A row has one scale in float32, and each block of 32 a power of two beside it: applying it is an
+//! addition to the exponent, which costs the units that multiply nothing. A step is at most twice
+//! the one that the block alone would get. The row's scale is the best of eight, so that the mean
+//! square of the steps is at most 2.3 times that of a scale for each block.
+
+use rayon::prelude::*;
+
+use super::{BLOCK, FOURS, HALF, Instructions};
+
+/// Blocks of each row of a tile of activations.
+#[derive(Debug, Clone, Copy)]
+#[repr(C)]
+pub(super) struct RowBlock<const R: usize> {
+    pub(super) values: [[[i8; 4]; FOURS]; R],
+    /// −128 times the block's sum.
+    pub(super) starts: [i32; R],
+    /// The block's power of two, to be added to the exponent of a number: its bits.
+    pub(super) exponents: [i32; R],
+}
+
+/// What only some formats of weights need to know of a block.
+#[derive(Debug, Clone, Copy)]
+#[repr(C)]
+pub(super) struct Sums<const R: usize> {
+    /// −128 times the sum of the second half.
+    pub(super) second_starts: [i32; R],
+    /// The sums of both halves, times the block's power of two.
+    pub(super) halves: [[f32; R]; 2],
+}
+
+#[expect(unsafe_code, reason = "large buffers are made of zeros that the system has ready")]
+// SAFETY: both hold numbers only, for which zeros are a value.
+unsafe impl<const R: usize> bytemuck::Zeroable for RowBlock<R> {}
+#[expect(unsafe_code, reason = "large buffers are made of zeros that the system has ready")]
+// SAFETY: as above.
+unsafe impl<const R: usize> bytemuck::Zeroable for Sums<R> {}
+
+/// Activations `[rows, width]` in tiles of `R` rows: `[tile][block]`.
+#[derive(Debug)]
+pub(super) struct Activations<const R: usize> {
+    pub(super) blocks: Vec<RowBlock<R>>,
+    pub(super) sums: Vec<Sums<R>>,
+    /// What the sums of each row are multiplied with in the end.
+    pub(super) scales: Vec<f32>,
+}
+
+impl<const R: usize> Activations<R> {
+    pub(super) fn new(x: &[f32], depth: usize, instructions: Instructions) -> Self {
+        let width = depth * BLOCK;
+        let tiles = x.len().div_ceil(R * width);
+        let mut blocks = bytemuck::zeroed_vec(tiles * depth);
+        let mut sums = bytemuck::zeroed_vec(tiles * depth);
+        let mut scales = vec![0.0; tiles * R];
+        let tiles = blocks.par_chunks_mut(depth).zip(sums.par_chunks_mut(depth));
+        let tiles = tiles.zip(scales.par_chunks_mut(R)).zip(x.par_chunks(R * width));
+        tiles.for_each_init(Vec::new, |largest, (((blocks, sums), scales), x)| {
+            for (i, (x, scale)) in x.chunks_exact(width).zip(scales).enumerate() {
+                largest.resize(depth, 0.0);
+                let mut row = Row { x, largest, blocks, sums, i };
+                *scale = instructions.quantize_row(&mut row);
+            }
+        });
+        Self { blocks, sums, scales }
+    }
+}
+
+/// One row and where it goes.
+pub(super) struct Row<'a, const R: usize> {
+    x: &'a [f32],
+    /// Room for the largest magnitude of each block.
+    largest: &'a mut [f32],
+    blocks: &'a mut [RowBlock<R>],
+    sums: &'a mut [Sums<R>],
+    /// Its place in the tile.
+    i: usize,
+}
+
+/// The powers of two of a row's blocks are between `2^-SPAN` and 2.
+const SPAN: u32 = 30;
+/// Rows without a larger magnitude count as zero: their scale would leave float32.
+const SMALLEST: f32 = 1e-25;
+/// What the exponent of float32 is counted from.
+const BIAS: u32 = 127;
+const MANTISSA_BITS: u32 = 23;
+
+impl<const R: usize> Row<'_, R> {
+    /// Quantizes the row and returns what its sums are to be multiplied with. NaN and infinity in a
+    /// row make that NaN, so that they stay visible in the product.
+    #[inline(always)]
+    pub(super) fn quantize(&mut self) -> f32 {
+        let mut all = 0;
+        for (largest, x) in self.largest.iter_mut().zip(self.x.as_chunks::<BLOCK>().0) {
+            // Magnitudes as integers are ordered like the numbers, and NaN is the largest.
+            let bits = x.iter().fold(0, |max: u32, x| max.max(x.abs().to_bits()));
+            *largest = f32::from_bits(bits);
+            all = bits.max(all);
+        }
+        let all = f32::from_bits(all);
+        let scale = if !all.is_finite() {
+            f32::NAN
+        } else if all < SMALLEST {
+            0.0
+        } else {
+            let unit = best_unit(self.largest, all);
+            self.round(unit);
+            return unit / 127.0 * f32::from_bits((BIAS - SPAN) << MANTISSA_BITS);
+        };
+        let (blocks, sums) = (self.blocks.iter_mut(), self.sums.iter_mut());
+        for (block, sums) in blocks.zip(sums) {
+            block.values[self.i] = [[0; 4]; FOURS];
+            (block.starts[self.i], block.exponents[self.i]) = (0, 0);
+            sums.second_starts[self.i] = 0;
+            sums.halves.iter_mut().for_each(|half| half[self.i] = 0.0);
+        }
+        scale
+    }
+
+    /// Rounds to multiples of `unit / 127` times a power of two for each block.
+    #[inline(always)]
+    #[expect(clippy::cast_possible_truncation, reason = "rounded numbers between −127 and 127")]
+    #[expect(clippy::cast_possible_wrap, reason = "an exponent below 2^31")]
+    #[expect(clippy::cast_precision_loss, reason = "a sum of 16 such numbers is exact in f32")]
+    fn round(&mut self, unit: f32) {
+        let (i, inverse) = (self.i, unit.recip());
+        let places = self.blocks.iter_mut().zip(self.sums.iter_mut());
+        let x = self.x.as_chunks::<BLOCK>().0.iter().zip(self.largest.iter());
+        for ((x, largest), (block, sums)) in x.zip(places) {
+            let power = power_above(largest * inverse);
+            let factor = 127.0 * inverse / power;
+            let mut values = [0_i8; BLOCK];
+            let mut halves = [0; 2];
+            for (half, (values, x)) in
+                values.as_chunks_mut::<HALF>().0.iter_mut().zip(x.as_chunks::<HALF>().0).enumerate()
+            {
+                for (value, x) in values.iter_mut().zip(x) {
+                    let rounded = (x * factor).round_ties_even() as i32;
+                    halves[half] += rounded;
+                    *value = rounded as i8;
+                }
+            }
+            block.values[i].as_flattened_mut().copy_from_slice(&values);
+            block.starts[i] = -128 * (halves[0] + halves[1]);
+            block.exponents[i] = (power.to_bits() - ((BIAS - SPAN) << MANTISSA_BITS)) as i32;
+            sums.second_starts[i] = -128 * halves[1];
+            let power = power * f32::from_bits((BIAS + SPAN) << MANTISSA_BITS);
+            sums.halves[0][i] = halves[0] as f32 * power;
+            sums.halves[1][i] = halves[1] as f32 * power;
+        }
+    }
+}
+
+/// The smallest power of two that is not below `x`, and at least `2^-SPAN`.
+#[inline(always)]
+fn power_above(x: f32) -> f32 {
+    let fraction = (1 << MANTISSA_BITS) - 1;
+    let power = f32::from_bits((x.to_bits() + fraction) & !fraction);
+    power.max(f32::from_bits((BIAS - SPAN) << MANTISSA_BITS))
+}
+
+/// Of the eighths of an octave below `all`, the one that gives the least sum of squared steps.
+#[inline(always)]
+fn best_unit(largest: &[f32], all: f32) -> f32 {
+    /// `2^(-i / 8)`.
+    const EIGHTHS: [f32; 8] = [
+        1.0,
+        0.917_004,
+        0.840_896_4,
+        0.771_105_4,
+        0.707_106_77,
+        0.648_419_8,
+        0.594_603_54,
+        0.545_253_87,
+    ];
+    let (mut best, mut least) = (all, f32::INFINITY);
+    for eighth in EIGHTHS {
+        let unit = all * eighth;
+        let inverse = unit.recip();
+        let mut squares = [0.0_f32; 16];
+        let (whole, rest) = largest.as_chunks::<16>();
+        for largest in whole {
+            for (sum, largest) in squares.iter_mut().zip(largest) {
+                let power = power_above(largest * inverse);
+                *sum += power * power;
+            }
+        }
+        for (sum, largest) in squares.iter_mut().zip(rest) {
+            let power = power_above(largest * inverse);
+            *sum += power * power;
+        }
+        let sum = squares.iter().sum::<f32>() * eighth * eighth;
+        if sum < least {
+            (best, least) = (unit, sum);
+        }
+    }
+    best
+}

@@ -1,0 +1,332 @@
+//! Products of matrices in ggml's block formats with activations that are quantized to 8 bits.
+//!
+//! A matrix stays in its stored bytes, only interleaved over 32 outputs, so that registers run along
+//! the outputs and a panel is read from its first byte to its last. For a product, a few blocks of a
+//! panel at a time are unpacked into the first-level cache, every format to the same bytes: weights
+//! `u` with `w = scale · (u − 128) − min`. One kernel multiplies them with all rows:
+//! `y = Σ_blocks scale · x_scale · (Σ u · v − 128 · Σ v) − min · x_scale · Σ v`.
+
+mod activations;
+mod format;
+mod plain;
+#[cfg(test)]
+mod tests;
+mod unpack;
+#[cfg(target_arch = "x86_64")]
+mod x86;
+
+use rayon::prelude::*;
+
+pub(crate) use self::format::BlockFormat;
+use self::{
+    activations::{Activations, Row, RowBlock, Sums},
+    format::{PanelBlock, Word},
+};
+#[cfg(target_arch = "x86_64")]
+use super::q4k;
+use super::{
+    hugepage,
+    tiles::{Grid, Tile, par_tiles},
+};
+
+/// Activations that share a power of two; every format has a scale for each 32 weights or finer.
+const BLOCK: usize = 32;
+const HALF: usize = BLOCK.div_euclid(2);
+/// Four neighbours of a block: what 8-bit instructions add to one 32-bit sum.
+const FOURS: usize = BLOCK.div_euclid(4);
+/// Outputs of a panel: two registers of 32-bit sums.
+const PANEL: usize = 32;
+/// Blocks that are multiplied at a time: their weights stay in the first-level cache.
+const DEPTH: usize = 16;
+/// Rows of the activations that are multiplied at a time.
+const ROWS: usize = 240;
+/// Rows of a register tile.
+const TILE_ROWS: usize = 6;
+/// Pieces of work for each thread, so that none waits long for the last.
+const TASKS_PER_THREAD: usize = 8;
+
+/// Sums of a tile of rows.
+type PanelRows<const R: usize> = [[f32; PANEL]; R];
+
+/// 32 weights of each output of a panel, one byte each.
+#[derive(Debug, Clone, Copy)]
+#[repr(C, align(64))]
+struct Unpacked {
+    /// `[four][output][4]`.
+    weights: [[Word; PANEL]; FOURS],
+    /// Of all weights, or of each half.
+    scales: [[f32; PANEL]; 2],
+    /// As many as the format has.
+    mins: [[f32; PANEL]; 2],
+}
+
+const EMPTY: Unpacked = Unpacked {
+    weights: [[[0; 4]; PANEL]; FOURS],
+    scales: [[0.0; PANEL]; 2],
+    mins: [[0.0; PANEL]; 2],
+};
+
+/// The instructions that a matrix is multiplied with.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Instructions {
+    #[cfg(target_arch = "x86_64")]
+    Avx512Vnni,
+    #[cfg(target_arch = "x86_64")]
+    AvxVnni,
+    #[cfg(target_arch = "x86_64")]
+    Avx2,
+    Plain,
+}
+
+impl Instructions {
+    /// All that this machine has, the fastest first.
+    pub(crate) fn available() -> Vec<Self> {
+        let mut found = Vec::new();
+        #[cfg(target_arch = "x86_64")]
+        {
+            let avx2 = is_x86_feature_detected!("avx2")
+                && is_x86_feature_detected!("fma")
+                && is_x86_feature_detected!("f16c");
+            let avx512 = is_x86_feature_detected!("avx512f")
+                && is_x86_feature_detected!("avx512bw")
+                && is_x86_feature_detected!("avx512vl")
+                && is_x86_feature_detected!("avx512dq")
+                && is_x86_feature_detected!("avx512vnni");
+            found.extend((avx2 && avx512).then_some(Self::Avx512Vnni));
+            let vnni = is_x86_feature_detected!("avxvnni");
+            found.extend((avx2 && vnni).then_some(Self::AvxVnni));
+            found.extend(avx2.then_some(Self::Avx2));
+        }
+        found.push(Self::Plain);
+        found
+    }
+
+    fn quantize_row<const R: usize>(self, row: &mut Row<'_, R>) -> f32 {
+        match self {
+            #[cfg(target_arch = "x86_64")]
+            Self::Avx512Vnni => x86::quantize_row_512(row),
+            #[cfg(target_arch = "x86_64")]
+            Self::AvxVnni | Self::Avx2 => x86::quantize_row_256(row),
+            Self::Plain => row.quantize(),
+        }
+    }
+
+    fn unpack(self, format: BlockFormat, block: &[u8], out: &mut [Unpacked]) {
+        let block = PanelBlock::new(format, block);
+        match self {
+            #[cfg(target_arch = "x86_64")]
+            Self::Avx512Vnni => x86::unpack_512(format, block, out),
+            #[cfg(target_arch = "x86_64")]
+            Self::AvxVnni | Self::Avx2 => x86::unpack_256(format, block, out),
+            Self::Plain => unpack::unpack(format, block, out, |indices| {
+                indices.iter_mut().for_each(|i| *i = unpack::TABLE[usize::from(*i & 15)]);
+            }),
+        }
+    }
+
+    /// Adds the product of a tile of rows with a panel of outputs, whose blocks have `G` scales and
+    /// `M` minimums for each output.
+    fn add_tile<const R: usize, const G: usize, const M: usize>(
+        self,
+        panel: &[Unpacked],
+        x: (&[RowBlock<R>], &[Sums<R>]),
+        out: &mut PanelRows<R>,
+    ) {
+        match self {
+            #[cfg(target_arch = "x86_64")]
+            Self::Avx512Vnni => x86::add_tile_512::<R, G, M>(panel, x, out),
+            #[cfg(target_arch = "x86_64")]
+            Self::AvxVnni => x86::add_tile_vnni_256::<R, G, M>(panel, x, out),
+            #[cfg(target_arch = "x86_64")]
+            Self::Avx2 => x86::add_tile_256::<R, G, M>(panel, x, out),
+            Self::Plain => plain::add_tile::<R, G, M>(panel, x, out),
+        }
+    }
+}
+
+/// 64 bytes, aligned so that no load of a panel straddles two cache lines.
+#[derive(Debug, Clone, Copy, bytemuck::Pod, bytemuck::Zeroable)]
+#[repr(C, align(64))]
+struct Line([u8; 64]);
+
+/// A quantized matrix `[out, width]`, interleaved for the registers: `[panel][block]`.
+#[derive(Debug)]
+pub(crate) struct PackedBlocks {
+    lines: Vec<Line>,
+    format: BlockFormat,
+    out: usize,
+    /// Stored blocks of one row.
+    depth: usize,
+    instructions: Instructions,
+}
+
+impl PackedBlocks {
+    /// From the blocks of a matrix `[out, width]`; `None` where they are not that many.
+    pub(crate) fn new(format: BlockFormat, bytes: &[u8], [out, width]: [usize; 2]) -> Option<Self> {
+        let instructions = Instructions::available().into_iter().next()?;
+        Self::with_instructions(format, bytes, [out, width], instructions)
+    }
+
+    fn with_instructions(
+        format: BlockFormat,
+        bytes: &[u8],
+        [out, width]: [usize; 2],
+        instructions: Instructions,
+    ) -> Option<Self> {
+        let depth = width.div_euclid(format.numbers());
+        let whole = out > 0 && depth > 0 && width.is_multiple_of(format.numbers());
+        if !whole || bytes.len() != out * depth * format.bytes() {
+            return None;
+        }
+        let row_bytes = depth * format.bytes();
+        let panel_lines = (PANEL * row_bytes).div_euclid(size_of::<Line>());
+        let mut lines = hugepage::filled(Line([0; 64]), out.div_ceil(PANEL) * panel_lines);
+        let rows = bytes.par_chunks(PANEL * row_bytes);
+        lines.par_chunks_mut(panel_lines).zip(rows).for_each(|(panel, rows)| {
+            format::interleave(format, rows, depth, bytemuck::cast_slice_mut(panel));
+        });
+        Some(Self { lines, format, out, depth, instructions })
+    }
+
+    /// Rows and columns.
+    pub(crate) fn dims(&self) -> (usize, usize) {
+        (self.out, self.depth * self.format.numbers())
+    }
+
+    /// The blocks of a panel.
+    fn panel(&self, panel: usize) -> &[u8] {
+        let bytes = self.depth * PANEL * self.format.bytes();
+        &bytemuck::cast_slice(&self.lines)[panel * bytes..][..bytes]
+    }
+
+    /// The numbers of row `row`.
+    pub(crate) fn row(&self, row: usize) -> Vec<f32> {
+        let (format, output) = (self.format, row % PANEL);
+        let (_, mins) = format.groups();
+        let mut unpacked = vec![EMPTY; format.numbers().div_euclid(BLOCK)];
+        let mut numbers = Vec::with_capacity(self.dims().1);
+        let panel = self.panel(row.div_euclid(PANEL));
+        for block in panel.chunks_exact(PANEL * format.bytes()) {
+            self.instructions.unpack(format, block, &mut unpacked);
+            for block in &unpacked {
+                for (four, weights) in block.weights.iter().enumerate() {
+                    let half = four.div_euclid(FOURS.div_euclid(2));
+                    let scale = block.scales[if format.groups().0 == 2 { half } else { 0 }][output];
+                    let min = match mins {
+                        0 => 0.0,
+                        1 => block.mins[0][output],
+                        _ => block.mins[half][output],
+                    };
+                    let weights = weights[output].map(|u| scale * (f32::from(u) - 128.0) - min);
+                    numbers.extend(weights);
+                }
+            }
+        }
+        numbers
+    }
+
+    /// `out[i][j] = Σₖ x[i][k] · weight[j][k] + bias[j]`. `x: [rows, width]`, `out: [rows, out]`.
+    pub(crate) fn multiply(&self, x: &[f32], bias: Option<&[f32]>, out: &mut [f32]) {
+        #[cfg(target_arch = "x86_64")]
+        if out.len() == self.out
+            && self.format == BlockFormat::Q4K
+            && self.instructions == Instructions::Avx512Vnni
+        {
+            return q4k::multiply_row(bytemuck::cast_slice(&self.lines), x, bias, out);
+        }
+        if out.len() == self.out {
+            self.multiply_rows::<1>(x, bias, out);
+        } else {
+            self.multiply_rows::<TILE_ROWS>(x, bias, out);
+        }
+    }
+
+    fn multiply_rows<const R: usize>(&self, x: &[f32], bias: Option<&[f32]>, out: &mut [f32]) {
+        let depth = self.dims().1.div_euclid(BLOCK);
+        let x = Activations::<R>::new(x, depth, self.instructions);
+        match self.format.groups() {
+            (1, 0) => self.multiply_tiles::<R, 1, 0>(&x, bias, out),
+            (1, 1) => self.multiply_tiles::<R, 1, 1>(&x, bias, out),
+            (1, _) => self.multiply_tiles::<R, 1, 2>(&x, bias, out),
+            _ => self.multiply_tiles::<R, 2, 0>(&x, bias, out),
+        }
+    }
+
+    fn multiply_tiles<const R: usize, const G: usize, const M: usize>(
+        &self,
+        x: &Activations<R>,
+        bias: Option<&[f32]>,
+        out: &mut [f32],
+    ) {
+        let rows = out.len().div_euclid(self.out);
+        let tasks = TASKS_PER_THREAD * rayon::current_num_threads();
+        let row_blocks = rows.div_ceil(ROWS).max(1);
+        let tile_rows = rows.div_ceil(row_blocks).next_multiple_of(R);
+        let panels = self.out.div_ceil(PANEL);
+        let groups = tasks.div_ceil(row_blocks).min(panels);
+        let tile_cols = panels.div_ceil(groups) * PANEL;
+        let grid = Grid { rows, cols: self.out, tile_rows, tile_cols };
+        let scratch = || Scratch { unpacked: vec![EMPTY; DEPTH], sums: Vec::new() };
+        par_tiles(out, grid, scratch, |scratch, mut tile| {
+            for first in (0..tile.cols.len()).step_by(PANEL) {
+                let panel = tile.cols.start + first;
+                self.panel_sums::<R, G, M>(x, panel, &tile, scratch);
+                let scales = &x.scales[tile.rows.start..];
+                for (i, (sums, scale)) in
+                    scratch.sums.iter().zip(scales).enumerate().take(tile.rows.len())
+                {
+                    let out = tile.row(i)[first..].iter_mut().zip(sums);
+                    match bias {
+                        Some(bias) => {
+                            out.zip(&bias[panel..]).for_each(|((y, x), b)| *y = x * scale + b);
+                        }
+                        None => out.for_each(|(y, x)| *y = x * scale),
+                    }
+                }
+            }
+        });
+    }
+
+    /// The products of the tile's rows with the panel that starts at output `first`.
+    ///
+    /// They are summed here and not in the output, whose rows can be so far apart that they evict
+    /// each other from the caches.
+    fn panel_sums<const R: usize, const G: usize, const M: usize>(
+        &self,
+        x: &Activations<R>,
+        first: usize,
+        tile: &Tile<'_>,
+        scratch: &mut Scratch,
+    ) {
+        let Scratch { unpacked, sums } = scratch;
+        sums.clear();
+        sums.resize(tile.rows.len().next_multiple_of(R), [0.0; PANEL]);
+        let stored_blocks = self.format.numbers().div_euclid(BLOCK);
+        let depth = self.depth * stored_blocks;
+        let start = tile.rows.start.div_euclid(R) * depth;
+        let (blocks, parts) = (&x.blocks[start..], &x.sums[start..]);
+        let chunk_bytes = DEPTH.div_euclid(stored_blocks) * PANEL * self.format.bytes();
+        let panel = self.panel(first.div_euclid(PANEL));
+        for (from, chunk) in (0..depth).step_by(DEPTH).zip(panel.chunks(chunk_bytes)) {
+            let to = depth.min(from + DEPTH);
+            let unpacked = &mut unpacked[..to - from];
+            for (block, unpacked) in chunk
+                .chunks_exact(PANEL * self.format.bytes())
+                .zip(unpacked.chunks_exact_mut(stored_blocks))
+            {
+                self.instructions.unpack(self.format, block, unpacked);
+            }
+            let x = blocks.chunks_exact(depth).zip(parts.chunks_exact(depth));
+            for (sums, (blocks, parts)) in sums.as_chunks_mut().0.iter_mut().zip(x) {
+                let x = (&blocks[from..to], &parts[from..to]);
+                self.instructions.add_tile::<R, G, M>(unpacked, x, sums);
+            }
+        }
+    }
+}
+
+/// Buffers of one thread, reused from panel to panel.
+struct Scratch {
+    unpacked: Vec<Unpacked>,
+    sums: Vec<[f32; PANEL]>,
+}

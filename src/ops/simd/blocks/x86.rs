@@ -1,0 +1,315 @@
+//! The steps of a product on x86: with AVX-512 VNNI, with AVX-VNNI, and with AVX2.
+
+use std::arch::x86_64::{
+    __m256, __m256i, __m512, __m512i, _mm256_abs_epi8, _mm256_add_epi32, _mm256_castps_si256,
+    _mm256_castsi256_ps, _mm256_cvtepi32_ps, _mm256_dpbusd_avx_epi32, _mm256_fmadd_ps,
+    _mm256_fnmadd_ps, _mm256_loadu_ps, _mm256_loadu_si256, _mm256_madd_epi16, _mm256_maddubs_epi16,
+    _mm256_set1_epi8, _mm256_set1_epi16, _mm256_set1_epi32, _mm256_set1_ps, _mm256_setzero_ps,
+    _mm256_setzero_si256, _mm256_shuffle_epi8, _mm256_sign_epi8, _mm256_storeu_si256,
+    _mm256_sub_epi32, _mm256_xor_si256, _mm512_add_epi32, _mm512_castps_si512, _mm512_castsi512_ps,
+    _mm512_cvtepi32_ps, _mm512_dpbusd_epi32, _mm512_fmadd_ps, _mm512_fnmadd_ps, _mm512_loadu_ps,
+    _mm512_loadu_si512, _mm512_set1_epi32, _mm512_set1_ps, _mm512_setzero_ps, _mm512_sub_epi32,
+};
+
+use super::{
+    FOURS, PANEL, PanelRows, Unpacked,
+    activations::{Row, RowBlock, Sums},
+    format::{BlockFormat, PanelBlock, Word},
+    unpack,
+};
+
+/// Outputs of one 512-bit register of 32-bit sums.
+const LANES: usize = PANEL.div_euclid(2);
+/// Outputs of one 256-bit register.
+const HALF_LANES: usize = PANEL.div_euclid(4);
+const HALF_FOURS: usize = FOURS.div_euclid(2);
+
+/// Defines safe functions that run `$body` with instructions that not every processor has.
+macro_rules! with_instructions {
+    ($($(#[$doc:meta])* $features:literal $name:ident$(<$($c:ident),*>)?
+        ($($arg:ident: $type:ty),*) $(-> $result:ty)? $body:block)*) => {$(
+        $(#[$doc])*
+        pub(super) fn $name$(<$(const $c: usize),*>)?($($arg: $type),*) $(-> $result)? {
+            #[target_feature(enable = $features)]
+            fn inner$(<$(const $c: usize),*>)?($($arg: $type),*) $(-> $result)? $body
+            #[expect(unsafe_code, reason = "needs instructions that not every processor has")]
+            // SAFETY: a matrix is multiplied with instructions that `Instructions::available` has
+            // found on this machine, and those are the ones that `inner` is built with.
+            unsafe {
+                inner$(::<$($c),*>)?($($arg),*)
+            }
+        }
+    )*};
+}
+
+with_instructions! {
+    /// [`Row::quantize`] in wide registers.
+    "avx512f,avx512bw,avx512vl,avx512dq,avx512vnni" quantize_row_512<R>(row: &mut Row<'_, R>) -> f32 {
+        row.quantize()
+    }
+    /// [`Row::quantize`] in wide registers.
+    "avx2,fma" quantize_row_256<R>(row: &mut Row<'_, R>) -> f32 {
+        row.quantize()
+    }
+    /// [`unpack::unpack`] in wide registers.
+    "avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,f16c" unpack_512(
+        format: BlockFormat, block: PanelBlock<'_>, out: &mut [Unpacked]
+    ) {
+        unpack::unpack(format, block, out, |x| replace(x));
+    }
+    /// [`unpack::unpack`] in wide registers.
+    "avx2,fma,f16c" unpack_256(
+        format: BlockFormat, block: PanelBlock<'_>, out: &mut [Unpacked]
+    ) {
+        unpack::unpack(format, block, out, |x| replace(x));
+    }
+    /// Adds the product of a tile of rows with a panel of outputs.
+    "avx512f,avx512bw,avx512vnni" add_tile_512<R, G, M>(
+        panel: &[Unpacked], x: (&[RowBlock<R>], &[Sums<R>]), out: &mut PanelRows<R>
+    ) {
+        tile_512::<R, G, M>(panel, x, out);
+    }
+    /// Adds the product of a tile of rows with a panel of outputs.
+    "avx2,fma,avxvnni" add_tile_vnni_256<R, G, M>(
+        panel: &[Unpacked], x: (&[RowBlock<R>], &[Sums<R>]), out: &mut PanelRows<R>
+    ) {
+        for quarter in 0..4 {
+            quarter_vnni::<R, G, M>(panel, x, quarter, out);
+        }
+    }
+    /// Adds the product of a tile of rows with a panel of outputs.
+    "avx2,fma" add_tile_256<R, G, M>(
+        panel: &[Unpacked], x: (&[RowBlock<R>], &[Sums<R>]), out: &mut PanelRows<R>
+    ) {
+        for quarter in 0..4 {
+            quarter_256::<R, G, M>(panel, x, quarter, out);
+        }
+    }
+}
+
+/// Replaces each byte `i < 16` by `TABLE[i]`; the length is a multiple of 32.
+#[inline]
+#[target_feature(enable = "avx2")]
+fn replace(indices: &mut [u8]) {
+    let table: [[u8; 16]; 2] = [unpack::TABLE; 2];
+    for indices in indices.as_chunks_mut::<32>().0 {
+        #[expect(unsafe_code, reason = "unaligned loads and a store")]
+        // SAFETY: each array holds the 32 bytes that are read or written.
+        unsafe {
+            let table = _mm256_loadu_si256(table.as_ptr().cast());
+            let found = _mm256_shuffle_epi8(table, _mm256_loadu_si256(indices.as_ptr().cast()));
+            _mm256_storeu_si256(indices.as_mut_ptr().cast(), found);
+        }
+    }
+}
+
+#[inline]
+#[target_feature(enable = "avx512f,avx512bw,avx512vnni")]
+#[expect(clippy::needless_range_loop, reason = "only indices are unrolled into registers")]
+fn tile_512<const R: usize, const G: usize, const M: usize>(
+    panel: &[Unpacked],
+    x: (&[RowBlock<R>], &[Sums<R>]),
+    out: &mut PanelRows<R>,
+) {
+    let mut sums = [[_mm512_setzero_ps(); 2]; R];
+    for (panel, (x, parts)) in panel.iter().zip(x.0.iter().zip(x.1)) {
+        for group in 0..G {
+            let mut counts = [[_mm512_set1_epi32(0); 2]; R];
+            for row in 0..R {
+                let all = _mm512_set1_epi32(x.starts[row]);
+                let start = match (G, group) {
+                    (1, _) => all,
+                    (_, 0) => _mm512_sub_epi32(all, _mm512_set1_epi32(parts.second_starts[row])),
+                    _ => _mm512_set1_epi32(parts.second_starts[row]),
+                };
+                counts[row] = [start; 2];
+            }
+            for four in 0..const { FOURS.div_euclid(G) } {
+                let four = group * HALF_FOURS + four;
+                let weights = halves(&panel.weights[four]);
+                for row in 0..R {
+                    let x = _mm512_set1_epi32(word(x.values[row][four]));
+                    counts[row][0] = _mm512_dpbusd_epi32(counts[row][0], weights[0], x);
+                    counts[row][1] = _mm512_dpbusd_epi32(counts[row][1], weights[1], x);
+                }
+            }
+            let scales = half_numbers(&panel.scales[group]);
+            for row in 0..R {
+                let exponent = _mm512_set1_epi32(x.exponents[row]);
+                for half in 0..2 {
+                    let count = _mm512_castps_si512(_mm512_cvtepi32_ps(counts[row][half]));
+                    let count = _mm512_castsi512_ps(_mm512_add_epi32(count, exponent));
+                    sums[row][half] = _mm512_fmadd_ps(count, scales[half], sums[row][half]);
+                }
+            }
+        }
+        for group in 0..M {
+            let mins = half_numbers(&panel.mins[group]);
+            for row in 0..R {
+                let sum = _mm512_set1_ps(sum_of::<R, M>(parts, row, group));
+                for half in 0..2 {
+                    sums[row][half] = _mm512_fnmadd_ps(mins[half], sum, sums[row][half]);
+                }
+            }
+        }
+    }
+    for row in 0..R {
+        add(&mut out[row], sums[row]);
+    }
+}
+
+/// The sum of the activations that have minimum `group` of `M` in common.
+#[inline(always)]
+fn sum_of<const R: usize, const M: usize>(sums: &Sums<R>, row: usize, group: usize) -> f32 {
+    if M == 1 { sums.halves[0][row] + sums.halves[1][row] } else { sums.halves[group][row] }
+}
+
+#[inline(always)]
+fn word(four: [i8; 4]) -> i32 {
+    i32::from_le_bytes(four.map(i8::cast_unsigned))
+}
+
+#[inline]
+#[target_feature(enable = "avx512f")]
+fn add(out: &mut [f32; PANEL], sums: [__m512; 2]) {
+    for (out, sums) in out.as_chunks_mut::<LANES>().0.iter_mut().zip(sums) {
+        let sums: [f32; LANES] = bytemuck::cast(sums);
+        out.iter_mut().zip(sums).for_each(|(out, sum)| *out += sum);
+    }
+}
+
+#[inline]
+#[target_feature(enable = "avx512f")]
+fn halves(weights: &[Word; PANEL]) -> [__m512i; 2] {
+    let start = weights.as_ptr();
+    #[expect(unsafe_code, reason = "unaligned loads")]
+    // SAFETY: the array holds the two times 64 bytes that are read.
+    unsafe {
+        [_mm512_loadu_si512(start.cast()), _mm512_loadu_si512(start.add(LANES).cast())]
+    }
+}
+
+#[inline]
+#[target_feature(enable = "avx512f")]
+fn half_numbers(numbers: &[f32; PANEL]) -> [__m512; 2] {
+    let start = numbers.as_ptr();
+    #[expect(unsafe_code, reason = "unaligned loads")]
+    // SAFETY: the array holds the two times 16 numbers that are read.
+    unsafe {
+        [_mm512_loadu_ps(start), _mm512_loadu_ps(start.add(LANES))]
+    }
+}
+
+/// Defines the product of a tile of rows with a quarter of a panel. `$dot(sums, weights, x)` adds
+/// four products to each sum; `$prepare` is applied to weights first, and `$signed` says that they
+/// are signed after it, so that sums start from zero.
+macro_rules! quarter {
+    ($name:ident, $features:literal, $signed:literal, $prepare:ident, $dot:ident) => {
+        #[inline]
+        #[target_feature(enable = $features)]
+        #[expect(clippy::needless_range_loop, reason = "only indices are unrolled into registers")]
+        fn $name<const R: usize, const G: usize, const M: usize>(
+            panel: &[Unpacked],
+            x: (&[RowBlock<R>], &[Sums<R>]),
+            quarter: usize,
+            out: &mut PanelRows<R>,
+        ) {
+            let mut sums = [_mm256_setzero_ps(); R];
+            for (panel, (x, parts)) in panel.iter().zip(x.0.iter().zip(x.1)) {
+                for group in 0..G {
+                    let mut counts = [_mm256_setzero_si256(); R];
+                    for row in 0..R {
+                        let all = _mm256_set1_epi32(x.starts[row]);
+                        let second = _mm256_set1_epi32(parts.second_starts[row]);
+                        counts[row] = match (G, group) {
+                            _ if $signed => counts[row],
+                            (1, _) => all,
+                            (_, 0) => _mm256_sub_epi32(all, second),
+                            _ => second,
+                        };
+                    }
+                    for four in 0..const { FOURS.div_euclid(G) } {
+                        let four = group * HALF_FOURS + four;
+                        let weights = $prepare(quarter_of(&panel.weights[four], quarter));
+                        for row in 0..R {
+                            let x = _mm256_set1_epi32(word(x.values[row][four]));
+                            counts[row] = $dot(counts[row], weights, x);
+                        }
+                    }
+                    let scales = quarter_numbers(&panel.scales[group], quarter);
+                    for row in 0..R {
+                        let exponent = _mm256_set1_epi32(x.exponents[row]);
+                        let count = _mm256_castps_si256(_mm256_cvtepi32_ps(counts[row]));
+                        let count = _mm256_castsi256_ps(_mm256_add_epi32(count, exponent));
+                        sums[row] = _mm256_fmadd_ps(count, scales, sums[row]);
+                    }
+                }
+                for group in 0..M {
+                    let mins = quarter_numbers(&panel.mins[group], quarter);
+                    for row in 0..R {
+                        let sum = _mm256_set1_ps(sum_of::<R, M>(parts, row, group));
+                        sums[row] = _mm256_fnmadd_ps(mins, sum, sums[row]);
+                    }
+                }
+            }
+            for (out, sums) in out.iter_mut().zip(sums) {
+                let out = &mut out[quarter * HALF_LANES..][..HALF_LANES];
+                let sums: [f32; HALF_LANES] = bytemuck::cast(sums);
+                out.iter_mut().zip(sums).for_each(|(out, sum)| *out += sum);
+            }
+        }
+    };
+}
+
+quarter!(quarter_vnni, "avx2,fma,avxvnni", false, as_they_are, dot_vnni);
+quarter!(quarter_256, "avx2,fma", true, signed, dot_signed);
+
+#[inline]
+#[target_feature(enable = "avx2")]
+fn as_they_are(weights: __m256i) -> __m256i {
+    weights
+}
+
+/// Unsigned bytes as signed ones, 128 less.
+#[inline]
+#[target_feature(enable = "avx2")]
+fn signed(weights: __m256i) -> __m256i {
+    _mm256_xor_si256(weights, _mm256_set1_epi8(i8::MIN))
+}
+
+#[inline]
+#[target_feature(enable = "avx2,avxvnni")]
+fn dot_vnni(sums: __m256i, weights: __m256i, x: __m256i) -> __m256i {
+    _mm256_dpbusd_avx_epi32(sums, weights, x)
+}
+
+/// The instruction multiplies unsigned by signed bytes: `|w| · ±x`. Two products of at most
+/// 128 · 127 stay within 16 bits.
+#[inline]
+#[target_feature(enable = "avx2")]
+fn dot_signed(sums: __m256i, weights: __m256i, x: __m256i) -> __m256i {
+    let pairs = _mm256_maddubs_epi16(_mm256_abs_epi8(weights), _mm256_sign_epi8(x, weights));
+    _mm256_add_epi32(sums, _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)))
+}
+
+#[inline]
+#[target_feature(enable = "avx2")]
+fn quarter_of(weights: &[Word; PANEL], quarter: usize) -> __m256i {
+    let weights = &weights.as_chunks::<HALF_LANES>().0[quarter];
+    #[expect(unsafe_code, reason = "an unaligned load")]
+    // SAFETY: the array holds the 32 bytes that are read.
+    unsafe {
+        _mm256_loadu_si256(weights.as_ptr().cast())
+    }
+}
+
+#[inline]
+#[target_feature(enable = "avx2")]
+fn quarter_numbers(numbers: &[f32; PANEL], quarter: usize) -> __m256 {
+    let numbers = &numbers.as_chunks::<HALF_LANES>().0[quarter];
+    #[expect(unsafe_code, reason = "an unaligned load")]
+    // SAFETY: the array holds the 8 numbers that are read.
+    unsafe {
+        _mm256_loadu_ps(numbers.as_ptr())
+    }
+}
