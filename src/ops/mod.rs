@@ -19,7 +19,9 @@ pub use attention::{Mask, attention};
 pub use conv::{Conv2dShape, PackedConv2d, Padding, upsample_nearest_2x};
 pub use cpu::on_worker;
 pub use linear::{LinearWeight, PackedLinear};
+pub use matrix::{Float8, PackedMatrix};
 pub use norm::{
     channel_rms_norm, channel_rms_norm_silu, gated_add, layer_norm, modulated_layer_norm, rms_norm,
 };
 pub use rope::{rotate_halves, rotate_pairs};
+pub use simd::blocks::{BlockFormat, PackedBlocks};
