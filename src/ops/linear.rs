@@ -15,7 +15,7 @@ use super::{
     buffers,
     cpu::Floats,
     cuda::StoredMatrix,
-    matrix::PackedMatrix,
+    matrix::{Float8, PackedMatrix},
     simd::{
         Arch,
         blocks::{BlockFormat, PackedBlocks},
@@ -32,6 +32,10 @@ pub enum LinearWeight {
     Dense(Tensor),
     /// Blocks of quantized numbers.
     Quantized(Arc<QTensor>),
+    /// Blocks of quantized numbers in host memory, laid out for products.
+    Blocks(Arc<PackedBlocks>),
+    /// Numbers of eight bits in host memory, laid out for products.
+    Float8(Arc<PackedMatrix>),
 }
 
 impl LinearWeight {
@@ -41,6 +45,44 @@ impl LinearWeight {
     /// Other rows, or a failure of the device.
     pub fn quantized(weight: &Tensor, dtype: GgmlDType) -> Result<Self> {
         Ok(Self::Quantized(Arc::new(quantized(weight, dtype)?)))
+    }
+
+    /// The matrix `[out, width]` of these blocks in host memory; `None` where they are not that many.
+    #[must_use]
+    pub fn blocks(format: BlockFormat, bytes: &[u8], dims: [usize; 2]) -> Option<Self> {
+        PackedBlocks::new(format, bytes, dims).map(|weight| Self::Blocks(Arc::new(weight)))
+    }
+
+    /// The matrix `[out, width]` of these numbers of eight bits times `scale` in host memory; `None`
+    /// where they are not that many.
+    #[must_use]
+    pub fn float8(kind: Float8, bytes: &[u8], scale: f32, dims: [usize; 2]) -> Option<Self> {
+        let weight = PackedMatrix::float8(bytes, dims, (kind, scale), Arch::new());
+        weight.map(|weight| Self::Float8(Arc::new(weight)))
+    }
+
+    /// The rows `indices: [n]` of the matrix, `[n, width]`.
+    ///
+    /// # Errors
+    /// An index beyond the matrix, or a failure of the device.
+    pub fn rows(&self, indices: &Tensor) -> Result<Tensor> {
+        let pick = |(out, width), row: &dyn Fn(usize) -> Vec<f32>| {
+            let indices: Vec<u32> = indices.to_vec1()?;
+            let mut rows = Vec::with_capacity(indices.len() * width);
+            for index in indices.iter().filter_map(|index| usize::try_from(*index).ok()) {
+                if index >= out {
+                    bail!("row {index} of a matrix of {out} rows");
+                }
+                rows.extend(row(index));
+            }
+            Tensor::from_vec(rows, (indices.len(), width), &Device::Cpu)
+        };
+        match self {
+            Self::Dense(matrix) => matrix.index_select(indices, 0), // (n, width)
+            Self::Quantized(matrix) => matrix.embedding(indices),   // (n, width)
+            Self::Blocks(matrix) => pick(matrix.dims(), &|row| matrix.row(row)),
+            Self::Float8(matrix) => pick(matrix.dims(), &|row| matrix.row(row)),
+        }
     }
 
     /// `weight` quantized to Q8_0, where its rows are a multiple of the block; plain otherwise.
@@ -113,6 +155,8 @@ impl PackedLinear {
                 Kernel::Packed(Arc::new(PackedMatrix::new(&weight, Arch::new())?))
             }
             LinearWeight::Dense(weight) => Kernel::Dense(weight),
+            LinearWeight::Blocks(weight) => Kernel::Blocks(weight),
+            LinearWeight::Float8(weight) => Kernel::Packed(weight),
             LinearWeight::Quantized(weight) => {
                 if let Some(stored) = StoredMatrix::quantized(&weight)? {
                     Kernel::Stored(stored, weight)

@@ -23,7 +23,7 @@ const TASKS_PER_THREAD: usize = 4;
 
 /// `[out, width]` in panels of as many rows as a register tile has columns: `[panel][k][row]`.
 #[derive(Debug)]
-pub(super) struct PackedMatrix {
+pub struct PackedMatrix {
     panels: Panels,
     out: usize,
     width: usize,
@@ -36,6 +36,36 @@ enum Panels {
     F32(Vec<f32>),
     Bf16(Vec<bf16>),
     F16(Vec<f16>),
+    /// Each number times the scale.
+    Float8(Vec<u8>, Float8, f32),
+}
+
+/// The two kinds of numbers of eight bits.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Float8 {
+    /// Four bits of exponent with bias 7, three of fraction; all ones is NaN, there is no infinity.
+    E4M3,
+    /// Five bits of exponent with bias 15, two of fraction: the upper half of an f16.
+    E5M2,
+}
+
+impl Float8 {
+    /// `wide[i] = scale · x[i]`, exact but for the rounding of the product to f32.
+    #[inline(always)]
+    fn widen(self, x: &[u8], scale: f32, wide: &mut [f32]) {
+        // The bits in the places of an f32's, whose exponent has another bias.
+        let (shift, bias, odd) = match self {
+            Self::E4M3 => (20, 2_f32.powi(120), 0x7f),
+            Self::E5M2 => (21, 2_f32.powi(112), 0x7c),
+        };
+        for (wide, x) in wide.iter_mut().zip(x) {
+            let (sign, magnitude) = (u32::from(x & 0x80) << 24, u32::from(x & 0x7f));
+            let number = f32::from_bits(magnitude << shift | sign) * bias * scale;
+            let is_infinity = magnitude == 0x7c && odd == 0x7c;
+            let other = if is_infinity { f32::INFINITY.copysign(number) * scale } else { f32::NAN };
+            *wide = if magnitude >= odd { other } else { number };
+        }
+    }
 }
 
 impl PackedMatrix {
@@ -60,6 +90,22 @@ impl PackedMatrix {
         Ok(Self { panels, out, width, shape, arch })
     }
 
+    /// Packs numbers of eight bits `[out, width]` that are multiplied with a scale; `None` where they
+    /// are not that many.
+    pub(super) fn float8(
+        bytes: &[u8],
+        [out, width]: [usize; 2],
+        (kind, scale): (Float8, f32),
+        arch: Arch,
+    ) -> Option<Self> {
+        if bytes.is_empty() || bytes.len() != out * width {
+            return None;
+        }
+        let shape = TileShape::of(arch);
+        let panels = Panels::Float8(pack(bytes, width, shape), kind, scale);
+        Some(Self { panels, out, width, shape, arch })
+    }
+
     /// Whether `weight` can be packed.
     pub(super) fn supports(weight: &Tensor) -> bool {
         weight.device().is_cpu() && matches!(weight.dtype(), DType::F32 | DType::BF16 | DType::F16)
@@ -71,6 +117,14 @@ impl PackedMatrix {
 
     pub(super) fn dims(&self) -> (usize, usize) {
         (self.out, self.width)
+    }
+
+    /// The numbers of row `row`.
+    pub(super) fn row(&self, row: usize) -> Vec<f32> {
+        let first = row - row % self.shape.columns();
+        let mut wide = Vec::new();
+        let panel = self.panel(first, 0, self.width, &mut wide);
+        panel.iter().skip(row - first).step_by(self.panel_columns(first)).copied().collect()
     }
 
     /// The matrix as it was, in float32.
@@ -130,6 +184,7 @@ impl PackedMatrix {
         match &self.panels {
             Panels::F32(x) => return &x[range],
             Panels::F16(x) => x[range].convert_to_f32_slice(wide),
+            Panels::Float8(x, kind, scale) => kind.widen(&x[range], *scale, wide),
             Panels::Bf16(x) => {
                 for (wide, x) in wide.iter_mut().zip(&x[range]) {
                     *wide = f32::from_bits(u32::from(x.to_bits()) << 16);
@@ -325,5 +380,37 @@ mod tests {
                 }
             }
         }
+    }
+
+    #[test]
+    fn numbers_of_eight_bits_keep_their_values() {
+        let e4m3 = |byte: u8| {
+            let (exponent, fraction) = (i32::from(byte >> 3 & 15), f32::from(byte & 7) / 8.0);
+            let magnitude = match (exponent, byte & 7) {
+                (15, 7) => f32::NAN,
+                (0, _) => fraction * 2_f32.powi(-6),
+                _ => (1.0 + fraction) * 2_f32.powi(exponent - 7),
+            };
+            if byte < 128 { magnitude } else { -magnitude }
+        };
+        let e5m2 = |byte: u8| f16::from_le_bytes([0, byte]).to_f32();
+        let bytes: Vec<u8> = (0..=255).collect();
+        for arch in super::super::simd::all_archs() {
+            for dims in [[256, 1], [8, 32], [1, 256], [64, 4]] {
+                for (kind, value) in
+                    [(Float8::E4M3, &e4m3 as &dyn Fn(u8) -> f32), (Float8::E5M2, &e5m2)]
+                {
+                    let packed = PackedMatrix::float8(&bytes, dims, (kind, 0.5), arch).unwrap();
+                    let all: Vec<f32> = (0..dims[0]).flat_map(|row| packed.row(row)).collect();
+                    for (byte, x) in bytes.iter().zip(all) {
+                        let expected = 0.5 * value(*byte);
+                        let same = x.to_bits() == expected.to_bits();
+                        assert!(same || x.is_nan() && expected.is_nan(), "{kind:?} {byte} {x}");
+                    }
+                }
+            }
+        }
+        assert!(PackedMatrix::float8(&[], [0, 0], (Float8::E4M3, 1.0), Arch::new()).is_none());
+        assert!(PackedMatrix::float8(&[1], [1, 2], (Float8::E4M3, 1.0), Arch::new()).is_none());
     }
 }

@@ -25,9 +25,11 @@ pub use conv::{Conv2dShape, PackedConv2d, Padding, upsample_nearest_2x};
 pub use cpu::on_worker;
 pub use joint::{JointOutput, JointShape, JointStream, joint_attention, joint_attention_bf16};
 pub use linear::{LinearWeight, PackedLinear};
+pub use matrix::{Float8, PackedMatrix};
 pub use norm::{
     channel_rms_norm, channel_rms_norm_silu, gated_add, gated_add_norm, layer_norm,
     modulated_layer_norm, rms_norm,
 };
 pub use rope::{rotate_halves, rotate_pairs};
 pub use sampling::{guided_step, rescaled_guidance};
+pub use simd::blocks::{BlockFormat, PackedBlocks};

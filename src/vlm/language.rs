@@ -51,10 +51,7 @@ impl LanguageModel {
     /// Embeddings `[1, n, hidden]` of tokens, which must be below the vocabulary's size.
     pub(super) fn embed(&self, tokens: &[u32]) -> Result<Tensor> {
         let tokens = Tensor::new(tokens, &self.device)?;
-        let rows = match &self.embedding {
-            LinearWeight::Dense(matrix) => matrix.index_select(&tokens, 0)?, // (n, hidden)
-            LinearWeight::Quantized(matrix) => matrix.embedding(&tokens)?,   // (n, hidden)
-        };
+        let rows = self.embedding.rows(&tokens)?; // (n, hidden)
         Ok(rows.to_dtype(self.dtype)?.unsqueeze(0)?)
     }
 

@@ -19,9 +19,12 @@ use super::{
     gguf::{self, Metadata, Value},
     mmap::Bytes,
     safetensors_header, scaled,
-    stored::{self, SUPPORTED, StoredType},
+    stored::{self, Packed, SUPPORTED, StoredType},
 };
-use crate::error::{ModelError, Result};
+use crate::{
+    error::{ModelError, Result},
+    ops::LinearWeight,
+};
 
 /// Where a tensor is and what it holds.
 #[derive(Debug, Clone)]
@@ -70,9 +73,15 @@ impl TensorEntry {
         let plain = |dtype: DType| numbers * dtype.size_in_bytes() as u64;
         match (precision.storage, self.multiplied_as()) {
             (Storage::Plain(dtype), _) => plain(dtype),
+            (_, Some(_)) if precision.device.is_cpu() => blocks(self.kind.block()),
             (_, Some(dtype)) => blocks((dtype.block_size(), dtype.type_size())),
             (Storage::Q4K, None) if self.has_rows_of(256) => blocks((256, 144)),
             (Storage::Q8_0 | Storage::Q4K, None) => blocks((32, 34)),
+            (Storage::Compute, None)
+                if self.kind.packed().is_some() && precision.device.is_cpu() =>
+            {
+                numbers
+            }
             (Storage::Compute, None) => plain(self.compute_type(precision.compute)),
         }
     }
@@ -410,6 +419,42 @@ impl Checkpoint {
         let tensor = stored::quantized(dtype, blocks, &entry.shape, device)?;
         self.mark_read(name);
         Ok(Some(tensor))
+    }
+
+    /// The matrix `[out, in]` as the CPU multiplies it and the note that it was read; `None` where
+    /// candle has products for its type, or `precision` asks for another one.
+    pub(super) fn load_packed(
+        &self,
+        name: &str,
+        shape: [usize; 2],
+        precision: &Precision,
+    ) -> Result<Option<LinearWeight>> {
+        let Some(entry) = self.entries.get(name) else { return Err(self.missing(name)) };
+        let wanted = match entry.kind {
+            StoredType::Plain(_) => precision.storage == Storage::Compute,
+            StoredType::Blocks(_) => !matches!(precision.storage, Storage::Plain(_)),
+        };
+        let Some(packed) = entry.kind.packed().filter(|_| wanted && precision.device.is_cpu())
+        else {
+            return Ok(None);
+        };
+        let bytes = match &entry.data {
+            Data::Bytes { file, range } => Cow::Borrowed(&self.files[*file].bytes[range.clone()]),
+            Data::Rows(parts) if parts.iter().all(|part| part.kind == entry.kind) => {
+                Cow::Owned(parts.iter().map(|part| self.raw(part)).collect::<Vec<_>>().concat())
+            }
+            _ => return Ok(None),
+        };
+        let weight = match packed {
+            Packed::Blocks(format) => LinearWeight::blocks(format, &bytes, shape),
+            Packed::Float8(kind) => {
+                LinearWeight::float8(kind, &bytes, entry.scale.unwrap_or(1.0), shape)
+            }
+        };
+        if weight.is_some() {
+            self.mark_read(name);
+        }
+        Ok(weight)
     }
 
     /// The blocks of an entry that lies in one piece.

@@ -17,7 +17,7 @@ use crate::{
 /// How the matrices of linear layers are kept in memory.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub enum Storage {
-    /// Quantized ones as they are stored, fp8 as bf16, others in the type of the computation.
+    /// Quantized ones and fp8 as they are stored (fp8 as bf16 on a GPU), others in the type of the computation.
     #[default]
     Compute,
     /// In the given plain type, quantized ones too; widened when used.
@@ -149,6 +149,9 @@ impl Weights {
     /// A tensor that is missing, or has another shape or an unsupported type.
     pub fn linear_weight(&self, name: &str, shape: [usize; 2]) -> Result<LinearWeight> {
         let precision = &self.precision;
+        if let Some(packed) = self.packed(name, shape)? {
+            return Ok(packed);
+        }
         if !matches!(precision.storage, Storage::Plain(_))
             && let Some(blocks) = self.quantized(name, shape)?
         {
@@ -190,6 +193,12 @@ impl Weights {
     fn stored(&self, name: &str, shape: &[usize]) -> Result<Tensor> {
         let name = self.check(name, shape)?;
         self.checkpoint.load(&name, &self.precision.device)
+    }
+
+    /// A matrix of a type that candle does not multiply, laid out for the CPU.
+    fn packed(&self, name: &str, shape: [usize; 2]) -> Result<Option<LinearWeight>> {
+        let name = self.check(name, &shape)?;
+        self.checkpoint.load_packed(&name, shape, &self.precision)
     }
 
     fn quantized(&self, name: &str, shape: [usize; 2]) -> Result<Option<QTensor>> {

@@ -13,6 +13,7 @@ use super::{
     float8::Float8,
     gguf::{BlockType, IQ4_NL, IQ4_XS},
 };
+use crate::ops::{self, BlockFormat};
 
 /// Types that are read, as messages list them.
 pub(super) const SUPPORTED: &str = "F32, F16, BF16, F8_E4M3, F8_E5M2, Q8_0, Q6_K, Q5_K, Q5_0, \
@@ -61,6 +62,26 @@ impl StoredType {
             Self::Plain(_) => None,
             Self::Blocks(IQ4_NL | IQ4_XS) => Some(GgmlDType::Q8_0),
             Self::Blocks(kind) => kind.computed(),
+        }
+    }
+}
+
+/// A type whose matrices the CPU multiplies as they are, and candle does not.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Packed {
+    Blocks(BlockFormat),
+    Float8(ops::Float8),
+}
+
+impl StoredType {
+    /// How the CPU multiplies matrices of this type, where candle has no product for them.
+    pub(super) fn packed(self) -> Option<Packed> {
+        match self {
+            Self::Blocks(IQ4_NL) => Some(Packed::Blocks(BlockFormat::Iq4Nl)),
+            Self::Blocks(IQ4_XS) => Some(Packed::Blocks(BlockFormat::Iq4Xs)),
+            Self::Plain(Dtype::F8_E4M3) => Some(Packed::Float8(ops::Float8::E4M3)),
+            Self::Plain(Dtype::F8_E5M2) => Some(Packed::Float8(ops::Float8::E5M2)),
+            _ => None,
         }
     }
 }

@@ -5,9 +5,11 @@
 //! the one that the block alone would get. The row's scale is the best of eight, so that the mean
 //! square of the steps is at most 2.3 times that of a scale for each block.
 
+use std::sync::{Mutex, PoisonError};
+
 use rayon::prelude::*;
 
-use super::{BLOCK, FOURS, HALF, Instructions};
+use super::{BLOCK, FOURS, HALF, Instructions, hugepage};
 
 /// Blocks of each row of a tile of activations.
 #[derive(Debug, Clone, Copy)]
@@ -26,22 +28,32 @@ pub(super) struct RowBlock<const R: usize> {
 pub(super) struct Sums<const R: usize> {
     /// −128 times the sum of the second half.
     pub(super) second_starts: [i32; R],
-    /// The sums of both halves, times the block's power of two.
-    pub(super) halves: [[f32; R]; 2],
+    /// The block's sum, times its power of two.
+    pub(super) all: [f32; R],
+    /// The sum of the second half, times the block's power of two.
+    pub(super) second: [f32; R],
 }
 
-#[expect(unsafe_code, reason = "large buffers are made of zeros that the system has ready")]
-// SAFETY: both hold numbers only, for which zeros are a value.
+#[expect(unsafe_code, reason = "one buffer serves tiles of different shapes")]
+// SAFETY: arrays of numbers of one and of four bytes, the smaller ones in whole fours, so that there
+// is no padding; any bits are a value.
 unsafe impl<const R: usize> bytemuck::Zeroable for RowBlock<R> {}
-#[expect(unsafe_code, reason = "large buffers are made of zeros that the system has ready")]
+#[expect(unsafe_code, reason = "one buffer serves tiles of different shapes")]
 // SAFETY: as above.
+unsafe impl<const R: usize> bytemuck::Pod for RowBlock<R> {}
+#[expect(unsafe_code, reason = "one buffer serves tiles of different shapes")]
+// SAFETY: numbers of four bytes only.
 unsafe impl<const R: usize> bytemuck::Zeroable for Sums<R> {}
+#[expect(unsafe_code, reason = "one buffer serves tiles of different shapes")]
+// SAFETY: as above.
+unsafe impl<const R: usize> bytemuck::Pod for Sums<R> {}
 
 /// Activations `[rows, width]` in tiles of `R` rows: `[tile][block]`.
 #[derive(Debug)]
 pub(super) struct Activations<const R: usize> {
-    pub(super) blocks: Vec<RowBlock<R>>,
-    pub(super) sums: Vec<Sums<R>>,
+    buffer: Buffer,
+    /// Tiles times blocks.
+    len: usize,
     /// What the sums of each row are multiplied with in the end.
     pub(super) scales: Vec<f32>,
 }
@@ -50,9 +62,13 @@ impl<const R: usize> Activations<R> {
     pub(super) fn new(x: &[f32], depth: usize, instructions: Instructions) -> Self {
         let width = depth * BLOCK;
         let tiles = x.len().div_ceil(R * width);
-        let mut blocks = bytemuck::zeroed_vec(tiles * depth);
-        let mut sums = bytemuck::zeroed_vec(tiles * depth);
+        let len = tiles * depth;
+        let mut buffer = Buffer::take(len * Self::FLOATS);
         let mut scales = vec![0.0; tiles * R];
+        let (blocks, sums) = buffer.0.split_at_mut(len * Self::BLOCK_FLOATS);
+        let blocks: &mut [RowBlock<R>] = bytemuck::cast_slice_mut(blocks);
+        let sums = &mut sums[..len * (Self::FLOATS - Self::BLOCK_FLOATS)];
+        let sums: &mut [Sums<R>] = bytemuck::cast_slice_mut(sums);
         let tiles = blocks.par_chunks_mut(depth).zip(sums.par_chunks_mut(depth));
         let tiles = tiles.zip(scales.par_chunks_mut(R)).zip(x.par_chunks(R * width));
         tiles.for_each_init(Vec::new, |largest, (((blocks, sums), scales), x)| {
@@ -62,7 +78,51 @@ impl<const R: usize> Activations<R> {
                 *scale = instructions.quantize_row(&mut row);
             }
         });
-        Self { blocks, sums, scales }
+        Self { buffer, len, scales }
+    }
+
+    const BLOCK_FLOATS: usize = size_of::<RowBlock<R>>().div_euclid(size_of::<f32>());
+    /// Of a block with its sums.
+    const FLOATS: usize = Self::BLOCK_FLOATS + size_of::<Sums<R>>().div_euclid(size_of::<f32>());
+
+    pub(super) fn blocks(&self) -> &[RowBlock<R>] {
+        bytemuck::cast_slice(&self.buffer.0[..self.len * Self::BLOCK_FLOATS])
+    }
+
+    pub(super) fn sums(&self) -> &[Sums<R>] {
+        let range = self.len * Self::BLOCK_FLOATS..self.len * Self::FLOATS;
+        bytemuck::cast_slice(&self.buffer.0[range])
+    }
+}
+
+/// Memory that is kept from product to product: the system takes as long to hand out a page as a
+/// product needs to fill it. Rows that a tile lacks keep what was there; nobody reads their sums.
+#[derive(Debug)]
+struct Buffer(Vec<f32>);
+
+/// What is not in use. One product at a time needs one.
+static UNUSED: Mutex<Vec<Vec<f32>>> = Mutex::new(Vec::new());
+
+impl Buffer {
+    /// At least `len` numbers of any value.
+    fn take(len: usize) -> Self {
+        let mut unused = UNUSED.lock().unwrap_or_else(PoisonError::into_inner);
+        let found = unused.iter().position(|buffer| buffer.len() >= len);
+        let found = found.map(|i| unused.swap_remove(i));
+        drop(unused);
+        Self(found.unwrap_or_else(|| hugepage::zeros(len)))
+    }
+}
+
+impl Drop for Buffer {
+    fn drop(&mut self) {
+        const KEPT_MAX: usize = 2;
+        let mut unused = UNUSED.lock().unwrap_or_else(PoisonError::into_inner);
+        if unused.len() == KEPT_MAX {
+            unused.sort_by_key(Vec::len);
+            unused.remove(0);
+        }
+        unused.push(std::mem::take(&mut self.0));
     }
 }
 
@@ -89,11 +149,10 @@ impl<const R: usize> Row<'_, R> {
     /// Quantizes the row and returns what its sums are to be multiplied with. NaN and infinity in a
     /// row make that NaN, so that they stay visible in the product.
     #[inline(always)]
-    pub(super) fn quantize(&mut self) -> f32 {
+    pub(super) fn quantize(&mut self, steps: impl Steps) -> f32 {
         let mut all = 0;
         for (largest, x) in self.largest.iter_mut().zip(self.x.as_chunks::<BLOCK>().0) {
-            // Magnitudes as integers are ordered like the numbers, and NaN is the largest.
-            let bits = x.iter().fold(0, |max: u32, x| max.max(x.abs().to_bits()));
+            let bits = steps.largest(x);
             *largest = f32::from_bits(bits);
             all = bits.max(all);
         }
@@ -104,7 +163,7 @@ impl<const R: usize> Row<'_, R> {
             0.0
         } else {
             let unit = best_unit(self.largest, all);
-            self.round(unit);
+            self.round(unit, steps);
             return unit / 127.0 * f32::from_bits((BIAS - SPAN) << MANTISSA_BITS);
         };
         let (blocks, sums) = (self.blocks.iter_mut(), self.sums.iter_mut());
@@ -112,42 +171,75 @@ impl<const R: usize> Row<'_, R> {
             block.values[self.i] = [[0; 4]; FOURS];
             (block.starts[self.i], block.exponents[self.i]) = (0, 0);
             sums.second_starts[self.i] = 0;
-            sums.halves.iter_mut().for_each(|half| half[self.i] = 0.0);
+            (sums.all[self.i], sums.second[self.i]) = (0.0, 0.0);
         }
         scale
     }
 
     /// Rounds to multiples of `unit / 127` times a power of two for each block.
     #[inline(always)]
-    #[expect(clippy::cast_possible_truncation, reason = "rounded numbers between −127 and 127")]
     #[expect(clippy::cast_possible_wrap, reason = "an exponent below 2^31")]
-    #[expect(clippy::cast_precision_loss, reason = "a sum of 16 such numbers is exact in f32")]
-    fn round(&mut self, unit: f32) {
+    #[expect(clippy::cast_precision_loss, reason = "sums of numbers of 8 bits are exact in f32")]
+    fn round(&mut self, unit: f32, steps: impl Steps) {
         let (i, inverse) = (self.i, unit.recip());
         let places = self.blocks.iter_mut().zip(self.sums.iter_mut());
         let x = self.x.as_chunks::<BLOCK>().0.iter().zip(self.largest.iter());
         for ((x, largest), (block, sums)) in x.zip(places) {
             let power = power_above(largest * inverse);
             let factor = 127.0 * inverse / power;
-            let mut values = [0_i8; BLOCK];
-            let mut halves = [0; 2];
-            for (half, (values, x)) in
-                values.as_chunks_mut::<HALF>().0.iter_mut().zip(x.as_chunks::<HALF>().0).enumerate()
-            {
-                for (value, x) in values.iter_mut().zip(x) {
-                    let rounded = (x * factor).round_ties_even() as i32;
-                    halves[half] += rounded;
-                    *value = rounded as i8;
-                }
-            }
+            let (values, halves) = steps.round(x, factor);
             block.values[i].as_flattened_mut().copy_from_slice(&values);
             block.starts[i] = -128 * (halves[0] + halves[1]);
             block.exponents[i] = (power.to_bits() - ((BIAS - SPAN) << MANTISSA_BITS)) as i32;
             sums.second_starts[i] = -128 * halves[1];
             let power = power * f32::from_bits((BIAS + SPAN) << MANTISSA_BITS);
-            sums.halves[0][i] = halves[0] as f32 * power;
-            sums.halves[1][i] = halves[1] as f32 * power;
+            sums.all[i] = (halves[0] + halves[1]) as f32 * power;
+            sums.second[i] = halves[1] as f32 * power;
         }
+    }
+}
+
+/// Numbers between −127 and 127, and the sum of each half.
+pub(super) type Rounded = ([i8; BLOCK], [i32; 2]);
+
+/// What is done with each block.
+pub(super) trait Steps: Copy {
+    /// The bits of the largest magnitude, where NaN is the largest of all.
+    fn largest(self, x: &[f32; BLOCK]) -> u32;
+    /// Each number times `factor`, rounded.
+    fn round(self, x: &[f32; BLOCK], factor: f32) -> Rounded;
+}
+
+/// The steps without any processor's own instructions.
+#[derive(Clone, Copy)]
+pub(super) struct PlainSteps;
+
+impl Steps for PlainSteps {
+    #[inline(always)]
+    fn largest(self, x: &[f32; BLOCK]) -> u32 {
+        // Magnitudes as integers are ordered like the numbers.
+        let mut lanes = [0; 8];
+        for x in x.as_chunks::<8>().0 {
+            for (lane, x) in lanes.iter_mut().zip(x) {
+                *lane = x.abs().to_bits().max(*lane);
+            }
+        }
+        lanes.into_iter().fold(0, u32::max)
+    }
+
+    #[inline(always)]
+    #[expect(clippy::cast_possible_truncation, reason = "rounded numbers between −127 and 127")]
+    fn round(self, x: &[f32; BLOCK], factor: f32) -> Rounded {
+        let (mut values, mut halves) = ([0_i8; BLOCK], [0; 2]);
+        let parts = values.as_chunks_mut::<HALF>().0.iter_mut().zip(x.as_chunks::<HALF>().0);
+        for ((values, x), sum) in parts.zip(&mut halves) {
+            for (value, x) in values.iter_mut().zip(x) {
+                let rounded = (x * factor).round_ties_even() as i32;
+                *sum += rounded;
+                *value = rounded as i8;
+            }
+        }
+        (values, halves)
     }
 }
 

@@ -7,7 +7,8 @@ pub(super) type Word = [u8; 4];
 
 /// A format of quantized blocks. Its bytes are ggml's.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) enum BlockFormat {
+#[expect(missing_docs, reason = "the names are ggml's")]
+pub enum BlockFormat {
     Q8_0,
     Q6K,
     Q5K,
@@ -33,7 +34,7 @@ pub(super) struct Parts {
 
 impl BlockFormat {
     /// All formats.
-    pub(crate) const ALL: [Self; 12] = [
+    pub const ALL: [Self; 12] = [
         Self::Q8_0,
         Self::Q6K,
         Self::Q5K,
@@ -49,7 +50,8 @@ impl BlockFormat {
     ];
 
     /// Weights of one block.
-    pub(crate) fn numbers(self) -> usize {
+    #[must_use]
+    pub fn numbers(self) -> usize {
         match self {
             Self::Q8_0 | Self::Q5_0 | Self::Q5_1 | Self::Q4_0 | Self::Q4_1 | Self::Iq4Nl => BLOCK,
             _ => 8 * BLOCK,
@@ -57,7 +59,8 @@ impl BlockFormat {
     }
 
     /// Bytes of one block.
-    pub(crate) fn bytes(self) -> usize {
+    #[must_use]
+    pub fn bytes(self) -> usize {
         let parts = self.parts();
         2 * parts.halves.1 + 4 * parts.words.1
     }

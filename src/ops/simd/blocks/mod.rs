@@ -17,9 +17,11 @@ mod x86;
 
 use rayon::prelude::*;
 
-pub(crate) use self::format::BlockFormat;
+pub use self::format::BlockFormat;
+#[cfg(target_arch = "x86_64")]
+use self::x86::prefetch;
 use self::{
-    activations::{Activations, Row, RowBlock, Sums},
+    activations::{Activations, PlainSteps, Row, RowBlock, Sums},
     format::{PanelBlock, Word},
 };
 #[cfg(target_arch = "x86_64")]
@@ -39,9 +41,11 @@ const PANEL: usize = 32;
 /// Blocks that are multiplied at a time: their weights stay in the first-level cache.
 const DEPTH: usize = 16;
 /// Rows of the activations that are multiplied at a time.
-const ROWS: usize = 240;
+const ROWS: usize = 480;
 /// Rows of a register tile.
 const TILE_ROWS: usize = 6;
+/// Bytes of the next weights that are asked for with each register tile.
+const PREFETCHED_BYTES: usize = 512;
 /// Pieces of work for each thread, so that none waits long for the last.
 const TASKS_PER_THREAD: usize = 8;
 
@@ -107,7 +111,7 @@ impl Instructions {
             Self::Avx512Vnni => x86::quantize_row_512(row),
             #[cfg(target_arch = "x86_64")]
             Self::AvxVnni | Self::Avx2 => x86::quantize_row_256(row),
-            Self::Plain => row.quantize(),
+            Self::Plain => row.quantize(PlainSteps),
         }
     }
 
@@ -118,7 +122,7 @@ impl Instructions {
             Self::Avx512Vnni => x86::unpack_512(format, block, out),
             #[cfg(target_arch = "x86_64")]
             Self::AvxVnni | Self::Avx2 => x86::unpack_256(format, block, out),
-            Self::Plain => unpack::unpack(format, block, out, |indices| {
+            Self::Plain => unpack::unpack(format, block, out, unpack::wide, |indices| {
                 indices.iter_mut().for_each(|i| *i = unpack::TABLE[usize::from(*i & 15)]);
             }),
         }
@@ -151,7 +155,7 @@ struct Line([u8; 64]);
 
 /// A quantized matrix `[out, width]`, interleaved for the registers: `[panel][block]`.
 #[derive(Debug)]
-pub(crate) struct PackedBlocks {
+pub struct PackedBlocks {
     lines: Vec<Line>,
     format: BlockFormat,
     out: usize,
@@ -193,10 +197,11 @@ impl PackedBlocks {
         (self.out, self.depth * self.format.numbers())
     }
 
-    /// The blocks of a panel.
-    fn panel(&self, panel: usize) -> &[u8] {
+    /// The blocks of a panel, and those with all that follows.
+    fn panel_and_rest(&self, panel: usize) -> (&[u8], &[u8]) {
         let bytes = self.depth * PANEL * self.format.bytes();
-        &bytemuck::cast_slice(&self.lines)[panel * bytes..][..bytes]
+        let rest = &bytemuck::cast_slice(&self.lines)[panel * bytes..];
+        (&rest[..bytes], rest)
     }
 
     /// The numbers of row `row`.
@@ -205,7 +210,7 @@ impl PackedBlocks {
         let (_, mins) = format.groups();
         let mut unpacked = vec![EMPTY; format.numbers().div_euclid(BLOCK)];
         let mut numbers = Vec::with_capacity(self.dims().1);
-        let panel = self.panel(row.div_euclid(PANEL));
+        let (panel, _) = self.panel_and_rest(row.div_euclid(PANEL));
         for block in panel.chunks_exact(PANEL * format.bytes()) {
             self.instructions.unpack(format, block, &mut unpacked);
             for block in &unpacked {
@@ -304,9 +309,9 @@ impl PackedBlocks {
         let stored_blocks = self.format.numbers().div_euclid(BLOCK);
         let depth = self.depth * stored_blocks;
         let start = tile.rows.start.div_euclid(R) * depth;
-        let (blocks, parts) = (&x.blocks[start..], &x.sums[start..]);
+        let (blocks, parts) = (&x.blocks()[start..], &x.sums()[start..]);
         let chunk_bytes = DEPTH.div_euclid(stored_blocks) * PANEL * self.format.bytes();
-        let panel = self.panel(first.div_euclid(PANEL));
+        let (panel, rest) = self.panel_and_rest(first.div_euclid(PANEL));
         for (from, chunk) in (0..depth).step_by(DEPTH).zip(panel.chunks(chunk_bytes)) {
             let to = depth.min(from + DEPTH);
             let unpacked = &mut unpacked[..to - from];
@@ -316,14 +321,26 @@ impl PackedBlocks {
             {
                 self.instructions.unpack(self.format, block, unpacked);
             }
-            let x = blocks.chunks_exact(depth).zip(parts.chunks_exact(depth));
-            for (sums, (blocks, parts)) in sums.as_chunks_mut().0.iter_mut().zip(x) {
-                let x = (&blocks[from..to], &parts[from..to]);
+            let end = chunk_bytes * from.div_euclid(DEPTH) + chunk.len();
+            let mut next =
+                rest[end..].chunks(PREFETCHED_BYTES).take(chunk_bytes.div_ceil(PREFETCHED_BYTES));
+            for (i, sums) in sums.as_chunks_mut().0.iter_mut().enumerate() {
+                next.next().map(prefetch);
+                let range = |i: usize| i * depth + from..i * depth + to;
+                // The next tile's activations come from further away than these.
+                prefetch(blocks.get(range(i + 1)).map_or(&[], bytemuck::cast_slice));
+                if G + M > 1 {
+                    prefetch(parts.get(range(i + 1)).map_or(&[], bytemuck::cast_slice));
+                }
+                let x = (&blocks[range(i)], &parts[range(i)]);
                 self.instructions.add_tile::<R, G, M>(unpacked, x, sums);
             }
         }
     }
 }
+
+#[cfg(not(target_arch = "x86_64"))]
+fn prefetch(_: &[u8]) {}
 
 /// Buffers of one thread, reused from panel to panel.
 struct Scratch {

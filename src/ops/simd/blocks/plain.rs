@@ -24,8 +24,8 @@ pub(super) fn add_tile<const R: usize, const G: usize, const M: usize>(
                     *out += count * power * scale;
                 }
             }
-            let [first, second] = sums.halves.map(|half| half[row]);
-            let sums = if M == 1 { [first + second, 0.0] } else { [first, second] };
+            let (all, second) = (sums.all[row], sums.second[row]);
+            let sums = if M == 1 { [all, 0.0] } else { [all - second, second] };
             for (sum, mins) in sums.iter().zip(&panel.mins).take(M) {
                 out.iter_mut().zip(mins).for_each(|(out, min)| *out -= min * sum);
             }

@@ -14,58 +14,64 @@ use super::{
 pub(super) const TABLE: [u8; 16] =
     [1, 24, 45, 63, 79, 93, 106, 118, 129, 141, 153, 166, 181, 197, 217, 241];
 
+/// Numbers of 16 bits, one for each output.
+pub(super) type Halves = [[u8; 2]; PANEL];
 type Fours = [[Word; PANEL]; FOURS];
 const HALF_FOURS: usize = FOURS.div_euclid(2);
 
-/// The weights of one block of each output of a panel. `table` replaces each byte `i` by `TABLE[i]`.
+/// The weights of one block of each output of a panel. `wide` widens numbers of 16 bits, and
+/// `table` replaces each byte `i` by `TABLE[i]`.
 #[inline(always)]
 pub(super) fn unpack(
     format: BlockFormat,
     block: PanelBlock<'_>,
     out: &mut [Unpacked],
+    wide: impl Fn(&Halves) -> [f32; PANEL],
     table: impl Fn(&mut [u8]),
 ) {
+    let d = wide(&block.halves[0]);
+    let second = block.halves.get(1).map_or([0.0; PANEL], wide);
     match format {
         BlockFormat::Q8_0 => {
             out[0].weights.as_flattened_mut().copy_from_slice(block.words.as_flattened());
-            out[0].scales[0] = numbers(&block.halves[0]);
+            out[0].scales[0] = d;
         }
         BlockFormat::Q4_0 => {
             nibbles(block.words, &mut out[0].weights, |q| q + 120);
-            out[0].scales[0] = numbers(&block.halves[0]);
+            out[0].scales[0] = d;
         }
         BlockFormat::Iq4Nl => {
             nibbles(block.words, &mut out[0].weights, |q| q);
             table(bytes(&mut out[0].weights));
-            out[0].scales[0] = numbers(&block.halves[0]);
+            out[0].scales[0] = d;
         }
         BlockFormat::Q4_1 => {
             nibbles(block.words, &mut out[0].weights, |q| q | 128);
-            out[0].scales[0] = numbers(&block.halves[0]);
-            out[0].mins[0] = numbers(&block.halves[1]).map(|min| -min);
+            out[0].scales[0] = d;
+            out[0].mins[0] = second.map(|min| -min);
         }
         BlockFormat::Q5_0 => {
             nibbles(&block.words[1..], &mut out[0].weights, |q| q);
             fifth_bits(&block.words[0], &mut out[0].weights, |q| q + 112);
-            out[0].scales[0] = numbers(&block.halves[0]);
+            out[0].scales[0] = d;
         }
         BlockFormat::Q5_1 => {
             nibbles(&block.words[1..], &mut out[0].weights, |q| q);
             fifth_bits(&block.words[0], &mut out[0].weights, |q| q | 128);
-            out[0].scales[0] = numbers(&block.halves[0]);
-            out[0].mins[0] = numbers(&block.halves[1]).map(|min| -min);
+            out[0].scales[0] = d;
+            out[0].mins[0] = second.map(|min| -min);
         }
-        BlockFormat::Q4K => q4_k(block, out),
-        BlockFormat::Q5K => q5_k(block, out),
-        BlockFormat::Q6K => q6_k(block, out),
-        BlockFormat::Q3K => q3_k(block, out),
-        BlockFormat::Q2K => q2_k(block, out),
+        BlockFormat::Q4K => q4_k(block, [&d, &second], out),
+        BlockFormat::Q5K => q5_k(block, [&d, &second], out),
+        BlockFormat::Q6K => q6_k(block, &d, out),
+        BlockFormat::Q3K => q3_k(block, &d, out),
+        BlockFormat::Q2K => q2_k(block, [&d, &second], out),
         BlockFormat::Iq4Xs => {
             for (nibbles_of, out) in block.words[1..].chunks_exact(HALF_FOURS).zip(&mut *out) {
                 nibbles(nibbles_of, &mut out.weights, |q| q);
                 table(bytes(&mut out.weights));
             }
-            iq4_xs_scales(block, out);
+            iq4_xs_scales(block, &d, out);
         }
     }
 }
@@ -88,8 +94,7 @@ fn merge(to: &mut [Word; PANEL], from: &[Word; PANEL], f: impl Fn(u8, u8) -> u8)
     to.zip(from.as_flattened()).for_each(|(to, from)| *to = f(*to, *from));
 }
 
-#[inline(always)]
-fn numbers(halves: &[[u8; 2]; PANEL]) -> [f32; PANEL] {
+pub(super) fn wide(halves: &Halves) -> [f32; PANEL] {
     halves.map(|half| f16::from_le_bytes(half).to_f32())
 }
 
@@ -119,8 +124,7 @@ fn fifth_bits(bits: &[Word; PANEL], out: &mut Fours, f: impl Fn(u8) -> u8) {
 
 /// Scales and minimums of six bits, in twelve bytes for each output.
 #[inline(always)]
-fn six_bits(block: PanelBlock<'_>, out: &mut [Unpacked]) {
-    let (d, dmin) = (numbers(&block.halves[0]), numbers(&block.halves[1]));
+fn six_bits(block: PanelBlock<'_>, [d, dmin]: [&[f32; PANEL]; 2], out: &mut [Unpacked]) {
     let [first, second, rest] = [&block.words[0], &block.words[1], &block.words[2]];
     let (lower, upper) = out.split_at_mut(4);
     for (i, (lower, upper)) in lower.iter_mut().zip(upper).enumerate() {
@@ -137,7 +141,7 @@ fn six_bits(block: PanelBlock<'_>, out: &mut [Unpacked]) {
 }
 
 #[inline(always)]
-fn q4_k(block: PanelBlock<'_>, out: &mut [Unpacked]) {
+fn q4_k(block: PanelBlock<'_>, factors: [&[f32; PANEL]; 2], out: &mut [Unpacked]) {
     let pairs = out.as_chunks_mut::<2>().0.iter_mut();
     for ([low, high], words) in pairs.zip(block.words[3..].chunks_exact(FOURS)) {
         for (four, words) in words.iter().enumerate() {
@@ -145,11 +149,11 @@ fn q4_k(block: PanelBlock<'_>, out: &mut [Unpacked]) {
             map(&mut high.weights[four], words, |x| x >> 4 | 128);
         }
     }
-    six_bits(block, out);
+    six_bits(block, factors, out);
 }
 
 #[inline(always)]
-fn q5_k(block: PanelBlock<'_>, out: &mut [Unpacked]) {
+fn q5_k(block: PanelBlock<'_>, factors: [&[f32; PANEL]; 2], out: &mut [Unpacked]) {
     let (fifth, rest) = block.words[3..].split_at(FOURS);
     let pairs = out.as_chunks_mut::<2>().0.iter_mut();
     for (pair, ([low, high], words)) in pairs.zip(rest.chunks_exact(FOURS)).enumerate() {
@@ -160,14 +164,13 @@ fn q5_k(block: PanelBlock<'_>, out: &mut [Unpacked]) {
             merge(&mut high.weights[four], fifth, |x, bits| x | (bits >> (2 * pair + 1) & 1) << 4);
         }
     }
-    six_bits(block, out);
+    six_bits(block, factors, out);
 }
 
 #[inline(always)]
-fn q6_k(block: PanelBlock<'_>, out: &mut [Unpacked]) {
+fn q6_k(block: PanelBlock<'_>, d: &[f32; PANEL], out: &mut [Unpacked]) {
     let (low, rest) = block.words.split_at(4 * FOURS);
     let (high, scales) = rest.split_at(2 * FOURS);
-    let d = numbers(&block.halves[0]);
     for (i, out) in out.iter_mut().enumerate() {
         // Half a block is four times 32 weights: two lots of low nibbles, then of high ones.
         let (half, quarter) = (i >> 2, i & 3);
@@ -179,7 +182,7 @@ fn q6_k(block: PanelBlock<'_>, out: &mut [Unpacked]) {
         }
         for (group, out) in out.scales.iter_mut().enumerate() {
             let (scales, byte) = (&scales[i >> 1], 2 * (i & 1) + group);
-            for (out, (scale, d)) in out.iter_mut().zip(scales.iter().zip(&d)) {
+            for (out, (scale, d)) in out.iter_mut().zip(scales.iter().zip(d)) {
                 *out = d * f32::from(scale[byte].cast_signed());
             }
         }
@@ -188,10 +191,10 @@ fn q6_k(block: PanelBlock<'_>, out: &mut [Unpacked]) {
 
 /// Scales are multiplied in, with the sign turned so that the result fits a byte: `w = −d · −(s · q)`.
 #[inline(always)]
-fn q3_k(block: PanelBlock<'_>, out: &mut [Unpacked]) {
+fn q3_k(block: PanelBlock<'_>, d: &[f32; PANEL], out: &mut [Unpacked]) {
     let (masks, rest) = block.words.split_at(FOURS);
     let (low, packed) = rest.split_at(2 * FOURS);
-    let d = numbers(&block.halves[0]).map(|d| -d);
+    let d = d.map(|d| -d);
     // `[group of four][output]`: the scale of each of 16 groups, plus 32.
     let mut scales = [[[0_u8; 4]; PANEL]; 4];
     for output in 0..PANEL {
@@ -224,9 +227,8 @@ fn q3_k(block: PanelBlock<'_>, out: &mut [Unpacked]) {
 
 /// Scales are multiplied in: at most `15 · 3`.
 #[inline(always)]
-fn q2_k(block: PanelBlock<'_>, out: &mut [Unpacked]) {
+fn q2_k(block: PanelBlock<'_>, [d, dmin]: [&[f32; PANEL]; 2], out: &mut [Unpacked]) {
     let (scales, low) = block.words.split_at(4);
-    let (d, dmin) = (numbers(&block.halves[0]), numbers(&block.halves[1]));
     for (i, out) in out.iter_mut().enumerate() {
         let (half, shift) = (i >> 2, 2 * (i & 3));
         let low = &low[half * FOURS..][..FOURS];
@@ -238,10 +240,10 @@ fn q2_k(block: PanelBlock<'_>, out: &mut [Unpacked]) {
                 *weights = weights.map(|q| q.wrapping_mul(scale) | 128);
             }
         }
-        out.scales[0] = d;
+        out.scales[0] = *d;
         for (group, mins) in out.mins.iter_mut().enumerate() {
             let (scales, byte) = (&scales[i >> 1], 2 * (i & 1) + group);
-            for (min, (scale, dmin)) in mins.iter_mut().zip(scales.iter().zip(&dmin)) {
+            for (min, (scale, dmin)) in mins.iter_mut().zip(scales.iter().zip(dmin)) {
                 *min = dmin * f32::from(scale[byte] >> 4);
             }
         }
@@ -249,8 +251,7 @@ fn q2_k(block: PanelBlock<'_>, out: &mut [Unpacked]) {
 }
 
 #[inline(always)]
-fn iq4_xs_scales(block: PanelBlock<'_>, out: &mut [Unpacked]) {
-    let d = numbers(&block.halves[0]);
+fn iq4_xs_scales(block: PanelBlock<'_>, d: &[f32; PANEL], out: &mut [Unpacked]) {
     let high = block.halves[1].map(u16::from_le_bytes);
     let low = &block.words[0];
     for (i, out) in out.iter_mut().enumerate() {

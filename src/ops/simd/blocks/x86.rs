@@ -1,21 +1,24 @@
 //! The steps of a product on x86: with AVX-512 VNNI, with AVX-VNNI, and with AVX2.
 
 use std::arch::x86_64::{
-    __m256, __m256i, __m512, __m512i, _mm256_abs_epi8, _mm256_add_epi32, _mm256_castps_si256,
-    _mm256_castsi256_ps, _mm256_cvtepi32_ps, _mm256_dpbusd_avx_epi32, _mm256_fmadd_ps,
-    _mm256_fnmadd_ps, _mm256_loadu_ps, _mm256_loadu_si256, _mm256_madd_epi16, _mm256_maddubs_epi16,
-    _mm256_set1_epi8, _mm256_set1_epi16, _mm256_set1_epi32, _mm256_set1_ps, _mm256_setzero_ps,
-    _mm256_setzero_si256, _mm256_shuffle_epi8, _mm256_sign_epi8, _mm256_storeu_si256,
-    _mm256_sub_epi32, _mm256_xor_si256, _mm512_add_epi32, _mm512_castps_si512, _mm512_castsi512_ps,
-    _mm512_cvtepi32_ps, _mm512_dpbusd_epi32, _mm512_fmadd_ps, _mm512_fnmadd_ps, _mm512_loadu_ps,
-    _mm512_loadu_si512, _mm512_set1_epi32, _mm512_set1_ps, _mm512_setzero_ps, _mm512_sub_epi32,
+    __m256, __m256i, __m512, __m512i, _MM_HINT_T0, _mm_prefetch, _mm_sad_epu8, _mm_set1_epi8,
+    _mm_setzero_si128, _mm_xor_si128, _mm256_abs_epi8, _mm256_add_epi32, _mm256_castps_si256,
+    _mm256_castsi256_ps, _mm256_cvtepi32_ps, _mm256_cvtph_ps, _mm256_dpbusd_avx_epi32,
+    _mm256_fmadd_ps, _mm256_fnmadd_ps, _mm256_loadu_ps, _mm256_loadu_si256, _mm256_madd_epi16,
+    _mm256_maddubs_epi16, _mm256_set1_epi8, _mm256_set1_epi16, _mm256_set1_epi32, _mm256_set1_ps,
+    _mm256_setzero_ps, _mm256_setzero_si256, _mm256_shuffle_epi8, _mm256_sign_epi8,
+    _mm256_storeu_si256, _mm256_sub_epi32, _mm256_xor_si256, _mm512_add_epi32, _mm512_add_ps,
+    _mm512_and_si512, _mm512_castps_si512, _mm512_castsi512_ps, _mm512_cvtepi32_epi8,
+    _mm512_cvtepi32_ps, _mm512_cvtps_epi32, _mm512_dpbusd_epi32, _mm512_fmadd_ps, _mm512_fnmadd_ps,
+    _mm512_loadu_ps, _mm512_loadu_si512, _mm512_max_epu32, _mm512_mul_ps, _mm512_reduce_max_epu32,
+    _mm512_set1_epi32, _mm512_set1_ps, _mm512_setzero_ps, _mm512_sub_epi32,
 };
 
 use super::{
-    FOURS, PANEL, PanelRows, Unpacked,
-    activations::{Row, RowBlock, Sums},
+    BLOCK, FOURS, HALF, PANEL, PanelRows, Unpacked,
+    activations::{PlainSteps, Rounded, Row, RowBlock, Steps, Sums},
     format::{BlockFormat, PanelBlock, Word},
-    unpack,
+    unpack::{self, Halves},
 };
 
 /// Outputs of one 512-bit register of 32-bit sums.
@@ -45,23 +48,23 @@ macro_rules! with_instructions {
 with_instructions! {
     /// [`Row::quantize`] in wide registers.
     "avx512f,avx512bw,avx512vl,avx512dq,avx512vnni" quantize_row_512<R>(row: &mut Row<'_, R>) -> f32 {
-        row.quantize()
+        row.quantize(Steps512)
     }
     /// [`Row::quantize`] in wide registers.
     "avx2,fma" quantize_row_256<R>(row: &mut Row<'_, R>) -> f32 {
-        row.quantize()
+        row.quantize(PlainSteps)
     }
     /// [`unpack::unpack`] in wide registers.
     "avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,f16c" unpack_512(
         format: BlockFormat, block: PanelBlock<'_>, out: &mut [Unpacked]
     ) {
-        unpack::unpack(format, block, out, |x| replace(x));
+        unpack::unpack(format, block, out, |x| wide(x), |x| replace(x));
     }
     /// [`unpack::unpack`] in wide registers.
     "avx2,fma,f16c" unpack_256(
         format: BlockFormat, block: PanelBlock<'_>, out: &mut [Unpacked]
     ) {
-        unpack::unpack(format, block, out, |x| replace(x));
+        unpack::unpack(format, block, out, |x| wide(x), |x| replace(x));
     }
     /// Adds the product of a tile of rows with a panel of outputs.
     "avx512f,avx512bw,avx512vnni" add_tile_512<R, G, M>(
@@ -85,6 +88,79 @@ with_instructions! {
             quarter_256::<R, G, M>(panel, x, quarter, out);
         }
     }
+}
+
+/// The steps with AVX-512, which only [`quantize_row_512`] takes.
+#[derive(Clone, Copy)]
+struct Steps512;
+
+#[expect(unsafe_code, reason = "needs instructions that not every processor has")]
+impl Steps for Steps512 {
+    #[inline(always)]
+    fn largest(self, x: &[f32; BLOCK]) -> u32 {
+        // SAFETY: the only caller is built with these instructions.
+        unsafe { largest_512(x) }
+    }
+
+    #[inline(always)]
+    fn round(self, x: &[f32; BLOCK], factor: f32) -> Rounded {
+        // SAFETY: as above.
+        unsafe { round_512(x, factor) }
+    }
+}
+
+#[inline]
+#[target_feature(enable = "avx512f")]
+fn largest_512(x: &[f32; BLOCK]) -> u32 {
+    let [first, second]: &[[f32; HALF]; 2] = bytemuck::cast_ref(x);
+    let bits = |x: &[f32; HALF]| {
+        // SAFETY: the array holds the 64 bytes that are read.
+        #[expect(unsafe_code, reason = "an unaligned load")]
+        let x = unsafe { _mm512_loadu_si512(x.as_ptr().cast()) };
+        _mm512_and_si512(x, _mm512_set1_epi32(i32::MAX))
+    };
+    _mm512_reduce_max_epu32(_mm512_max_epu32(bits(first), bits(second)))
+}
+
+/// Rounds to the nearest, as the processor is set up to.
+#[inline]
+#[target_feature(enable = "avx512f,avx512bw,avx512vl")]
+fn round_512(x: &[f32; BLOCK], factor: f32) -> Rounded {
+    let factor = _mm512_set1_ps(factor);
+    let round = |x: &[f32; HALF]| -> ([i8; HALF], i32) {
+        #[expect(unsafe_code, reason = "an unaligned load")]
+        // SAFETY: the array holds the 16 numbers that are read.
+        let x = unsafe { _mm512_loadu_ps(x.as_ptr()) };
+        let bytes = _mm512_cvtepi32_epi8(_mm512_cvtps_epi32(_mm512_mul_ps(x, factor)));
+        // Sums are there for unsigned bytes.
+        let unsigned = _mm_xor_si128(bytes, _mm_set1_epi8(i8::MIN));
+        let sums: [i32; 4] = bytemuck::cast(_mm_sad_epu8(unsigned, _mm_setzero_si128()));
+        (bytemuck::cast(bytes), sums[0] + sums[2] - 128 * 16)
+    };
+    let [first, second] = bytemuck::cast_ref::<_, [[f32; HALF]; 2]>(x);
+    let ((first, first_sum), (second, second_sum)) = (round(first), round(second));
+    (bytemuck::cast([first, second]), [first_sum, second_sum])
+}
+
+/// Asks for bytes that are needed soon.
+pub(super) fn prefetch(bytes: &[u8]) {
+    for line in bytes.chunks(64) {
+        #[expect(unsafe_code, reason = "an instruction that every x86-64 processor has")]
+        // SAFETY: the pointer is that of a slice; nothing is read.
+        unsafe {
+            _mm_prefetch::<_MM_HINT_T0>(line.as_ptr().cast());
+        }
+    }
+}
+
+#[inline]
+#[target_feature(enable = "avx2,f16c")]
+fn wide(halves: &Halves) -> [f32; PANEL] {
+    let mut wide = [[0.0_f32; HALF_LANES]; 4];
+    for (wide, halves) in wide.iter_mut().zip(halves.as_chunks::<HALF_LANES>().0) {
+        *wide = bytemuck::cast(_mm256_cvtph_ps(bytemuck::cast(*halves)));
+    }
+    bytemuck::cast(wide)
 }
 
 /// Replaces each byte `i < 16` by `TABLE[i]`; the length is a multiple of 32.
@@ -161,7 +237,11 @@ fn tile_512<const R: usize, const G: usize, const M: usize>(
 /// The sum of the activations that have minimum `group` of `M` in common.
 #[inline(always)]
 fn sum_of<const R: usize, const M: usize>(sums: &Sums<R>, row: usize, group: usize) -> f32 {
-    if M == 1 { sums.halves[0][row] + sums.halves[1][row] } else { sums.halves[group][row] }
+    match (M, group) {
+        (1, _) => sums.all[row],
+        (_, 0) => sums.all[row] - sums.second[row],
+        _ => sums.second[row],
+    }
 }
 
 #[inline(always)]
@@ -172,10 +252,9 @@ fn word(four: [i8; 4]) -> i32 {
 #[inline]
 #[target_feature(enable = "avx512f")]
 fn add(out: &mut [f32; PANEL], sums: [__m512; 2]) {
-    for (out, sums) in out.as_chunks_mut::<LANES>().0.iter_mut().zip(sums) {
-        let sums: [f32; LANES] = bytemuck::cast(sums);
-        out.iter_mut().zip(sums).for_each(|(out, sum)| *out += sum);
-    }
+    let old = half_numbers(out);
+    let new = [_mm512_add_ps(old[0], sums[0]), _mm512_add_ps(old[1], sums[1])];
+    *out = bytemuck::cast(new);
 }
 
 #[inline]
