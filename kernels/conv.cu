@@ -94,6 +94,10 @@ struct ConvOperands {
     if (out >= args.outs) return;
     const float bias = args.bias ? to_float(args.bias[out]) : 0.0f;
     bf16* y = args.y + (block_z() * args.outs + out) * pixels + pixel;
+    if (pixel + 1 < pixels && pixels % 2 == 0) {
+      *reinterpret_cast<uint32_t*>(y) = pack_bf16(first + bias, second + bias);
+      return;
+    }
     if (pixel < pixels) y[0] = from_float<bf16>(first + bias);
     if (pixel + 1 < pixels) y[1] = from_float<bf16>(second + bias);
   }

@@ -102,13 +102,16 @@ struct LinearOperands {
   DEVICE void store(int64_t row, int64_t column, float first, float second) const {
     if (row >= args.rows) return;
     const float scale = float(args.scale);
+    auto result = [&](float sum, int64_t column) {
+      return sum * scale + (args.bias ? to_float(args.bias[column]) : 0.0f);
+    };
     bf16* y = args.y + row * args.outs + column;
-    if (column < args.outs) {
-      y[0] = from_float<bf16>(first * scale + (args.bias ? to_float(args.bias[column]) : 0.0f));
+    if (column + 1 < args.outs && args.outs % 2 == 0) {
+      *reinterpret_cast<uint32_t*>(y) = pack_bf16(result(first, column), result(second, column + 1));
+      return;
     }
-    if (column + 1 < args.outs) {
-      y[1] = from_float<bf16>(second * scale + (args.bias ? to_float(args.bias[column + 1]) : 0.0f));
-    }
+    if (column < args.outs) y[0] = from_float<bf16>(result(first, column));
+    if (column + 1 < args.outs) y[1] = from_float<bf16>(result(second, column + 1));
   }
 };
 

@@ -20,8 +20,8 @@ pub(super) fn check(device: &Device, shrink: usize) -> Vec<Row> {
     let (text, image) = (small(TEXT), small(IMAGE));
     let heads = small(HEADS);
     let scores = BATCH * heads * (text + image).pow(2);
-    let finding = joint(device, [text, image, heads])
-        .unwrap_or_else(|error| Finding::Failed(error.to_string()));
+    let finding =
+        joint(device, [text, image, heads]).unwrap_or_else(|error| Finding::failed(&error));
     vec![Row { part: "large", name: format!("joint attention, {scores} scores"), finding }]
 }
 

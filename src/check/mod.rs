@@ -70,11 +70,13 @@ pub fn run(device: &Device, options: &Options, progress: &mut dyn FnMut(&Row)) -
     Ok(report)
 }
 
-/// Runs `work` so that kernels are used: in the emulation on the CPU.
-fn on_kernels<T>(device: &Device, work: impl FnOnce() -> T) -> T {
+/// Runs `work` so that kernels are used: in the emulation on the CPU, which belongs to one thread.
+fn on_kernels<T: Send>(device: &Device, work: impl FnOnce() -> T + Send) -> T {
     #[cfg(feature = "cuda-emulation")]
-    if device.is_cpu() {
-        return crate::ops::cuda::emulated(0, work);
+    if device.is_cpu()
+        && let Ok(pool) = rayon::ThreadPoolBuilder::new().num_threads(1).build()
+    {
+        return pool.install(|| crate::ops::cuda::emulated(0, work));
     }
     let _emulated_elsewhere = device;
     work()

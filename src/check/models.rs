@@ -1,6 +1,6 @@
-//! Whole models: the reference checkpoints' transformers in bf16, against the reference's float32 numbers.
+//! Whole models: those of the reference checkpoints in bf16, against the reference's float32 numbers.
 
-use std::path::Path;
+use std::{collections::HashMap, path::Path};
 
 use candle_core::{DType, Device, Tensor};
 
@@ -9,32 +9,51 @@ use crate::{
     diffusion::{
         Conditioning, Grid, Transformer,
         qwen_image::{ModelInput, Outputs},
+        vae::{Autoencoder, Tiling},
     },
     error::{Error, Result},
+    ops::cuda::launches,
     progress::CancelToken,
+    vlm::VisionLanguageModel,
     weights::{ModelFiles, Precision, Storage},
 };
 
-/// The transformer of every checkpoint in `folder` that has weights of its own.
+/// What is computed of a checkpoint: on a device, with matrices kept in a type.
+type Model = fn(&Device, &Path, Storage) -> Result<Computed>;
+
+/// What a model gave, and what the reference gave.
+struct Computed {
+    found: Tensor,
+    expected: Tensor,
+}
+
+const MODELS: [(&str, Model); 4] = [
+    ("transformer", transformer),
+    ("encoder of pictures", encoder),
+    ("decoder of pictures", decoder),
+    ("language model", language_model),
+];
+
+/// The models of every checkpoint in `folder`.
 pub(super) fn check(device: &Device, folder: &Path) -> Vec<Row> {
     let mut folders: Vec<_> = match fs_err::read_dir(folder) {
         Ok(entries) => {
             entries.filter_map(std::result::Result::ok).map(|entry| entry.path()).collect()
         }
         Err(error) => {
-            return vec![row("references".to_owned(), Finding::Failed(error.to_string()))];
+            return vec![row("references".to_owned(), Finding::failed(&error))];
         }
     };
     folders.sort();
     let mut rows = Vec::new();
     for folder in folders.iter().filter(|folder| folder.join("cases/cases.safetensors").is_file()) {
-        for storage in [Storage::Compute, Storage::Q8_0] {
-            let name = folder.file_name().unwrap_or_default().to_string_lossy();
-            let finding = match transformer(device, folder, storage) {
-                Ok(finding) => finding,
-                Err(error) => Finding::Failed(error.to_string()),
-            };
-            rows.push(row(format!("transformer of {name}, {storage:?}"), finding));
+        let name = folder.file_name().unwrap_or_default().to_string_lossy();
+        for (what, model) in MODELS {
+            for storage in [Storage::Compute, Storage::Q8_0] {
+                let finding = compared(device, folder, (model, storage))
+                    .unwrap_or_else(|error| Finding::failed(&error));
+                rows.push(row(format!("{what} of {name}, {storage:?}"), finding));
+            }
         }
     }
     rows
@@ -45,44 +64,103 @@ fn row(name: String, finding: Finding) -> Row {
 }
 
 /// The error against the reference, and twice that of the same model in bf16 by plain operations.
-fn transformer(device: &Device, folder: &Path, storage: Storage) -> Result<Finding> {
-    let cases =
-        candle_core::safetensors::load(folder.join("cases/cases.safetensors"), &Device::Cpu)?;
-    let facts: serde_json::Value =
-        ModelFiles::Folder(folder.to_owned()).read_json("cases/cases.json")?;
-    let case = |name: &str| {
-        cases
-            .get(name)
-            .cloned()
-            .ok_or_else(|| Error::field("cases", name, "a tensor of the reference"))
-    };
-    let grids =
-        grids(&facts).ok_or_else(|| Error::field("cases.json", "dit", "grids of pictures"))?;
-    let (tokens, expected) = (case("dit.hidden_states")?, case("dit.out.0.37")?);
-    let conditioning = Conditioning { hidden_states: case("dit.encoder_hidden_states")? };
-    let files = ModelFiles::Folder(folder.to_owned());
-    let forward = |device: &Device, storage| -> Result<Tensor> {
-        let compute = DType::BF16;
-        let precision =
-            Precision { device: device.clone(), compute, storage, ..Precision::reference() };
-        let model = Transformer::load(&files, &precision)?;
-        let input = ModelInput { tokens: &tokens, grids: &grids, conditioning: &conditioning };
-        let cancel = CancelToken::new();
-        let context = model.contexts(&[0.37], &cancel)?;
-        let Some(context) = context.first() else { return Ok(tokens.clone()) };
-        model.forward(&input, context, Outputs::All, &cancel)
-    };
-    let plain = plainly(|| forward(&Device::Cpu, storage))?;
-    let found = forward(device, storage)?.to_device(&Device::Cpu)?;
-    Ok(Finding::Checked {
-        value: distance(&found, &expected)?,
-        limit: 2.0 * distance(&plain, &expected)?,
-    })
+fn compared(device: &Device, folder: &Path, (model, storage): (Model, Storage)) -> Result<Finding> {
+    let plain =
+        crate::ops::cuda::not_emulated(|| model(&Device::Cpu, folder, storage))?.distance()?;
+    let before = launches();
+    let value = model(device, folder, storage)?.distance()?;
+    if launches() == before {
+        return Ok(Finding::Failed("no kernel ran".to_owned()));
+    }
+    Ok(Finding::Checked { value, limit: 2.0 * plain })
 }
 
-/// Without the emulation, which would run for tensors on the CPU.
-fn plainly<T>(work: impl FnOnce() -> T) -> T {
-    crate::ops::cuda::not_emulated(work)
+fn precision(device: &Device, storage: Storage) -> Precision {
+    let compute = DType::BF16;
+    Precision { device: device.clone(), compute, storage, ..Precision::reference() }
+}
+
+/// The recorded tensors of a checkpoint.
+struct Cases(HashMap<String, Tensor>);
+
+impl Cases {
+    fn open(folder: &Path) -> Result<Self> {
+        let path = folder.join("cases/cases.safetensors");
+        Ok(Self(candle_core::safetensors::load(path, &Device::Cpu)?))
+    }
+
+    fn get(&self, name: &str) -> Result<Tensor> {
+        let missing = || Error::field("cases", name, "a tensor of the reference");
+        self.0.get(name).cloned().ok_or_else(missing)
+    }
+}
+
+fn facts(folder: &Path) -> Result<serde_json::Value> {
+    ModelFiles::Folder(folder.to_owned()).read_json("cases/cases.json")
+}
+
+fn transformer(device: &Device, folder: &Path, storage: Storage) -> Result<Computed> {
+    let cases = Cases::open(folder)?;
+    let grids = grids(&facts(folder)?)
+        .ok_or_else(|| Error::field("cases.json", "dit.img_shapes", "grids of pictures"))?;
+    let tokens = cases.get("dit.hidden_states")?;
+    let conditioning = Conditioning { hidden_states: cases.get("dit.encoder_hidden_states")? };
+    let files = ModelFiles::Folder(folder.to_owned());
+    let model = Transformer::load(&files, &precision(device, storage))?;
+    let input = ModelInput { tokens: &tokens, grids: &grids, conditioning: &conditioning };
+    let cancel = CancelToken::new();
+    let contexts = model.contexts(&[0.37], &cancel)?;
+    let Some(context) = contexts.first() else {
+        return Err(Error::field("timesteps", 0, "one context"));
+    };
+    let found = model.forward(&input, context, Outputs::All, &cancel)?;
+    Ok(Computed { found, expected: cases.get("dit.out.0.37")? })
+}
+
+fn encoder(device: &Device, folder: &Path, storage: Storage) -> Result<Computed> {
+    let cases = Cases::open(folder)?;
+    let files = ModelFiles::Folder(folder.to_owned());
+    let model = Autoencoder::load(&files, &precision(device, storage))?;
+    let picture = cases.get("vae.image")?.squeeze(2)?;
+    let found = model.encode(&picture, &Tiling::OFF, &CancelToken::new())?;
+    let exact = Autoencoder::load(&files, &Precision::reference())?;
+    let expected = exact.encode(&picture, &Tiling::OFF, &CancelToken::new())?;
+    Ok(Computed { found, expected })
+}
+
+fn decoder(device: &Device, folder: &Path, storage: Storage) -> Result<Computed> {
+    let cases = Cases::open(folder)?;
+    let files = ModelFiles::Folder(folder.to_owned());
+    let exact = Autoencoder::load(&files, &Precision::reference())?;
+    let picture = cases.get("vae.image")?.squeeze(2)?;
+    let latents = exact.encode(&picture, &Tiling::OFF, &CancelToken::new())?;
+    let expected = exact.decode(&latents, &Tiling::OFF, &CancelToken::new())?;
+    let model = Autoencoder::load(&files, &precision(device, storage))?;
+    let found = model.decode(&latents.to_device(device)?, &Tiling::OFF, &CancelToken::new())?;
+    Ok(Computed { found, expected })
+}
+
+fn language_model(device: &Device, folder: &Path, storage: Storage) -> Result<Computed> {
+    let (cases, facts) = (Cases::open(folder)?, facts(folder)?);
+    let text = facts.get("vl.text").and_then(serde_json::Value::as_str).unwrap_or_default();
+    let files = ModelFiles::Folder(folder.to_owned());
+    let model = VisionLanguageModel::load(&files, "text_encoder", &precision(device, storage))?;
+    let path = folder.join("cases/vl.png");
+    let picture = image::open(&path).map_err(candle_core::Error::wrap)?.into_rgb8();
+    let inputs = model.prepare(text, &[picture])?;
+    let found = model.hidden_states(&inputs, &CancelToken::new())?;
+    Ok(Computed { found, expected: cases.get("vl.hidden_last")? })
+}
+
+impl Computed {
+    /// Root of the mean square of the difference, as a share of that of what is expected.
+    fn distance(&self) -> Result<f64> {
+        let wide = |x: &Tensor| x.to_device(&Device::Cpu)?.to_dtype(DType::F64)?.flatten_all();
+        let mean_square =
+            |x: &Tensor| -> Result<f64> { Ok(x.sqr()?.mean_all()?.to_scalar::<f64>()?) };
+        let (found, expected) = (wide(&self.found)?, wide(&self.expected)?);
+        Ok((mean_square(&(found - &expected)?)? / mean_square(&expected)?).sqrt())
+    }
 }
 
 fn grids(facts: &serde_json::Value) -> Option<Vec<Grid>> {
@@ -95,13 +173,4 @@ fn grids(facts: &serde_json::Value) -> Option<Vec<Grid>> {
         Some(Grid { height: size(shape.get(1))?, width: size(shape.get(2))? })
     };
     shapes.iter().map(grid).collect()
-}
-
-/// Root of the mean square of the difference, as a share of that of `expected`.
-fn distance(found: &Tensor, expected: &Tensor) -> Result<f64> {
-    let mean_square = |x: &Tensor| -> Result<f64> {
-        Ok(x.to_dtype(DType::F64)?.sqr()?.mean_all()?.to_scalar::<f64>()?)
-    };
-    let difference = (found.to_dtype(DType::F64)? - expected.to_dtype(DType::F64)?)?;
-    Ok((mean_square(&difference)? / mean_square(expected)?).sqrt())
 }

@@ -6,7 +6,7 @@ use super::report::{Finding, Row};
 
 pub(super) fn check(device: &Device) -> Vec<Row> {
     let name = "a second model takes what the first one freed".to_owned();
-    let finding = finding(device).unwrap_or_else(|error| Finding::Failed(error.to_string()));
+    let finding = finding(device).unwrap_or_else(|error| Finding::failed(&error));
     vec![Row { part: "memory", name, finding }]
 }
 

@@ -160,6 +160,11 @@ impl Report {
 }
 
 impl Finding {
+    /// What went wrong, in one line.
+    pub(super) fn failed(error: &dyn std::fmt::Display) -> Self {
+        Self::Failed(error.to_string().lines().next().unwrap_or_default().to_owned())
+    }
+
     fn fields(&self) -> String {
         match self {
             Self::Checked { value, limit } => format!("checked,{value:e},{limit:e},"),

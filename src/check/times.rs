@@ -51,7 +51,7 @@ impl Timer<'_> {
     ) {
         let finding = match self.median(&work) {
             Ok(seconds) => Finding::Timed { seconds, rate: amount / seconds, unit },
-            Err(error) => Finding::Failed(error.to_string()),
+            Err(error) => Finding::failed(&error),
         };
         self.rows.push(Row { part: self.part, name, finding });
     }
@@ -83,7 +83,7 @@ fn random(device: &Device, dims: &[usize]) -> Result<Tensor> {
 /// Rows of what could not even be prepared.
 fn or_failed(part: &'static str, rows: Result<Vec<Row>>) -> Vec<Row> {
     rows.unwrap_or_else(|error| {
-        let finding = Finding::Failed(error.to_string());
+        let finding = Finding::failed(&error);
         vec![Row { part, name: "preparation".to_owned(), finding }]
     })
 }
@@ -159,7 +159,7 @@ fn rows(timer: &mut Timer<'_>, shrink: usize) -> Result<()> {
     const EPS: f64 = 1e-6;
     let device = timer.device;
     let n = IMAGE_TOKENS.div_ceil(shrink);
-    let dim = 3072;
+    let dim = 3072_usize.div_ceil(8 * shrink) * 8;
     let (x, y) = (random(device, &[1, n, dim])?, random(device, &[1, n, dim])?);
     let wide = random(device, &[1, n, 4 * dim])?;
     let (gate, shift) = (random(device, &[1, 1, dim])?, random(device, &[1, 1, dim])?);

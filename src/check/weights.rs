@@ -18,7 +18,13 @@ pub(super) struct Dimensions {
 impl Dimensions {
     pub(super) fn new(shrink: usize) -> Self {
         let small = |n: usize| n.div_ceil(shrink.max(1));
-        Self { heads: small(24), head_dim: 128, conditioning: 3584, latent: 64, layers: small(60) }
+        Self {
+            heads: small(24),
+            head_dim: 128,
+            conditioning: small(3584),
+            latent: 64,
+            layers: small(60),
+        }
     }
 
     fn dim(self) -> usize {

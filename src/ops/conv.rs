@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 
-use candle_core::{Result, Tensor, bail};
+use candle_core::{DType, Result, Tensor, bail};
 use rayon::prelude::*;
 
 use super::{
@@ -107,6 +107,13 @@ pub(super) fn conv2d_plain(
     bias: Option<&Tensor>,
     shape: Conv2dShape,
 ) -> Result<Tensor> {
+    if x.dtype() == DType::BF16 && x.device().is_cpu() {
+        // Candle's convolution on the CPU knows no bf16.
+        let wide = |x: &Tensor| x.to_dtype(DType::F32);
+        let bias = bias.map(wide).transpose()?;
+        let y = conv2d_plain(&wide(x)?, &wide(weight)?, bias.as_ref(), shape)?;
+        return y.to_dtype(DType::BF16);
+    }
     let p = shape.padding;
     let x = x.pad_with_zeros(2, p.top, p.bottom)?.pad_with_zeros(3, p.left, p.right)?;
     let y = x.contiguous()?.conv2d(weight, 0, shape.stride, 1, 1)?;

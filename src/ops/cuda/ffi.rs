@@ -5,7 +5,10 @@
 //! (memory is freed in the order of the stream, so on a device it is enough that they are alive when
 //! it is queued), and sizes must be those of the tensors.
 
-use std::borrow::Cow;
+use std::{
+    borrow::Cow,
+    sync::atomic::{AtomicU64, Ordering},
+};
 
 use candle_core::{CpuStorage, DType, Device, Result, Storage, Tensor, bail, quantized::QTensor};
 use half::bf16;
@@ -106,11 +109,21 @@ impl Output {
     }
 }
 
+/// Kernels that were started in this process.
+static LAUNCHES: AtomicU64 = AtomicU64::new(0);
+
+/// How many kernels were started in this process, on all devices: shows whether an operation ran as one.
+#[must_use]
+pub fn launches() -> u64 {
+    LAUNCHES.load(Ordering::Relaxed)
+}
+
 /// Starts a kernel: on a device queued behind what was queued before, in host memory at once.
 pub(super) fn launch(device: &Device, launch: &Launch) -> Result<()> {
     if launch.grid.contains(&0) {
         return Ok(());
     }
+    LAUNCHES.fetch_add(1, Ordering::Relaxed);
     match device {
         #[cfg(feature = "cuda-emulation")]
         Device::Cpu => emulation::launch(launch),

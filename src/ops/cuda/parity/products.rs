@@ -146,12 +146,6 @@ fn convolutions(suite: &mut Suite) {
         let bias = suite.random(&[outs]);
         let case = format!("{dims:?} to {outs}, {kernel} × {kernel}, stride {}", shape.stride);
         suite.compare("convolution", case, ([&x, &weight, &bias], &[]), |[x, weight, bias]| {
-            if x.dtype() == DType::BF16 && !crate::ops::cuda::takes(&[x]) {
-                // Candle's convolution on the CPU knows no bf16: rounded inputs, rounded output.
-                let wide = |x: &Tensor| x.to_dtype(DType::F32);
-                let packed = PackedConv2d::new(&wide(weight)?, Some(&wide(bias)?), shape)?;
-                return packed.forward(&wide(x)?)?.to_dtype(DType::BF16);
-            }
             PackedConv2d::new(weight, Some(bias), shape)?.forward(x)
         });
     }
