@@ -360,7 +360,7 @@ fn bench_tells_how_fast_each_stage_is() {
     for row in rows {
         let seconds = row["seconds"].as_f64().unwrap();
         // An answer's time is a difference of two, which noise can eat up in a tiny model.
-        assert!(seconds > 0.0 || (row["name"] == "answer" && seconds == 0.0), "{row}");
+        assert!(seconds > 0.0 || (row["name"] == "answer" && seconds >= 0.0), "{row}");
         let counted = ["vision", "prefill", "answer"].contains(&row["name"].as_str().unwrap());
         assert_eq!(row["tokens"].as_u64().is_some_and(|tokens| tokens > 0), counted, "{row}");
         assert_eq!(row["tokens_per_second"].is_number(), counted && seconds > 0.0, "{row}");
