@@ -42,6 +42,7 @@ fn line(row: &BenchRow, steps: usize) -> String {
         "encode" => "encode the picture".to_owned(),
         "step" => "one denoising step".to_owned(),
         "decode" => "decode the picture".to_owned(),
+        "edit" if steps == 1 => "an edit of 1 step".to_owned(),
         "edit" => format!("an edit of {steps} steps"),
         other => other.to_owned(),
     };

@@ -60,7 +60,7 @@ pub struct BenchRow {
     pub seconds: f64,
     /// Tokens that were worked on, where they are counted.
     pub tokens: Option<usize>,
-    /// The same, each second.
+    /// The same, each second; `None` where the clock saw no time pass.
     pub tokens_per_second: Option<f64>,
     /// The highest resident memory of the process up to the end in bytes, where the system says.
     pub peak_resident_bytes: Option<u64>,
@@ -168,7 +168,8 @@ impl Engine {
             let written = vlm.generate(&inputs, &options, cancel, &mut |_| ())?.tokens.len();
             Ok((begin.elapsed(), written))
         };
-        // The first token comes with the prompt.
+        // The first call reads the matrix of the logits; the first token comes with the prompt.
+        answer(1)?;
         let (first, _) = answer(1)?;
         let (all, written) = answer(1 + request.answer_tokens)?;
         let answer = all.saturating_sub(first);
@@ -198,7 +199,7 @@ impl BenchRow {
     #[expect(clippy::cast_precision_loss, reason = "a number of tokens is small")]
     fn new(name: &'static str, elapsed: Duration, tokens: Option<usize>) -> Self {
         let seconds = elapsed.as_secs_f64();
-        let speed = tokens.map(|tokens| tokens as f64 / seconds.max(f64::EPSILON));
+        let speed = tokens.filter(|_| seconds > 0.0).map(|tokens| tokens as f64 / seconds);
         let peak_resident_bytes = memory::peak_resident_bytes();
         Self { name, seconds, tokens, tokens_per_second: speed, peak_resident_bytes }
     }

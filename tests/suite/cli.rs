@@ -363,18 +363,20 @@ fn bench_tells_how_fast_each_stage_is() {
     let expected = ["load", "vision", "prefill", "answer", "encode", "step", "decode", "edit"];
     assert_eq!(names, expected);
     for row in rows {
-        assert!(row["seconds"].as_f64().unwrap() > 0.0, "{row}");
+        let seconds = row["seconds"].as_f64().unwrap();
+        // An answer's time is a difference of two, which noise can eat up in a tiny model.
+        assert!(seconds > 0.0 || (row["name"] == "answer" && seconds >= 0.0), "{row}");
         let counted = ["vision", "prefill", "answer"].contains(&row["name"].as_str().unwrap());
         assert_eq!(row["tokens"].as_u64().is_some_and(|tokens| tokens > 0), counted, "{row}");
-        assert_eq!(row["tokens_per_second"].is_number(), counted, "{row}");
+        assert_eq!(row["tokens_per_second"].is_number(), counted && seconds > 0.0, "{row}");
     }
     assert_eq!(rows[3]["tokens"], 3);
     assert_eq!(report["working_size"], serde_json::json!({ "width": 64, "height": 32 }));
     let table = String::from_utf8(run(&arguments, 0).stdout).unwrap();
     assert_eq!(table.lines().count(), 1 + expected.len(), "{table}");
-    assert!(table.contains("an edit of 1 steps") && table.contains("tokens/s"), "{table}");
+    assert!(table.contains("an edit of 1 step ") && table.contains("tokens/s"), "{table}");
     run(&["bench", "--model", &model, "-W", "64"], 2);
-    run(&["bench", "--model", &model, "-W", "63", "-H", "64"], 1);
+    run(&["bench", "--model", &model, "-W", "63", "-H", "64"], 2);
 }
 
 #[test]

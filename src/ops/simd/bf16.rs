@@ -88,15 +88,8 @@ impl Head {
     /// Packs the values `2 · pair` and, where it is there, `2 · pair + 1`.
     pub(crate) fn set_values(&mut self, pair: usize, first: &[f32], second: Option<&[f32]>) {
         let pairs = self.count.next_multiple_of(ROWS) >> 1;
-        let (first, _) = first.as_chunks::<ROWS>();
-        let second = second.map_or(&[][..], |second| second.as_chunks::<ROWS>().0);
-        for (tile, first) in first.iter().enumerate() {
-            let second = second.get(tile).unwrap_or(&[0.0; ROWS]);
-            let packed = &mut self.values[tile * pairs + pair];
-            for ((packed, first), second) in packed.iter_mut().zip(first).zip(second) {
-                *packed = pair_of(*first, *second);
-            }
-        }
+        // What stands for a neighbour that is not there gets no weight.
+        pack_values(first, second.unwrap_or(first), &mut self.values[pair..], pairs);
     }
 
     /// Packs the query of lane `lane`, of [`QUERIES`].
@@ -153,10 +146,15 @@ fn is_supported() -> bool {
 }
 
 #[cfg(target_arch = "x86_64")]
-use x86::{attend, prepare};
+use x86::{attend, pack_values, prepare};
 
 #[cfg(not(target_arch = "x86_64"))]
 fn prepare(_: &[f32], _: [&[f32]; 2], _: Preparation<'_>, _: &mut [Pair]) {
+    unreachable!("a head is packed only where the instructions are");
+}
+
+#[cfg(not(target_arch = "x86_64"))]
+fn pack_values(_: &[f32], _: &[f32], _: &mut [[Pair; ROWS]], _: usize) {
     unreachable!("a head is packed only where the instructions are");
 }
 
@@ -168,9 +166,11 @@ fn attend(_: &mut Head) {
 #[cfg(target_arch = "x86_64")]
 mod x86 {
     use std::arch::x86_64::{
-        __m512, __m512bh, __m512i, _mm512_add_epi32, _mm512_add_ps, _mm512_castps_si512,
-        _mm512_castsi512_ps, _mm512_div_ps, _mm512_dpbf16_ps, _mm512_fmadd_ps, _mm512_loadu_ps,
-        _mm512_loadu_si512, _mm512_max_ps, _mm512_mul_ps, _mm512_set1_epi32, _mm512_set1_ps,
+        __m256bh, __m256i, __m512, __m512bh, __m512i, _mm512_add_epi32, _mm512_add_ps,
+        _mm512_castps_si512, _mm512_castsi512_ps, _mm512_cvtepu16_epi32, _mm512_cvtneps_pbh,
+        _mm512_div_ps, _mm512_dpbf16_ps, _mm512_fmadd_ps, _mm512_fmsub_ps, _mm512_loadu_ps,
+        _mm512_loadu_si512, _mm512_max_ps, _mm512_mul_ps, _mm512_or_si512, _mm512_permutex2var_ps,
+        _mm512_reduce_add_ps, _mm512_set_epi32, _mm512_set1_epi32, _mm512_set1_ps,
         _mm512_setzero_ps, _mm512_slli_epi32, _mm512_srli_epi32, _mm512_storeu_ps,
         _mm512_storeu_si512, _mm512_sub_ps, _mm512_ternarylogic_epi32,
     };
@@ -197,26 +197,99 @@ mod x86 {
         }
     }
 
-    #[target_feature(enable = "avx512f,avx512bw")]
+    #[target_feature(enable = "avx512f,avx512bw,avx512bf16")]
     #[expect(clippy::cast_precision_loss, reason = "the width of a head is small")]
     fn prepare_avx512(x: &[f32], [cos, sin]: [&[f32]; 2], how: Preparation<'_>, out: &mut [Pair]) {
-        let (x, weight) = (x.as_chunks::<2>().0, how.weight.as_chunks::<2>().0);
-        let mut squares = [[0.0_f32; 2]; 4];
-        for x in x.chunks(4) {
-            for (sums, x) in squares.iter_mut().zip(x) {
-                sums[0] += x[0] * x[0];
-                sums[1] += x[1] * x[1];
+        let (registers, rest) = x.as_chunks::<LANES>();
+        let mut squares = [_mm512_setzero_ps(); 4];
+        for x in registers.chunks(4) {
+            for (sum, x) in squares.iter_mut().zip(x) {
+                *sum = _mm512_fmadd_ps(load(x), load(x), *sum);
             }
         }
-        let squares: f32 = squares.as_flattened().iter().sum();
-        let mean = squares / (2 * x.len()) as f32;
-        let factor = how.factor / (mean + how.eps).sqrt();
+        let squares = [0, 1, 2, 3].map(|i| _mm512_reduce_add_ps(squares[i])).iter().sum::<f32>()
+            + rest.iter().map(|x| x * x).sum::<f32>();
+        let factor = how.factor / (squares / x.len() as f32 + how.eps).sqrt();
+
+        let factors = _mm512_set1_ps(factor);
+        let scaled = |x, weight| _mm512_mul_ps(_mm512_mul_ps(load(x), factors), load(weight));
+        let (outs, outs_rest) = out.as_chunks_mut::<LANES>();
+        let turns = cos.as_chunks::<LANES>().0.iter().zip(sin.as_chunks::<LANES>().0);
+        let numbers = registers.as_chunks::<2>().0.iter();
+        let numbers = numbers.zip(how.weight.as_chunks::<LANES>().0.as_chunks::<2>().0);
+        for ((out, (x, weight)), (cos, sin)) in outs.iter_mut().zip(numbers).zip(turns) {
+            let (low, high) = (scaled(&x[0], &weight[0]), scaled(&x[1], &weight[1]));
+            let (even, odd) = deinterleaved(low, high);
+            let (cos, sin) = (load(cos), load(sin));
+            let first = _mm512_fmsub_ps(even, cos, _mm512_mul_ps(odd, sin));
+            let second = _mm512_fmadd_ps(even, sin, _mm512_mul_ps(odd, cos));
+            store_bits(out, rounded_pairs(first, second));
+        }
+        let done = x.len() - 2 * outs_rest.len();
+        let (x, weight) = (x[done..].as_chunks::<2>().0, how.weight[done..].as_chunks::<2>().0);
+        let turns = cos[done >> 1..].iter().zip(&sin[done >> 1..]);
         for ((out, (x, weight)), (cos, sin)) in
-            out.iter_mut().zip(x.iter().zip(weight)).zip(cos.iter().zip(sin))
+            outs_rest.iter_mut().zip(x.iter().zip(weight)).zip(turns)
         {
             let (x0, x1) = (x[0] * factor * weight[0], x[1] * factor * weight[1]);
             *out = pair_of(x0 * cos - x1 * sin, x0 * sin + x1 * cos);
         }
+    }
+
+    /// Packs two tokens' values in pairs: `tiles[tile · stride][dim]`.
+    pub(super) fn pack_values(
+        first: &[f32],
+        second: &[f32],
+        tiles: &mut [[Pair; ROWS]],
+        stride: usize,
+    ) {
+        #[expect(unsafe_code, reason = "needs instructions that not every processor has")]
+        // SAFETY: `Head::begin` makes room for pairs only where `is_supported`, and this is called
+        // with that room only.
+        unsafe {
+            pack_values_avx512(first, second, tiles, stride);
+        }
+    }
+
+    #[target_feature(enable = "avx512f,avx512bw,avx512bf16")]
+    fn pack_values_avx512(
+        first: &[f32],
+        second: &[f32],
+        tiles: &mut [[Pair; ROWS]],
+        stride: usize,
+    ) {
+        let (firsts, first_rest) = first.as_chunks::<LANES>();
+        let (seconds, second_rest) = second.as_chunks::<LANES>();
+        let mut place = 0;
+        for (first, second) in firsts.iter().zip(seconds) {
+            let mut packed = [0; LANES];
+            store_bits(&mut packed, rounded_pairs(load(first), load(second)));
+            for half in packed.as_chunks::<ROWS>().0 {
+                tiles[place] = *half;
+                place += stride;
+            }
+        }
+        if !first_rest.is_empty() {
+            let numbers = first_rest.iter().zip(second_rest);
+            tiles[place].iter_mut().zip(numbers).for_each(|(out, (a, b))| *out = pair_of(*a, *b));
+        }
+    }
+
+    /// The numbers at even places of both registers, and those at odd places.
+    #[inline]
+    #[target_feature(enable = "avx512f")]
+    fn deinterleaved(low: __m512, high: __m512) -> (__m512, __m512) {
+        let even = _mm512_set_epi32(30, 28, 26, 24, 22, 20, 18, 16, 14, 12, 10, 8, 6, 4, 2, 0);
+        let odd = _mm512_or_si512(even, _mm512_set1_epi32(1));
+        (_mm512_permutex2var_ps(low, even, high), _mm512_permutex2var_ps(low, odd, high))
+    }
+
+    /// Pairs of corresponding numbers, rounded to the nearest bf16; NaN stays NaN.
+    #[inline]
+    #[target_feature(enable = "avx512f,avx512bw,avx512bf16")]
+    fn rounded_pairs(first: __m512, second: __m512) -> __m512i {
+        let widened = |x: __m512| _mm512_cvtepu16_epi32(halves(_mm512_cvtneps_pbh(x)));
+        _mm512_or_si512(widened(first), _mm512_slli_epi32::<16>(widened(second)))
     }
 
     /// See [`Head::attend`].
@@ -354,11 +427,16 @@ mod x86 {
         let first = _mm512_srli_epi32::<16>(_mm512_add_epi32(_mm512_castps_si512(first), half));
         let second = _mm512_add_epi32(_mm512_castps_si512(second), half);
         let mask = _mm512_set1_epi32(0xffff_0000_u32.cast_signed());
-        let both = _mm512_ternarylogic_epi32::<SELECT>(mask, second, first);
+        store_bits(out, _mm512_ternarylogic_epi32::<SELECT>(mask, second, first));
+    }
+
+    #[inline]
+    #[target_feature(enable = "avx512f")]
+    fn store_bits(out: &mut [Pair; LANES], pairs: __m512i) {
         #[expect(unsafe_code, reason = "an unaligned store")]
         // SAFETY: the array has room for the 64 bytes that are written.
         unsafe {
-            _mm512_storeu_si512(out.as_mut_ptr().cast(), both);
+            _mm512_storeu_si512(out.as_mut_ptr().cast(), pairs);
         }
     }
 
@@ -388,6 +466,17 @@ mod x86 {
         #[expect(unsafe_code, reason = "an unaligned load")]
         // SAFETY: the array holds the 64 bytes that are read.
         pairs(unsafe { _mm512_loadu_si512(x.as_ptr().cast()) })
+    }
+
+    /// The same register, seen as integers.
+    #[inline]
+    #[target_feature(enable = "avx512f")]
+    fn halves(x: __m256bh) -> __m256i {
+        #[expect(unsafe_code, reason = "there is no safe cast between the two types")]
+        // SAFETY: both are 32 bytes without any bit pattern that is not allowed.
+        unsafe {
+            std::mem::transmute(x)
+        }
     }
 
     /// The same register, seen as pairs of bf16.

@@ -7,7 +7,7 @@ use pentimento::{
         Conditioning, Grid, Transformer,
         qwen_image::{ModelInput, Outputs},
     },
-    weights::{Precision, Storage},
+    weights::{AttentionType, Precision, Storage},
 };
 
 use super::{conditioning, files, grids};
@@ -51,6 +51,28 @@ fn quantized_storage_stays_near_the_reference() {
         let out = model.forward(&input, context, Outputs::All, &CancelToken::new()).unwrap();
         let expected = reference.tensor("dit.out.0.37");
         assert_close(reference.name(), &out, expected, Tolerance::Relative(0.05));
+    }
+}
+
+#[test]
+fn attention_in_bf16_changes_little() {
+    for reference in Reference::all() {
+        let (grids, conditioning) = (grids(&reference), conditioning(&reference));
+        let tokens = reference.tensor("dit.hidden_states");
+        let input = ModelInput { tokens, grids: &grids, conditioning: &conditioning };
+        let forward = |storage, attention| {
+            let precision = Precision { storage, attention, ..Precision::reference() };
+            let model = Transformer::load(&files(&reference), &precision).unwrap();
+            let context = &model.contexts(&[0.37], &CancelToken::new()).unwrap()[0];
+            model.forward(&input, context, Outputs::All, &CancelToken::new()).unwrap()
+        };
+        let exact = forward(Storage::Q8_0, AttentionType::Compute);
+        let rounded = forward(Storage::Q8_0, AttentionType::LikeWeights);
+        assert_close(reference.name(), &rounded, &exact, Tolerance::Relative(5e-3));
+        // Matrices in float32 ask for attention in float32.
+        let exact = forward(Storage::Compute, AttentionType::Compute);
+        let same = forward(Storage::Compute, AttentionType::LikeWeights);
+        assert_close(reference.name(), &same, &exact, Tolerance::Relative(1e-7));
     }
 }
 
