@@ -16,7 +16,7 @@ pub(crate) fn run(args: &BenchArgs) -> Result<()> {
     };
     let bar = Bar::new(args.report.quiet);
     let options = model::options(&args.model, &request.cancel)?;
-    let result = Engine::open(&model::source(&args.model), &options, &bar)
+    let result = Engine::open(&model::source(&args.model)?, &options, &bar)
         .and_then(|engine| engine.bench(&request, &bar));
     bar.clear();
     let report = result?;
