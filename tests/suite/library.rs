@@ -293,7 +293,7 @@ fn the_program_lists_checks_and_takes_names() {
     let out = machine.at("out.png").display().to_string();
     let input = reference.folder.join("cases/edit_in.png").display().to_string();
     let mut edit = vec!["edit", "-i", &input, "-p", "make it night", "-o", &out, "-s", "7"];
-    edit.extend(["--area", "64x64", "--steps", "2", "--strategy", "direct", "--model"]);
+    edit.extend(["--area", "64x64", "--steps", "2", "--force", "--strategy", "direct", "--model"]);
     let with = |model: &'static str, code| run(&[&edit[..], &[model]].concat(), code);
     with("Qwen/Qwen-Image-Edit-2511", 0);
     assert!(image::open(&out).is_ok());
