@@ -11,6 +11,7 @@ use image::{
 };
 
 use super::{
+    claims,
     limits::Limits,
     picture::{Picture, over_white},
     probe::{self, not_decoded},
@@ -63,6 +64,10 @@ pub(super) fn open<'a>(bytes: &'a [u8], name: &str, limits: &Limits) -> Result<O
     limits.check_bytes(name, bytes.len() as u64)?;
     let format = probe::picture_format(name, bytes)?;
     let failed = |error: ImageError| described(name, format, &error);
+    if let Some((tag, count)) = claims::tiff_beyond_the_file(bytes) {
+        let found = format!("tag {tag} has {count} values in a file of {} bytes", bytes.len());
+        return Err(not_decoded(name, &found, "the file is damaged; save or download it again"));
+    }
     let mut decoder = decoder(bytes, format, limits).map_err(failed)?;
     let (width, height) = decoder.dimensions();
     let stored = Size { width, height };
@@ -72,8 +77,11 @@ pub(super) fn open<'a>(bytes: &'a [u8], name: &str, limits: &Limits) -> Result<O
     limits.check_size(name, stored, decoder.total_bytes())?;
     decoder.set_limits(strict(limits)).map_err(failed)?;
     // Metadata that is damaged does not make a picture unusable.
-    let orientation = decoder.orientation().unwrap_or(Orientation::NoTransforms);
-    let icc = decoder.icc_profile().ok().flatten();
+    let (mut orientation, mut icc) = (Orientation::NoTransforms, None);
+    if claims::webp_chunks_fit(bytes) {
+        orientation = decoder.orientation().unwrap_or(orientation);
+        icc = decoder.icc_profile().ok().flatten();
+    }
     let colour = decoder.original_color_type();
     let several = has_several(bytes, format, limits).map_err(failed)?;
     let is_cmyk = match format {
@@ -128,28 +136,9 @@ fn has_several(bytes: &[u8], format: ImageFormat, limits: &Limits) -> ImageResul
             // A second frame that is damaged is still one that is not used.
             Ok(frames.next().is_some())
         }
-        ImageFormat::Tiff => Ok(tiff_has_second_page(bytes).unwrap_or(false)),
+        ImageFormat::Tiff => Ok(claims::tiff_has_second_page(bytes).unwrap_or(false)),
         _ => Ok(false),
     }
-}
-
-/// Follows the first directory of a TIFF file to the offset of the next one, which is 0 at the end.
-fn tiff_has_second_page(bytes: &[u8]) -> Option<bool> {
-    let little = bytes.starts_with(b"II*\0");
-    if !little && !bytes.starts_with(b"MM\0*") {
-        return None;
-    }
-    let u16_at = |at: usize| {
-        let raw = *bytes.get(at..)?.first_chunk::<2>()?;
-        Some(if little { u16::from_le_bytes(raw) } else { u16::from_be_bytes(raw) })
-    };
-    let u32_at = |at: usize| {
-        let raw = *bytes.get(at..)?.first_chunk::<4>()?;
-        Some(if little { u32::from_le_bytes(raw) } else { u32::from_be_bytes(raw) })
-    };
-    let directory = usize::try_from(u32_at(4)?).ok()?;
-    let entries = usize::from(u16_at(directory)?);
-    Some(u32_at(directory.checked_add(2 + 12 * entries)?)? != 0)
 }
 
 /// The number of channels in a JPEG file's frame header; its decoder tells only what it returns.

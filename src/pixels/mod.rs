@@ -40,6 +40,7 @@
 //! Whenever a rule changes what a person may have expected, [`Picture::notes`] or
 //! [`Encoded::notes`] says so.
 
+mod claims;
 mod decode;
 mod encode;
 mod limits;
