@@ -85,8 +85,11 @@ pub(super) fn takes(tensors: &[&Tensor]) -> bool {
 
 /// Whether all tensors are where kernels run.
 fn are_near(tensors: &[&Tensor]) -> bool {
-    tensors.iter().all(|x| {
-        let near = x.device().is_cuda() || (x.device().is_cpu() && emulated_order().is_some());
-        near && !x.track_op()
-    })
+    tensors.iter().all(|x| runs_on(x.device()) && !x.track_op())
+}
+
+/// Whether kernels run on what lies on `device`.
+#[must_use]
+pub fn runs_on(device: &Device) -> bool {
+    device.is_cuda() || (device.is_cpu() && emulated_order().is_some())
 }
