@@ -464,17 +464,11 @@ impl Checkpoint {
         Ok(weight)
     }
 
-    /// The bytes of an fp8 e4m3 tensor that lies in one piece, on `device`, and its scale; `None` for
-    /// others.
-    ///
-    /// # Errors
-    /// A failure of the device.
+    /// The bytes of an fp8 e4m3 tensor in one piece, on `device`, and its scale; `None` for others.
     pub(super) fn load_e4m3(&self, name: &str, device: &Device) -> Result<Option<(Tensor, f64)>> {
-        let Some(entry) = self.entries.get(name) else { return Ok(None) };
-        let bytes = self.raw(entry);
-        if !entry.is_e4m3() || bytes.is_empty() {
-            return Ok(None);
-        }
+        let entry = self.entries.get(name).filter(|entry| entry.is_e4m3());
+        let bytes = entry.map_or(&[][..], |entry| self.raw(entry));
+        let Some(entry) = entry.filter(|_| !bytes.is_empty()) else { return Ok(None) };
         let bytes = Tensor::from_slice(bytes, bytes.len(), device)?;
         self.mark_read(name);
         Ok(Some((bytes, entry.scale.map_or(1.0, f64::from))))
