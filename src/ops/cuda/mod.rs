@@ -14,7 +14,10 @@ mod linear;
 pub mod parity;
 mod rows;
 
-use std::cell::Cell;
+use std::{
+    cell::Cell,
+    sync::atomic::{AtomicBool, Ordering},
+};
 
 use candle_core::{DType, Device, Error, Result, Tensor};
 
@@ -70,6 +73,29 @@ fn with_order<T>(order: Option<u32>, work: impl FnOnce() -> T) -> T {
     }
     let _reset = Reset(EMULATED.replace(order));
     work()
+}
+
+/// Whether joint attention uses Hopper's own instructions where there are any.
+static HOPPER: AtomicBool = AtomicBool::new(false);
+
+/// Lets joint attention use Hopper's own instructions on devices that have them. Off at the start,
+/// until a check on a GPU has shown that kernel right.
+pub fn use_hopper(on: bool) {
+    HOPPER.store(on, Ordering::Relaxed);
+}
+
+/// Whether `device` has Hopper's own instructions, or emulates them.
+#[must_use]
+pub fn has_hopper(device: &Device) -> bool {
+    match device {
+        #[cfg(feature = "cuda")]
+        Device::Cuda(device) => ffi::capability(device).is_ok_and(|(major, _)| major == 9),
+        device => runs_on(device),
+    }
+}
+
+fn hopper_is_used(device: &Device) -> bool {
+    HOPPER.load(Ordering::Relaxed) && has_hopper(device)
 }
 
 /// The order of an emulated block's threads, where kernels are emulated in this thread.
