@@ -114,18 +114,197 @@ DEVICE AttentionWork attention_work(const AttentionArgs& args) {
   return work;
 }
 
-// Brings keys or values `start..start + KEYS` of one head to shared memory, zeros after `end`.
-template <int D, int KEYS, int THREADS>
-DEVICE void load_key_rows(unsigned char* to, const bf16* first, int first_stride,
-                          const bf16* second, int second_stride, int split, int start, int end) {
-  constexpr int CHUNKS = SharedRows<D>::CHUNKS;
+// The keys or values of one head, in both streams: rows before `split` are the first one's.
+struct KeyRows {
+  const bf16* first;
+  const bf16* second;
+  int first_stride, second_stride, split;
+};
+
+template <int D>
+DEVICE KeyRows keys_of(const AttentionArgs& args, int64_t batch, int64_t key_head) {
+  const AttentionStream &text = args.stream[0], &image = args.stream[1];
+  return {text.key + batch * text.key_batch + key_head * D,
+          image.key + batch * image.key_batch + key_head * D, int(text.key_stride),
+          int(image.key_stride), int(args.lengths ? args.lengths[batch] : text.key_rows)};
+}
+
+template <int D>
+DEVICE KeyRows values_of(const AttentionArgs& args, int64_t batch, int64_t key_head) {
+  const AttentionStream &text = args.stream[0], &image = args.stream[1];
+  return {text.value + batch * text.value_batch + key_head * D,
+          image.value + batch * image.value_batch + key_head * D, int(text.value_stride),
+          int(image.value_stride), int(args.lengths ? args.lengths[batch] : text.key_rows)};
+}
+
+// Brings rows `start..start + KEYS` to the places in shared memory that Shared says, zeros after `end`.
+template <class Shared, int KEYS, int THREADS>
+DEVICE void load_key_rows(unsigned char* to, const KeyRows& rows, int start, int end) {
+  constexpr int CHUNKS = Shared::CHUNKS;
   for (int i = thread_index(); i < KEYS * CHUNKS; i += THREADS) {
     const int row = i / CHUNKS, chunk = i % CHUNKS;
     const bool there = start + row < end;
     const int key = there ? start + row : end - 1;
-    const bf16* from = key < split ? first + int64_t(key) * first_stride
-                                   : second + int64_t(key - split) * second_stride;
-    copy_async(SharedRows<D>::at(to, row, chunk), from + 8 * chunk, there);
+    const bf16* from = key < rows.split
+                           ? rows.first + int64_t(key) * rows.first_stride
+                           : rows.second + int64_t(key - rows.split) * rows.second_stride;
+    copy_async(Shared::at(to, row, chunk), from + 8 * chunk, there);
+  }
+  copy_commit();
+}
+
+// Brings the block's rows of queries to shared memory, prepared. D / 8 neighbouring lanes share a row.
+template <class Shared, int D, int ROWS, int THREADS, bool PREPARE>
+DEVICE void load_query_rows(unsigned char* to, const AttentionStream& own, const AttentionWork& work,
+                            int64_t batch, int64_t key_head, int64_t group) {
+  for (int i = thread_index(); i < ROWS * Shared::CHUNKS; i += THREADS) {
+    const int row = i / Shared::CHUNKS, chunk = i % Shared::CHUNKS;
+    const int64_t r = work.row_first + row;
+    const bool there = r < work.row_end;
+    const int64_t token = (there ? r : work.row_first) / group;
+    const int64_t head = key_head * group + (there ? r : work.row_first) % group;
+    Words words = load_words(own.query + batch * own.query_batch + token * own.query_stride +
+                             head * D + 8 * chunk);
+    if constexpr (PREPARE) words = prepared_chunk<D>(words, own.prepare, token, chunk);
+    if (!there) words = {{0, 0, 0, 0}};
+    store_words(Shared::at(to, row, chunk), words);
+  }
+}
+
+// A tile of 16 rows of a warp: two rows of a thread, as mma lays them out.
+template <int D>
+struct AttentionSums {
+  float out[D / 8][4], maximum[2], sum[2];
+
+  DEVICE void clear() {
+    UNROLL
+    for (int n = 0; n < D / 8; ++n) {
+      UNROLL
+      for (int part = 0; part < 4; ++part) out[n][part] = 0.0f;
+    }
+    maximum[0] = maximum[1] = -INFINITY;
+    sum[0] = sum[1] = 0.0f;
+  }
+
+  // Turns scores into weights and brings what was summed before to the new maximum.
+  template <int KEYS>
+  DEVICE void soften(float (&scores)[KEYS / 8][4], float factor) {
+    UNROLL
+    for (int half = 0; half < 2; ++half) {
+      float largest = -INFINITY;
+      UNROLL
+      for (int n = 0; n < KEYS / 8; ++n) {
+        largest = fmaxf(largest, fmaxf(scores[n][2 * half], scores[n][2 * half + 1]));
+      }
+      largest = fmaxf(maximum[half], max_lanes(largest, 4));
+      // A row that sees nothing yet has minus infinity, which must not be subtracted from itself.
+      const float base = largest == -INFINITY ? 0.0f : largest * factor;
+      const float keep = exp2_fast(maximum[half] * factor - base);
+      maximum[half] = largest;
+      float added = 0.0f;
+      UNROLL
+      for (int n = 0; n < KEYS / 8; ++n) {
+        UNROLL
+        for (int part = 2 * half; part < 2 * half + 2; ++part) {
+          scores[n][part] = exp2_fast(scores[n][part] * factor - base);
+          added += scores[n][part];
+        }
+      }
+      sum[half] = sum[half] * keep + added;
+      UNROLL
+      for (int n = 0; n < D / 8; ++n) {
+        out[n][2 * half] *= keep;
+        out[n][2 * half + 1] *= keep;
+      }
+    }
+  }
+
+  DEVICE void finish() {
+    UNROLL
+    for (int half = 0; half < 2; ++half) sum[half] = sum_lanes(sum[half], 4);
+  }
+
+  // Writes the 16 rows from `row` on to shared memory in bf16.
+  template <class Shared>
+  DEVICE void place(unsigned char* to, int row) const {
+    UNROLL
+    for (int half = 0; half < 2; ++half) {
+      const float share = sum[half] == 0.0f ? 0.0f : 1.0f / sum[half];
+      UNROLL
+      for (int n = 0; n < D / 8; ++n) {
+        const uint32_t pair = pack_bf16(out[n][2 * half] * share, out[n][2 * half + 1] * share);
+        unsigned char* at = Shared::at(to, row + 8 * half + (lane() >> 2), n);
+        *reinterpret_cast<uint32_t*>(at + 4 * (lane() & 3)) = pair;
+      }
+    }
+  }
+};
+
+// The weights of keys 16 * k .. 16 * k + 16 as the left operand of a product.
+template <int KEYS>
+DEVICE void weights_operand(uint32_t (&to)[4], const float (&scores)[KEYS / 8][4], int k) {
+  const float(&left)[4] = scores[2 * k];
+  const float(&right)[4] = scores[2 * k + 1];
+  to[0] = pack_bf16(left[0], left[1]);
+  to[1] = pack_bf16(left[2], left[3]);
+  to[2] = pack_bf16(right[0], right[1]);
+  to[3] = pack_bf16(right[2], right[3]);
+}
+
+// Copies a warp's `rows` rows from `first_row` on from shared memory to the output, in whole lines.
+template <class Shared, int D>
+DEVICE void write_rows(unsigned char* from, int first_row, int rows, const AttentionArgs& args,
+                       const AttentionWork& work, int64_t batch, int64_t key_head, int64_t group) {
+  const AttentionStream& own = args.stream[work.stream];
+  for (int i = lane(); i < rows * Shared::CHUNKS; i += 32) {
+    const int row = first_row + i / Shared::CHUNKS, chunk = i % Shared::CHUNKS;
+    const int64_t r = work.row_first + row;
+    if (r >= work.row_end) continue;
+    const int64_t token = r / group, head = key_head * group + r % group;
+    bf16* to = own.out + ((batch * own.query_rows + token) * args.heads + head) * D + 8 * chunk;
+    store_words(to, load_words(Shared::at(from, row, chunk)));
+  }
+}
+
+// Leaves sums in float32 for `attention_join`.
+template <int D>
+DEVICE void write_partial(const AttentionSums<D>& sums, int row, const AttentionArgs& args,
+                          const AttentionWork& work, int64_t batch, int64_t key_head) {
+  const int64_t rows = args.stream[work.stream].query_rows * args.group;
+  const int64_t entry = (work.split * grid_z() + batch) * (args.heads / args.group) + key_head;
+  UNROLL
+  for (int half = 0; half < 2; ++half) {
+    const int64_t r = work.row_first + row + 8 * half + (lane() >> 2);
+    if (r >= work.row_end) continue;
+    float* to = args.partial + (entry * rows + r) * D;
+    UNROLL
+    for (int n = 0; n < D / 8; ++n) {
+      to[8 * n + 2 * (lane() & 3)] = sums.out[n][2 * half];
+      to[8 * n + 2 * (lane() & 3) + 1] = sums.out[n][2 * half + 1];
+    }
+    if ((lane() & 3) == 0) {
+      args.partial_stats[2 * (entry * rows + r)] = sums.maximum[half];
+      args.partial_stats[2 * (entry * rows + r) + 1] = sums.sum[half];
+    }
+  }
+}
+
+// Hides keys `start..start + KEYS` that rows from `first_row` on do not see.
+template <int KEYS>
+DEVICE void hide(float (&scores)[KEYS / 8][4], int start, int end, int64_t first_row, int64_t group,
+                 bool causal, int64_t offset) {
+  UNROLL
+  for (int half = 0; half < 2; ++half) {
+    int seen = end;
+    const int64_t r = first_row + 8 * half + (lane() >> 2);
+    if (causal) seen = int(min64(seen, r / group + offset + 1));
+    UNROLL
+    for (int n = 0; n < KEYS / 8; ++n) {
+      UNROLL
+      for (int part = 0; part < 2; ++part) {
+        if (start + 8 * n + 2 * (lane() & 3) + part >= seen) scores[n][2 * half + part] = -INFINITY;
+      }
+    }
   }
 }
 
@@ -139,62 +318,28 @@ DEVICE void attention_block(const AttentionArgs& args) {
   unsigned char* value_rows = key_rows + KEYS * Shared::ROW_BYTES;
 
   const AttentionWork work = attention_work<ROWS, KEYS>(args);
-  const AttentionStream& own = args.stream[work.stream];
-  const AttentionStream &text = args.stream[0], &image = args.stream[1];
   const int64_t batch = block_z(), key_head = block_y();
   // Joint attention has neither groups nor a causal mask, nor shares of keys.
   const int64_t group = PREPARE ? 1 : args.group;
   const bool causal = !PREPARE && args.causal;
-  const int split_at = int(args.lengths ? args.lengths[batch] : text.key_rows);
-  const int64_t head_at = key_head * D;
-  const bf16* text_keys = text.key + batch * text.key_batch + head_at;
-  const bf16* image_keys = image.key + batch * image.key_batch + head_at;
-  const bf16* text_values = text.value + batch * text.value_batch + head_at;
-  const bf16* image_values = image.value + batch * image.value_batch + head_at;
-  auto load_keys = [&](int start) {
-    load_key_rows<D, KEYS, THREADS>(key_rows, text_keys, int(text.key_stride), image_keys,
-                                    int(image.key_stride), split_at, start, work.key_end);
-    copy_commit();
-  };
-  auto load_values = [&](int start) {
-    load_key_rows<D, KEYS, THREADS>(value_rows, text_values, int(text.value_stride), image_values,
-                                    int(image.value_stride), split_at, start, work.key_end);
-    copy_commit();
-  };
-  if (work.key_first < work.key_end) load_keys(work.key_first);
-
-  // The queries, prepared while the first keys arrive. D / 8 neighbouring lanes share a row.
-  for (int i = thread_index(); i < ROWS * Shared::CHUNKS; i += THREADS) {
-    const int row = i / Shared::CHUNKS, chunk = i % Shared::CHUNKS;
-    const int64_t r = work.row_first + row;
-    const bool there = r < work.row_end;
-    const int64_t token = (there ? r : work.row_first) / group;
-    const int64_t head = key_head * group + (there ? r : work.row_first) % group;
-    Words words = load_words(own.query + batch * own.query_batch + token * own.query_stride +
-                             head * D + 8 * chunk);
-    if constexpr (PREPARE) words = prepared_chunk<D>(words, own.prepare, token, chunk);
-    if (!there) words = {{0, 0, 0, 0}};
-    store_words(Shared::at(query_rows, row, chunk), words);
+  const KeyRows keys = keys_of<D>(args, batch, key_head);
+  const KeyRows values = values_of<D>(args, batch, key_head);
+  if (work.key_first < work.key_end) {
+    load_key_rows<Shared, KEYS, THREADS>(key_rows, keys, work.key_first, work.key_end);
   }
+  load_query_rows<Shared, D, ROWS, THREADS, PREPARE>(query_rows, args.stream[work.stream], work,
+                                                     batch, key_head, group);
 
   const int row_of_warp = warp() * ROW_TILES * 16;
   const float factor = float(args.scale * 1.4426950408889634);  // exp(x) = exp2(x / ln 2)
-  float out[ROW_TILES][D / 8][4], maximum[ROW_TILES][2], sum[ROW_TILES][2];
+  AttentionSums<D> sums[ROW_TILES];
   UNROLL
-  for (int m = 0; m < ROW_TILES; ++m) {
-    UNROLL
-    for (int n = 0; n < D / 8; ++n) {
-      UNROLL
-      for (int part = 0; part < 4; ++part) out[m][n][part] = 0.0f;
-    }
-    maximum[m][0] = maximum[m][1] = -INFINITY;
-    sum[m][0] = sum[m][1] = 0.0f;
-  }
+  for (int m = 0; m < ROW_TILES; ++m) sums[m].clear();
 
   for (int start = work.key_first; start < work.key_end; start += KEYS) {
     copy_wait<0>();
     block_barrier();  // the keys are there, and nobody reads the last values any more
-    load_values(start);
+    load_key_rows<Shared, KEYS, THREADS>(value_rows, values, start, work.key_end);
 
     float scores[ROW_TILES][KEYS / 8][4];
     UNROLL
@@ -226,77 +371,27 @@ DEVICE void attention_block(const AttentionArgs& args) {
       }
     }
 
-    // Keys that are not seen.
     const int64_t first_token = (work.row_first + row_of_warp) / group;
     if (start + KEYS > work.key_end || (causal && start + KEYS > first_token + args.offset + 1)) {
       UNROLL
       for (int m = 0; m < ROW_TILES; ++m) {
-        UNROLL
-        for (int half = 0; half < 2; ++half) {
-          const int64_t r = work.row_first + row_of_warp + 16 * m + 8 * half + (lane() >> 2);
-          int seen = work.key_end;
-          if (causal) seen = int(min64(seen, r / group + args.offset + 1));
-          UNROLL
-          for (int n = 0; n < KEYS / 8; ++n) {
-            UNROLL
-            for (int part = 0; part < 2; ++part) {
-              if (start + 8 * n + 2 * (lane() & 3) + part >= seen) {
-                scores[m][n][2 * half + part] = -INFINITY;
-              }
-            }
-          }
-        }
+        const int64_t first_row = work.row_first + row_of_warp + 16 * m;
+        hide<KEYS>(scores[m], start, work.key_end, first_row, group, causal, args.offset);
       }
     }
-
     UNROLL
-    for (int m = 0; m < ROW_TILES; ++m) {
-      UNROLL
-      for (int half = 0; half < 2; ++half) {
-        float largest = -INFINITY;
-        UNROLL
-        for (int n = 0; n < KEYS / 8; ++n) {
-          largest = fmaxf(largest, fmaxf(scores[m][n][2 * half], scores[m][n][2 * half + 1]));
-        }
-        largest = fmaxf(maximum[m][half], max_lanes(largest, 4));
-        // A row that sees nothing yet has minus infinity, which must not be subtracted from itself.
-        const float base = largest == -INFINITY ? 0.0f : largest * factor;
-        const float keep = exp2_fast(maximum[m][half] * factor - base);
-        maximum[m][half] = largest;
-        float added = 0.0f;
-        UNROLL
-        for (int n = 0; n < KEYS / 8; ++n) {
-          UNROLL
-          for (int part = 2 * half; part < 2 * half + 2; ++part) {
-            scores[m][n][part] = exp2_fast(scores[m][n][part] * factor - base);
-            added += scores[m][n][part];
-          }
-        }
-        sum[m][half] = sum[m][half] * keep + added;
-        UNROLL
-        for (int n = 0; n < D / 8; ++n) {
-          out[m][n][2 * half] *= keep;
-          out[m][n][2 * half + 1] *= keep;
-        }
-      }
-    }
+    for (int m = 0; m < ROW_TILES; ++m) sums[m].template soften<KEYS>(scores[m], factor);
 
     copy_wait<0>();
     block_barrier();  // the values are there, and nobody reads these keys any more
-    if (start + KEYS < work.key_end) load_keys(start + KEYS);
-
+    if (start + KEYS < work.key_end) {
+      load_key_rows<Shared, KEYS, THREADS>(key_rows, keys, start + KEYS, work.key_end);
+    }
     UNROLL
     for (int k = 0; k < KEYS / 16; ++k) {
       uint32_t a[ROW_TILES][4];
       UNROLL
-      for (int m = 0; m < ROW_TILES; ++m) {
-        const float(&left)[4] = scores[m][2 * k];
-        const float(&right)[4] = scores[m][2 * k + 1];
-        a[m][0] = pack_bf16(left[0], left[1]);
-        a[m][1] = pack_bf16(left[2], left[3]);
-        a[m][2] = pack_bf16(right[0], right[1]);
-        a[m][3] = pack_bf16(right[2], right[3]);
-      }
+      for (int m = 0; m < ROW_TILES; ++m) weights_operand<KEYS>(a[m], scores[m], k);
       UNROLL
       for (int n = 0; n < D / 16; ++n) {
         uint32_t b[4];
@@ -304,66 +399,29 @@ DEVICE void attention_block(const AttentionArgs& args) {
         load_matrices_transposed(b, Shared::at(value_rows, row, 2 * n + (lane() >> 4)));
         UNROLL
         for (int m = 0; m < ROW_TILES; ++m) {
-          multiply_add(out[m][2 * n], a[m], b[0], b[1]);
-          multiply_add(out[m][2 * n + 1], a[m], b[2], b[3]);
+          multiply_add(sums[m].out[2 * n], a[m], b[0], b[1]);
+          multiply_add(sums[m].out[2 * n + 1], a[m], b[2], b[3]);
         }
       }
     }
   }
 
   UNROLL
-  for (int m = 0; m < ROW_TILES; ++m) {
-    UNROLL
-    for (int half = 0; half < 2; ++half) sum[m][half] = sum_lanes(sum[m][half], 4);
-  }
+  for (int m = 0; m < ROW_TILES; ++m) sums[m].finish();
   if (!PREPARE && args.splits > 1) {
-    const int64_t rows = own.query_rows * group;
-    const int64_t key_heads = args.heads / group;
-    // Numbers of the batch entries are those of the grid's third axis.
-    const int64_t entry = (work.split * grid_z() + batch) * key_heads + key_head;
     UNROLL
     for (int m = 0; m < ROW_TILES; ++m) {
-      UNROLL
-      for (int half = 0; half < 2; ++half) {
-        const int64_t r = work.row_first + row_of_warp + 16 * m + 8 * half + (lane() >> 2);
-        if (r >= work.row_end) continue;
-        float* to = args.partial + (entry * rows + r) * D;
-        UNROLL
-        for (int n = 0; n < D / 8; ++n) {
-          to[8 * n + 2 * (lane() & 3)] = out[m][n][2 * half];
-          to[8 * n + 2 * (lane() & 3) + 1] = out[m][n][2 * half + 1];
-        }
-        if ((lane() & 3) == 0) {
-          args.partial_stats[2 * (entry * rows + r)] = maximum[m][half];
-          args.partial_stats[2 * (entry * rows + r) + 1] = sum[m][half];
-        }
-      }
+      write_partial<D>(sums[m], row_of_warp + 16 * m, args, work, batch, key_head);
     }
     return;
   }
-  // The queries' place takes the output, so that it is written in whole lines; a warp needs its own
-  // rows only. Without keys, others may still write queries there.
+  // The queries' place takes the output; a warp needs its own rows only. Without keys, others may
+  // still write queries there.
   block_barrier();
   UNROLL
   for (int m = 0; m < ROW_TILES; ++m) {
-    UNROLL
-    for (int half = 0; half < 2; ++half) {
-      const float share = sum[m][half] == 0.0f ? 0.0f : 1.0f / sum[m][half];
-      const int row = row_of_warp + 16 * m + 8 * half + (lane() >> 2);
-      UNROLL
-      for (int n = 0; n < D / 8; ++n) {
-        const uint32_t pair = pack_bf16(out[m][n][2 * half] * share, out[m][n][2 * half + 1] * share);
-        *reinterpret_cast<uint32_t*>(Shared::at(query_rows, row, n) + 4 * (lane() & 3)) = pair;
-      }
-    }
+    sums[m].template place<Shared>(query_rows, row_of_warp + 16 * m);
   }
   warp_barrier();
-  for (int i = lane(); i < 16 * ROW_TILES * Shared::CHUNKS; i += 32) {
-    const int row = row_of_warp + i / Shared::CHUNKS, chunk = i % Shared::CHUNKS;
-    const int64_t r = work.row_first + row;
-    if (r >= work.row_end) continue;
-    const int64_t token = r / group, head = key_head * group + r % group;
-    bf16* to = own.out + ((batch * own.query_rows + token) * args.heads + head) * D + 8 * chunk;
-    store_words(to, load_words(Shared::at(query_rows, row, chunk)));
-  }
+  write_rows<Shared, D>(query_rows, row_of_warp, 16 * ROW_TILES, args, work, batch, key_head, group);
 }

@@ -2,6 +2,7 @@
 #include "attention.cu"
 #include "conv.cu"
 #include "elementwise.cu"
+#include "hopper.cu"
 #include "joint_attention.cu"
 #include "linear.cu"
 #include "rows.cu"

@@ -246,6 +246,61 @@ void multiply_add(void* const* lanes) {
   }
 }
 
+// An element of an operand with rows of 128 bytes, whose 16-byte pieces are mixed by the number of the row.
+static float shared_element(const unsigned char* at, long offset) {
+  uintptr_t address = reinterpret_cast<uintptr_t>(at) + offset;
+  address ^= (address >> 7 & 7) << 4;
+  uint16_t bits;
+  memcpy(&bits, reinterpret_cast<const void*>(address), 2);
+  return to_float(bf16{bits});
+}
+
+// By columns: a column's 16 numbers lie in a row of 128 bytes.
+static float by_columns(const SharedOperand& b, int column, int k) {
+  return shared_element(b.at, long(column / 8) * b.stride + column % 8 * 128 + 2 * k);
+}
+
+// By rows: 64 columns of one k lie in a row of 128 bytes.
+static float by_rows(const SharedOperand& b, int column, int k) {
+  const long row = long(k / 8) * b.stride + k % 8 * 128;
+  return shared_element(b.at, row + long(column / 64) * b.leading + 2 * (column % 64));
+}
+
+void group_product(void* const* lanes) {
+  const auto& first = *static_cast<GroupProduct*>(lanes[0]);
+  const int warp = place.thread / 32 % 4;
+  float a[16][16], b[128][16];
+  for (int i = 0; i < 32; ++i) {
+    const auto& operands = *static_cast<GroupProduct*>(lanes[i]);
+    if (!operands.a) continue;
+    for (int part = 0; part < 4; ++part) {
+      float* to = &a[i / 4 + 8 * (part % 2)][2 * (i % 4) + 8 * (part / 2)];
+      to[0] = low_float(operands.a[part]);
+      to[1] = high_float(operands.a[part]);
+    }
+  }
+  for (int row = 0; row < 16 && !first.a; ++row) {
+    for (int k = 0; k < 16; ++k) a[row][k] = by_columns(first.rows, 16 * warp + row, k);
+  }
+  for (int column = 0; column < 128; ++column) {
+    for (int k = 0; k < 16; ++k) {
+      b[column][k] = first.a ? by_rows(first.columns, column, k) : by_columns(first.columns, column, k);
+    }
+  }
+  for (int i = 0; i < 32; ++i) {
+    const auto& operands = *static_cast<GroupProduct*>(lanes[i]);
+    for (int n = 0; n < 16; ++n) {
+      for (int part = 0; part < 4; ++part) {
+        const float* row = a[i / 4 + 8 * (part / 2)];
+        const float* column = b[8 * n + 2 * (i % 4) + part % 2];
+        float sum = operands.add ? operands.d[n][part] : 0.0f;
+        for (int k = 0; k < 16; ++k) sum += row[k] * column[k];
+        operands.d[n][part] = sum;
+      }
+    }
+  }
+}
+
 void shuffle(void* const* lanes) {
   for (int i = 0; i < 32; ++i) {
     auto& operands = *static_cast<Shuffle*>(lanes[i]);
@@ -339,13 +394,14 @@ extern "C" const char* pentimento_emulate(const char* name, const int64_t grid[3
     scheduler.stacks = static_cast<unsigned char*>(malloc(STACK_BYTES * THREADS_MAX));
     scheduler.fibers.resize(THREADS_MAX);
   }
-  std::vector<unsigned char> shared(shared_bytes + 128);
+  constexpr size_t ALIGNMENT = 1024;
+  std::vector<unsigned char> shared(shared_bytes + ALIGNMENT);
   scheduler.kernel = kernel;
   scheduler.args = args;
   scheduler.order = int(order);
   scheduler.random = order;
   place.threads = int(threads);
-  place.shared = shared.data() + (128 - reinterpret_cast<uintptr_t>(shared.data()) % 128);
+  place.shared = shared.data() + (ALIGNMENT - reinterpret_cast<uintptr_t>(shared.data()) % ALIGNMENT);
   for (int i = 0; i < 3; ++i) place.grid[i] = grid[i];
   for (int64_t z = 0; z < grid[2]; ++z) {
     for (int64_t y = 0; y < grid[1]; ++y) {

@@ -16,7 +16,7 @@ use std::path::{Path, PathBuf};
 
 use candle_core::{Device, Result};
 
-use crate::ops::cuda::parity;
+use crate::ops::cuda::{has_hopper, parity, use_hopper};
 use report::{Report, Row};
 
 /// What to do.
@@ -64,6 +64,18 @@ pub fn run(device: &Device, options: &Options, progress: &mut dyn FnMut(&Row)) -
         for part in times::PARTS {
             let rows =
                 on_kernels(device, || part(device, Path::new(&options.scratch), options.shrink));
+            add(&mut report, rows);
+        }
+    }
+    if on_kernels(device, || has_hopper(device)) {
+        let rows = parity::run_hopper(device, &[0]);
+        let rows: Vec<Row> = rows.iter().map(Row::of_outcome).collect();
+        let right = rows.iter().all(Row::passed);
+        add(&mut report, rows.into_iter().map(|row| Row { part: "hopper", ..row }).collect());
+        if right && !options.correctness_only {
+            use_hopper(true);
+            let rows = on_kernels(device, || times::attentions(device, "hopper", options.shrink));
+            use_hopper(false);
             add(&mut report, rows);
         }
     }

@@ -91,11 +91,20 @@ fn or_failed(part: &'static str, rows: Result<Vec<Row>>) -> Vec<Row> {
 fn operations(device: &Device, _scratch: &Path, shrink: usize) -> Vec<Row> {
     let part = "operations";
     let mut timer = Timer { device, part, runs: 20, rows: Vec::new() };
-    let done = attentions(&mut timer, shrink).and_then(|()| rows(&mut timer, shrink));
+    let done = joint(&mut timer, shrink)
+        .and_then(|()| causal(&mut timer, shrink))
+        .and_then(|()| rows(&mut timer, shrink));
     or_failed(part, done.map(|()| timer.rows))
 }
 
-fn attentions(timer: &mut Timer<'_>, shrink: usize) -> Result<()> {
+/// The times of joint attention alone.
+pub(super) fn attentions(device: &Device, part: &'static str, shrink: usize) -> Vec<Row> {
+    let mut timer = Timer { device, part, runs: 20, rows: Vec::new() };
+    let done = joint(&mut timer, shrink);
+    or_failed(part, done.map(|()| timer.rows))
+}
+
+fn joint(timer: &mut Timer<'_>, shrink: usize) -> Result<()> {
     let device = timer.device;
     let small = |n: usize| n.div_ceil(shrink);
     let (heads, d) = (small(24), 128);
@@ -123,7 +132,14 @@ fn attentions(timer: &mut Timer<'_>, shrink: usize) -> Result<()> {
             },
         );
     }
-    // The language model of 7B: 28 heads over 4.
+    Ok(())
+}
+
+/// The language model of 7B: 28 heads over 4.
+fn causal(timer: &mut Timer<'_>, shrink: usize) -> Result<()> {
+    let device = timer.device;
+    let small = |n: usize| n.div_ceil(shrink);
+    let d = 128;
     for (n, m) in [(small(1500), small(1500)), (1, small(1500)), (1, small(8000))] {
         let (q, k) = (random(device, &[1, n, 28, d])?, random(device, &[1, m, 4, d])?);
         let mask = Mask::Causal { offset: m - n };

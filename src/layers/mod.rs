@@ -38,7 +38,10 @@ impl Linear {
     }
 
     fn with_bias(weights: &Weights, shape: [usize; 2], bias: Option<Tensor>) -> Result<Self> {
-        let matrix = PackedLinear::new(weights.linear_weight("weight", shape)?, bias)?;
+        let matrix = match weights.stored_matrix("weight", shape)? {
+            Some(matrix) => PackedLinear::stored(matrix, bias),
+            None => PackedLinear::new(weights.linear_weight("weight", shape)?, bias)?,
+        };
         let changes = weights.take_changes().into_iter().map(LowRank::new);
         Ok(Self { matrix, changes: changes.collect::<Result<_>>()? })
     }

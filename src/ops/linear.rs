@@ -139,7 +139,8 @@ pub struct PackedLinear {
 enum Kernel {
     Packed(Arc<PackedMatrix>),
     Blocks(Arc<PackedBlocks>),
-    Stored(StoredMatrix, Arc<QTensor>),
+    /// With candle's own form of it, where there is one, for types that the kernel does not take.
+    Stored(StoredMatrix, Option<Arc<QTensor>>),
     Dense(Tensor),
     Quantized(QMatMul),
 }
@@ -159,7 +160,7 @@ impl PackedLinear {
             LinearWeight::Float8(weight) => Kernel::Packed(weight),
             LinearWeight::Quantized(weight) => {
                 if let Some(stored) = StoredMatrix::quantized(&weight)? {
-                    Kernel::Stored(stored, weight)
+                    Kernel::Stored(stored, Some(weight))
                 } else if let Some(kernel) = packed(&weight)? {
                     kernel
                 } else if weight.device().is_cpu() {
@@ -185,6 +186,12 @@ impl PackedLinear {
         }
     }
 
+    /// From a matrix that is multiplied where it lies, by activations in bf16; `bias: [out]`.
+    #[must_use]
+    pub fn stored(weight: StoredMatrix, bias: Option<Tensor>) -> Self {
+        Self { weight: Kernel::Stored(weight, None), bias }
+    }
+
     /// `x · weightᵀ + bias`: `[.., in]` → `[.., out]`.
     ///
     /// # Errors
@@ -201,10 +208,13 @@ impl PackedLinear {
                     weight.multiply(x, bias, y);
                 });
             }
-            Kernel::Stored(weight, blocks) => match weight.forward(x, self.bias.as_ref())? {
-                Some(y) => return Ok(y),
-                None => dense(x, &blocks.dequantize(x.device())?)?,
-            },
+            Kernel::Stored(weight, blocks) => {
+                match (weight.forward(x, self.bias.as_ref())?, blocks) {
+                    (Some(y), _) => return Ok(y),
+                    (None, Some(blocks)) => dense(x, &blocks.dequantize(x.device())?)?,
+                    (None, None) => bail!("linear: no kernel for {:?} {:?}", x.dtype(), x.dims()),
+                }
+            }
             Kernel::Packed(weight) => dense(x, &weight.unpacked()?)?,
             Kernel::Blocks(weight) => {
                 dense(x, &dequantized(weight.dims(), |row| weight.row(row))?)?

@@ -12,6 +12,7 @@ use candle_core::{
     DType, Device, Tensor,
     quantized::{GgmlDType, QTensor},
 };
+use safetensors::Dtype;
 use sha2::{Digest, Sha256};
 
 use super::{
@@ -82,8 +83,14 @@ impl TensorEntry {
             {
                 numbers
             }
+            // A kernel multiplies the bytes of the file.
+            (Storage::Compute, None) if self.is_e4m3() && precision.device.is_cuda() => numbers,
             (Storage::Compute, None) => plain(self.compute_type(precision.compute)),
         }
+    }
+
+    fn is_e4m3(&self) -> bool {
+        self.kind == StoredType::Plain(Dtype::F8_E4M3)
     }
 
     /// Whether this is a matrix whose rows are whole blocks of so many numbers.
@@ -455,6 +462,16 @@ impl Checkpoint {
             self.mark_read(name);
         }
         Ok(weight)
+    }
+
+    /// The bytes of an fp8 e4m3 tensor in one piece, on `device`, and its scale; `None` for others.
+    pub(super) fn load_e4m3(&self, name: &str, device: &Device) -> Result<Option<(Tensor, f64)>> {
+        let entry = self.entries.get(name).filter(|entry| entry.is_e4m3());
+        let bytes = entry.map_or(&[][..], |entry| self.raw(entry));
+        let Some(entry) = entry.filter(|_| !bytes.is_empty()) else { return Ok(None) };
+        let bytes = Tensor::from_slice(bytes, bytes.len(), device)?;
+        self.mark_read(name);
+        Ok(Some((bytes, entry.scale.map_or(1.0, f64::from))))
     }
 
     /// The blocks of an entry that lies in one piece.

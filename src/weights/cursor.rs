@@ -10,7 +10,10 @@ use super::{
 };
 use crate::{
     error::{ModelError, Result},
-    ops::LinearWeight,
+    ops::{
+        LinearWeight,
+        cuda::{self, Format, StoredMatrix},
+    },
     progress::CancelToken,
 };
 
@@ -168,6 +171,26 @@ impl Weights {
             Storage::Q8_0 => LinearWeight::q8_0(&stored)?,
             Storage::Q4K => LinearWeight::q4_k(&stored)?,
         })
+    }
+
+    /// The matrix of a linear layer `[out, in]` in the bytes of its file, where a kernel multiplies it
+    /// so: fp8 e4m3 on a CUDA device, with activations in bf16. `None` otherwise.
+    ///
+    /// # Errors
+    /// A tensor of another shape, or a failure of the device.
+    pub fn stored_matrix(&self, name: &str, shape: [usize; 2]) -> Result<Option<StoredMatrix>> {
+        let Precision { device, compute, storage, .. } = &self.precision;
+        let [out, width] = shape;
+        let whole = width.is_multiple_of(Format::F8E4M3.block().0);
+        let suits = *storage == Storage::Compute && *compute == DType::BF16 && whole;
+        if !suits || !cuda::runs_on(device) {
+            return Ok(None);
+        }
+        let name = self.check(name, &shape)?;
+        let Some((bytes, scale)) = self.checkpoint.load_e4m3(&name, device)? else {
+            return Ok(None);
+        };
+        Ok(Some(StoredMatrix::new(bytes, Format::F8E4M3, (out, width), scale)?))
     }
 
     /// Fails when a tensor was not read and no entry of `ignored` is the start of its name.

@@ -134,9 +134,9 @@ pub(super) fn launch(device: &Device, launch: &Launch) -> Result<()> {
 }
 
 #[cfg(feature = "cuda")]
-pub(super) use device::name as device_name;
-#[cfg(feature = "cuda")]
 pub use device::{PoolCounters, keep_freed_memory, pool_counters};
+#[cfg(feature = "cuda")]
+pub(super) use device::{capability, name as device_name};
 
 #[cfg(feature = "cuda-emulation")]
 #[expect(unsafe_code, reason = "the emulation is C++")]
@@ -291,10 +291,15 @@ mod device {
         Ok(function)
     }
 
+    /// The device's compute capability.
+    pub(in super::super) fn capability(device: &CudaDevice) -> Result<(i32, i32)> {
+        device.cuda_stream().context().compute_capability().w()
+    }
+
     /// The device's name and compute capability.
     pub(in super::super) fn name(device: &CudaDevice) -> Result<String> {
         let stream = device.cuda_stream();
-        let (major, minor) = stream.context().compute_capability().w()?;
+        let (major, minor) = capability(device)?;
         Ok(format!("{}, compute capability {major}.{minor}", stream.context().name().w()?))
     }
 

@@ -12,6 +12,10 @@ use crate::ops::joint::{JointOutput, JointShape, JointStream};
 /// Rows of queries that a block owns, and its threads.
 const ROWS: usize = 128;
 const THREADS: usize = 128;
+/// Width of the heads, threads and shared memory of Hopper's kernel, which owns as many rows.
+const HOPPER_WIDTH: usize = 128;
+const HOPPER_THREADS: usize = 256;
+const HOPPER_SHARED_BYTES: usize = 160 << 10;
 /// Elements that one thread prepares.
 const TOGETHER: usize = 8;
 
@@ -43,16 +47,16 @@ pub(in crate::ops) fn joint_attention(
     }
     args.counts([h, 1]).tensor(lengths.as_ref())?.address(0);
     args.counts([0, 0, 1]).address(0).address(0).number(f64::from(shape.scale));
-    launch(
-        device,
-        &Launch {
-            kernel: format!("attention_joint_d{d}"),
-            grid: [tiles, h, b],
-            threads: THREADS,
-            shared_bytes: shared_bytes(ROWS, d),
-            args,
-        },
-    )?;
+    let grid = [tiles, h, b];
+    let start = if d == HOPPER_WIDTH && super::hopper_is_used(device) {
+        let kernel = "attention_hopper_d128".to_owned();
+        let [threads, shared_bytes] = [HOPPER_THREADS, HOPPER_SHARED_BYTES];
+        Launch { kernel, grid, threads, shared_bytes, args }
+    } else {
+        let (kernel, shared_bytes) = (format!("attention_joint_d{d}"), shared_bytes(ROWS, d));
+        Launch { kernel, grid, threads: THREADS, shared_bytes, args }
+    };
+    launch(device, &start)?;
     let [text, image] = prepared.map(Prepared::into_output);
     Ok(Some(JointOutput { text: text?, image: image? }))
 }

@@ -67,7 +67,8 @@ impl Format {
     }
 
     /// Numbers and bytes of a block.
-    fn block(self) -> (usize, usize) {
+    #[must_use]
+    pub fn block(self) -> (usize, usize) {
         match self {
             Self::Q8_0 => (32, 34),
             Self::Q4K => (256, 144),
@@ -102,8 +103,7 @@ impl StoredMatrix {
     /// # Errors
     /// A tensor that is no matrix.
     pub fn quantized(matrix: &Arc<QTensor>) -> Result<Option<Self>> {
-        let device = matrix.device();
-        let near = device.is_cuda() || (device.is_cpu() && super::emulated_order().is_some());
+        let near = super::runs_on(&matrix.device());
         let Some(format) = Format::of(matrix.dtype()).filter(|_| near) else { return Ok(None) };
         let (outs, depth) = matrix.shape().dims2()?;
         let blocks = Blocks::Quantized(Arc::clone(matrix));

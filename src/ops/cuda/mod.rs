@@ -14,7 +14,10 @@ mod linear;
 pub mod parity;
 mod rows;
 
-use std::cell::Cell;
+use std::{
+    cell::Cell,
+    sync::atomic::{AtomicBool, Ordering},
+};
 
 use candle_core::{DType, Device, Error, Result, Tensor};
 
@@ -72,6 +75,29 @@ fn with_order<T>(order: Option<u32>, work: impl FnOnce() -> T) -> T {
     work()
 }
 
+/// Whether joint attention uses Hopper's own instructions where there are any.
+static HOPPER: AtomicBool = AtomicBool::new(false);
+
+/// Lets joint attention use Hopper's own instructions on devices that have them. Off at the start,
+/// until a check on a GPU has shown that kernel right.
+pub fn use_hopper(on: bool) {
+    HOPPER.store(on, Ordering::Relaxed);
+}
+
+/// Whether `device` has Hopper's own instructions, or emulates them.
+#[must_use]
+pub fn has_hopper(device: &Device) -> bool {
+    match device {
+        #[cfg(feature = "cuda")]
+        Device::Cuda(device) => ffi::capability(device).is_ok_and(|(major, _)| major == 9),
+        device => runs_on(device),
+    }
+}
+
+fn hopper_is_used(device: &Device) -> bool {
+    HOPPER.load(Ordering::Relaxed) && has_hopper(device)
+}
+
 /// The order of an emulated block's threads, where kernels are emulated in this thread.
 fn emulated_order() -> Option<u32> {
     EMULATED.get()
@@ -85,8 +111,11 @@ pub(super) fn takes(tensors: &[&Tensor]) -> bool {
 
 /// Whether all tensors are where kernels run.
 fn are_near(tensors: &[&Tensor]) -> bool {
-    tensors.iter().all(|x| {
-        let near = x.device().is_cuda() || (x.device().is_cpu() && emulated_order().is_some());
-        near && !x.track_op()
-    })
+    tensors.iter().all(|x| runs_on(x.device()) && !x.track_op())
+}
+
+/// Whether kernels run on what lies on `device`.
+#[must_use]
+pub fn runs_on(device: &Device) -> bool {
+    device.is_cuda() || (device.is_cpu() && emulated_order().is_some())
 }

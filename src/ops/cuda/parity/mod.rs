@@ -50,6 +50,18 @@ pub fn run(device: &Device, orders: &[u32]) -> Vec<Outcome> {
     suite.outcomes
 }
 
+/// The checks of the kernel that [`use_hopper`](super::use_hopper) switches on, with it on. Run them
+/// last: a kernel that a device does not stand spoils what comes after it.
+#[must_use]
+pub fn run_hopper(device: &Device, orders: &[u32]) -> Vec<Outcome> {
+    let (device, orders) = (device.clone(), orders.to_vec());
+    let mut suite = Suite { device, orders, seed: 2, outcomes: Vec::new() };
+    super::use_hopper(true);
+    joint::check(&mut suite);
+    super::use_hopper(false);
+    suite.outcomes
+}
+
 /// A run of the checks.
 struct Suite {
     device: Device,
