@@ -355,7 +355,7 @@ fn ctrl_c_ends_with_130_and_leaves_nothing() {
 #[test]
 fn bench_tells_how_fast_each_stage_is() {
     let model = model();
-    let arguments = ["bench", "--model", &model, "--steps", "1", "--answer-tokens", "3"];
+    let arguments = ["bench", "--model", &model, "--steps", "2", "--answer-tokens", "3"];
     let sized = [&arguments[..], &["-W", "64", "-H", "32", "--json", "-q"]].concat();
     let report: serde_json::Value = serde_json::from_slice(&run(&sized, 0).stdout).unwrap();
     let rows = report["rows"].as_array().unwrap();
@@ -374,7 +374,7 @@ fn bench_tells_how_fast_each_stage_is() {
     assert_eq!(report["working_size"], serde_json::json!({ "width": 64, "height": 32 }));
     let table = String::from_utf8(run(&arguments, 0).stdout).unwrap();
     assert_eq!(table.lines().count(), 1 + expected.len(), "{table}");
-    assert!(table.contains("an edit of 1 step ") && table.contains("tokens/s"), "{table}");
+    assert!(table.contains("an edit of 2 steps") && table.contains("tokens/s"), "{table}");
     run(&["bench", "--model", &model, "-W", "64"], 2);
     run(&["bench", "--model", &model, "-W", "63", "-H", "64"], 2);
 }

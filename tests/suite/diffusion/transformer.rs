@@ -68,7 +68,8 @@ fn attention_in_bf16_changes_little() {
         };
         let exact = forward(Storage::Q8_0, AttentionType::Compute);
         let rounded = forward(Storage::Q8_0, AttentionType::LikeWeights);
-        assert_close(reference.name(), &rounded, &exact, Tolerance::Relative(5e-3));
+        // What attention rounds (3e-3 and less) moves activations over the steps of their 8 bits.
+        assert_close(reference.name(), &rounded, &exact, Tolerance::Relative(1.5e-2));
         // Matrices in float32 ask for attention in float32.
         let exact = forward(Storage::Compute, AttentionType::Compute);
         let same = forward(Storage::Compute, AttentionType::LikeWeights);
