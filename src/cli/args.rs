@@ -5,7 +5,10 @@ use std::{ffi::OsString, path::PathBuf};
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use pentimento::{LoraSource, Rng, StepCache, Strategy, diffusion::noise::CudaGrid};
 
-use super::weights_args::{ConvertArgs, ModelsCommand, PlacesArgs};
+use super::{
+    memory_args::MemoryArgs,
+    weights_args::{ConvertArgs, ModelsCommand, PlacesArgs},
+};
 
 /// Edit pictures on this machine: one sentence says what should change.
 #[derive(Debug, Parser)]
@@ -86,9 +89,8 @@ pub(crate) struct ModelArgs {
     /// Threads of the computation [default: all cores]
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u16).range(1..))]
     pub(crate) threads: Option<u16>,
-    /// Host memory that may be used, in GiB [default: what the system has free]
-    #[arg(long, value_name = "GIB", value_parser = gib)]
-    pub(crate) max_ram: Option<u64>,
+    #[command(flatten)]
+    pub(crate) memory: MemoryArgs,
 }
 
 /// Types of `--dtype`.
@@ -240,6 +242,9 @@ pub(crate) struct EditArgs {
     /// Replace the output if it exists
     #[arg(long)]
     pub(crate) force: bool,
+    /// Tell what the edit would take in memory and how it would be placed, and stop
+    #[arg(long)]
+    pub(crate) dry_run: bool,
     /// Leave prompt, seed and timings out of the picture's metadata
     #[arg(long, alias = "disable-image-metadata")]
     pub(crate) no_metadata: bool,
@@ -335,6 +340,9 @@ pub(crate) enum CacheModeArg {
 pub(crate) struct PlanArgs {
     #[command(flatten)]
     pub(crate) wish: WishArgs,
+    /// Tell what planning would take in memory, and stop
+    #[arg(long)]
+    pub(crate) dry_run: bool,
     #[command(flatten)]
     pub(crate) planner: PlannerArgs,
     #[command(flatten)]
@@ -568,16 +576,6 @@ fn area(text: &str) -> Result<u64, String> {
         .ok_or_else(|| "an area is a number of pixels above 0".to_owned())
 }
 
-fn gib(text: &str) -> Result<u64, String> {
-    const BYTES_PER_GIB: f64 = 1_073_741_824.0;
-    let gib: f64 = text.parse().map_err(|error| format!("{error}"))?;
-    if !(gib > 0.0 && gib < 1e6) {
-        return Err("expected a number of GiB above 0".to_owned());
-    }
-    #[expect(clippy::cast_possible_truncation, clippy::cast_sign_loss, reason = "checked above")]
-    Ok((gib * BYTES_PER_GIB) as u64)
-}
-
 /// The arguments of the process.
 pub(crate) fn parse(arguments: impl IntoIterator<Item = OsString>) -> Result<Cli, clap::Error> {
     Cli::try_parse_from(arguments)
@@ -604,8 +602,6 @@ mod tests {
         assert_eq!(seed("-1"), Ok(SeedArg::Random));
         assert_eq!(seed("18446744073709551615"), Ok(SeedArg::Number(u64::MAX)));
         assert!(seed("-2").is_err() && seed("1.5").is_err());
-        assert_eq!(gib("0.5"), Ok(1 << 29));
-        assert!(gib("-1").is_err() && gib("nan").is_err());
         assert_eq!(zero_cond_t("qwen_image_zero_cond_t=true"), Ok(true));
         assert!(zero_cond_t("qwen_image_zero_cond_t").is_err() && zero_cond_t("x=true").is_err());
         assert_eq!(rng("cuda"), Ok(Rng::Cuda(CudaGrid::UNLIMITED)));

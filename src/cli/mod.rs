@@ -10,6 +10,8 @@ mod eval;
 mod exit;
 mod info;
 mod lora_tags;
+mod memory;
+mod memory_args;
 mod model;
 mod models;
 mod places;

@@ -39,8 +39,8 @@ impl Linear {
 
     fn with_bias(weights: &Weights, shape: [usize; 2], bias: Option<Tensor>) -> Result<Self> {
         let matrix = PackedLinear::new(weights.linear_weight("weight", shape)?, bias)?;
-        let changes = weights.take_changes().into_iter().map(LowRank::new);
-        Ok(Self { matrix, changes: changes.collect::<Result<_>>()? })
+        let changes = weights.take_changes().into_iter().map(LowRank::new).collect();
+        Ok(Self { matrix, changes })
     }
 
     /// Whether the matrix is kept in fewer bits than float32.
