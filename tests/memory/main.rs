@@ -5,13 +5,9 @@
 #![expect(clippy::unwrap_used, clippy::cast_precision_loss, reason = "a test may panic")]
 #![expect(clippy::print_stderr, reason = "the comparison is a table to look at")]
 
-use std::{
-    alloc::{GlobalAlloc, Layout, System},
-    cell::RefCell,
-    path::Path,
-    sync::atomic::{AtomicUsize, Ordering},
-};
+use std::{cell::RefCell, path::Path};
 
+use peak_alloc::PeakAlloc;
 use pentimento::{
     Device, EditRequest, Engine, EngineOptions, Event, ModelSource, PlacementOptions, Stage,
     StageMemory,
@@ -20,47 +16,8 @@ use pentimento::{
     weights::{Precision, Storage},
 };
 
-struct Counting;
-
-static NOW: AtomicUsize = AtomicUsize::new(0);
-static PEAK: AtomicUsize = AtomicUsize::new(0);
-
-fn taken(bytes: usize) {
-    let now = NOW.fetch_add(bytes, Ordering::Relaxed) + bytes;
-    PEAK.fetch_max(now, Ordering::Relaxed);
-}
-
-#[expect(unsafe_code, reason = "an allocator is unsafe to implement")]
-// SAFETY: every call goes to the system's allocator as it came; only numbers are kept beside it.
-unsafe impl GlobalAlloc for Counting {
-    unsafe fn alloc(&self, layout: Layout) -> *mut u8 {
-        taken(layout.size());
-        // SAFETY: the caller's promises are passed on.
-        unsafe { System.alloc(layout) }
-    }
-
-    unsafe fn alloc_zeroed(&self, layout: Layout) -> *mut u8 {
-        taken(layout.size());
-        // SAFETY: the caller's promises are passed on.
-        unsafe { System.alloc_zeroed(layout) }
-    }
-
-    unsafe fn dealloc(&self, pointer: *mut u8, layout: Layout) {
-        NOW.fetch_sub(layout.size(), Ordering::Relaxed);
-        // SAFETY: the caller's promises are passed on.
-        unsafe { System.dealloc(pointer, layout) }
-    }
-
-    unsafe fn realloc(&self, pointer: *mut u8, layout: Layout, size: usize) -> *mut u8 {
-        taken(size);
-        NOW.fetch_sub(layout.size(), Ordering::Relaxed);
-        // SAFETY: the caller's promises are passed on.
-        unsafe { System.realloc(pointer, layout, size) }
-    }
-}
-
 #[global_allocator]
-static ALLOCATOR: Counting = Counting;
+static ALLOCATOR: PeakAlloc = PeakAlloc;
 
 /// What a stage took at most, counted.
 struct Measured {
@@ -74,25 +31,25 @@ fn bytes(count: usize) -> u64 {
 
 /// What tokenizer, templates and configs take, which are there before anything is estimated.
 fn opened(source: &ModelSource) -> usize {
-    let before = NOW.load(Ordering::Relaxed);
+    let before = ALLOCATOR.current_usage();
     let files = source.files().unwrap();
     let model = VisionLanguageModel::open(&files, "text_encoder", &Precision::reference()).unwrap();
-    let bytes = NOW.load(Ordering::Relaxed) - before;
+    let bytes = ALLOCATOR.current_usage() - before;
     drop(model);
     bytes
 }
 
 /// Runs one edit; returns the highest count of each stage, less what was there before.
 fn measure(source: &ModelSource, options: &EngineOptions, request: &EditRequest) -> Vec<Measured> {
-    let before = NOW.load(Ordering::Relaxed) + opened(source);
+    let before = ALLOCATOR.current_usage() + opened(source);
     let measured = RefCell::new(Vec::new());
     let engine = Engine::open_for(source, options, request, &()).unwrap();
     let observer = |event: &Event<'_>| match *event {
         Event::Step { step: 0, .. } => {
-            PEAK.store(NOW.load(Ordering::Relaxed), Ordering::Relaxed);
+            ALLOCATOR.reset_peak_usage();
         }
         Event::StageDone { stage, .. } => {
-            let peak = PEAK.load(Ordering::Relaxed).saturating_sub(before);
+            let peak = ALLOCATOR.peak_usage().saturating_sub(before);
             measured.borrow_mut().push(Measured { stage, bytes: bytes(peak) });
         }
         _ => {}
