@@ -35,15 +35,15 @@ pub use diffusion::StepCache;
 pub use editor::{
     Assistant, BENCH_VERSION, BenchReport, BenchRequest, BenchRow, ConvertOutcome, ConvertRequest,
     EditVersion, Engine, EngineOptions, LoraSource, ModelInfo, ModelParts, ModelSource,
-    PlannerSource, convert,
+    PlacementOptions, PlannerSource, convert,
 };
 pub use error::{Error, ModelError, PictureError, RequestError, Result};
 pub use memory::Device;
 pub use plan::{Plan, PlanOptions, PlannedBy, Planner};
 pub use progress::{CancelToken, Event, Observer, Stage};
 pub use request::{
-    AskOutcome, AskRequest, EditOutcome, EditRequest, HandOver, PlanOutcome, PlanRequest, Rng,
-    StageReport, Strategy, WeightShare,
+    AskOutcome, AskRequest, EditOutcome, EditRequest, HandOver, MemoryPlan, Placement, PlanOutcome,
+    PlanRequest, Rng, StageMemory, StageReport, Strategy, WeightShare,
 };
 
 pub use whole_file::Overwrite;

@@ -5,7 +5,8 @@ use std::time::Duration;
 use serde::Serialize;
 
 use crate::{
-    diffusion::{StepCache, noise::CudaGrid},
+    diffusion::{Residency, StepCache, noise::CudaGrid},
+    memory::Rung,
     pixels::{Picture, Size},
     plan::{Plan, PlanOptions, PlannedBy},
     progress::{CancelToken, Stage},
@@ -170,6 +171,70 @@ fn milliseconds<S: serde::Serializer>(elapsed: &Duration, to: S) -> Result<S::Ok
     to.serialize_f64(elapsed.as_secs_f64() * 1e3)
 }
 
+/// Which weights stay in memory, and how the autoencoder works: the first of these ways that fits.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
+pub struct Placement {
+    /// Whether the vision-language model and the transformer take turns in memory: the one is
+    /// dropped before the other is read from its file (again).
+    pub take_turns: bool,
+    /// Which of the transformer's weights stay while it has its turn.
+    pub transformer: Residency,
+    /// Side of the tiles that the autoencoder works in, in pixels; `None` leaves it to
+    /// [`Tiling::default`](crate::diffusion::vae::Tiling).
+    pub tile_px: Option<usize>,
+}
+
+impl Placement {
+    /// Everything stays.
+    pub const RESIDENT: Self =
+        Self { take_turns: false, transformer: Residency::Resident, tile_px: None };
+}
+
+/// Memory that one stage of a request takes at most, in bytes, where the computation runs.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
+pub struct StageMemory {
+    /// The stage.
+    pub stage: Stage,
+    /// Weights that are in memory.
+    pub weights_bytes: u64,
+    /// Everything else: activations, keys and values, pictures, what is kept for later.
+    pub activation_bytes: u64,
+}
+
+impl StageMemory {
+    /// Both together.
+    #[must_use]
+    pub fn in_use_bytes(&self) -> u64 {
+        self.weights_bytes + self.activation_bytes
+    }
+}
+
+/// How a request's work is placed in memory, and what it takes, said before anything is loaded.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+#[non_exhaustive]
+pub struct MemoryPlan {
+    /// The way that was chosen, or the smallest where none fits.
+    pub placement: Placement,
+    /// The stages in their order.
+    pub stages: Vec<StageMemory>,
+    /// The most that is in use at a time, in bytes.
+    pub peak_bytes: u64,
+    /// What may be used, in bytes, where that is known.
+    pub available_bytes: Option<u64>,
+    /// What would fit instead, where this does not.
+    pub hint: Option<String>,
+    /// What was done besides when memory ran out all the same.
+    pub made_room: Vec<Rung>,
+}
+
+impl MemoryPlan {
+    /// Whether it fits.
+    #[must_use]
+    pub fn fits(&self) -> bool {
+        self.hint.is_none()
+    }
+}
+
 /// What the weights of one part of an engine take.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
 pub struct WeightShare {
@@ -207,6 +272,8 @@ pub struct EditOutcome {
     pub prompts: Vec<String>,
     /// Time and memory, stage by stage.
     pub stages: Vec<StageReport>,
+    /// How the work was placed in memory.
+    pub memory: MemoryPlan,
     /// What was done, but not quite as asked.
     pub notes: Vec<String>,
 }

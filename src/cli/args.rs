@@ -5,7 +5,11 @@ use std::{ffi::OsString, path::PathBuf};
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use pentimento::{LoraSource, Rng, StepCache, Strategy, diffusion::noise::CudaGrid};
 
-use super::weights_args::{ConvertArgs, ModelsCommand, PlacesArgs};
+use super::{
+    eval_args::{BenchArgs, EvalCommand},
+    memory_args::MemoryArgs,
+    weights_args::{ConvertArgs, ModelsCommand, PlacesArgs},
+};
 
 /// Edit pictures on this machine: one sentence says what should change.
 #[derive(Debug, Parser)]
@@ -86,9 +90,8 @@ pub(crate) struct ModelArgs {
     /// Threads of the computation [default: all cores]
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u16).range(1..))]
     pub(crate) threads: Option<u16>,
-    /// Host memory that may be used, in GiB [default: what the system has free]
-    #[arg(long, value_name = "GIB", value_parser = gib)]
-    pub(crate) max_ram: Option<u64>,
+    #[command(flatten)]
+    pub(crate) memory: MemoryArgs,
 }
 
 /// Types of `--dtype`.
@@ -240,6 +243,9 @@ pub(crate) struct EditArgs {
     /// Replace the output if it exists
     #[arg(long)]
     pub(crate) force: bool,
+    /// Tell what the edit would take in memory and how it would be placed, and stop
+    #[arg(long)]
+    pub(crate) dry_run: bool,
     /// Leave prompt, seed and timings out of the picture's metadata
     #[arg(long, alias = "disable-image-metadata")]
     pub(crate) no_metadata: bool,
@@ -335,6 +341,9 @@ pub(crate) enum CacheModeArg {
 pub(crate) struct PlanArgs {
     #[command(flatten)]
     pub(crate) wish: WishArgs,
+    /// Tell what planning would take in memory, and stop
+    #[arg(long)]
+    pub(crate) dry_run: bool,
     #[command(flatten)]
     pub(crate) planner: PlannerArgs,
     #[command(flatten)]
@@ -361,102 +370,6 @@ pub(crate) struct AskArgs {
     /// Seed of the sampling; -1 or absent draws one
     #[arg(short, long, value_name = "N", allow_hyphen_values = true, value_parser = seed)]
     pub(crate) seed: Option<SeedArg>,
-    #[command(flatten)]
-    pub(crate) model: ModelArgs,
-    #[command(flatten)]
-    pub(crate) report: ReportArgs,
-}
-
-/// `pentimento eval`
-#[derive(Debug, Subcommand)]
-pub(crate) enum EvalCommand {
-    /// Held-out scenes of the miniature world, judged by its strict readout
-    Scenes(Box<ScenesArgs>),
-    /// What many passes do to a picture: an object recolored to and fro, handed on in either way
-    Drift(Box<DriftArgs>),
-}
-
-/// `pentimento eval drift`
-#[derive(Debug, Args)]
-pub(crate) struct DriftArgs {
-    /// Draws the scenes
-    #[arg(short, long, value_name = "N", default_value_t = 7)]
-    pub(crate) seed: u32,
-    /// Scenes
-    #[arg(short = 'N', long, value_name = "N", default_value_t = 20)]
-    pub(crate) count: u32,
-    /// Passes on each, an even number
-    #[arg(long, value_name = "N", default_value_t = 10)]
-    pub(crate) passes: usize,
-    #[command(flatten)]
-    pub(crate) lora: LoraArgs,
-    #[command(flatten)]
-    pub(crate) model: ModelArgs,
-    #[command(flatten)]
-    pub(crate) report: ReportArgs,
-}
-
-/// `pentimento eval scenes`
-#[derive(Debug, Args)]
-pub(crate) struct ScenesArgs {
-    /// Draws the held-out cases; the same seed gives the same cases and the same pictures
-    #[arg(short, long, value_name = "N", default_value_t = 7)]
-    pub(crate) seed: u32,
-    /// Cases of each row of the table, or pairs on the contact sheet
-    #[arg(short = 'N', long, value_name = "N", default_value_t = 30)]
-    pub(crate) count: u32,
-    /// Only these parts; may be repeated or separated by commas [default: all]
-    #[arg(long, value_enum, value_name = "PART", value_delimiter = ',')]
-    pub(crate) only: Vec<PartArg>,
-    /// Draw inputs beside results of the first cases into this file instead of measuring
-    #[arg(long, value_name = "FILE")]
-    pub(crate) contact_sheet: Option<PathBuf>,
-    /// How the requests of the contact sheet are carried out
-    #[arg(long, value_enum, default_value_t = StrategyArg::Direct, requires = "contact_sheet")]
-    pub(crate) strategy: StrategyArg,
-    /// Replace the contact sheet if it exists
-    #[arg(long, requires = "contact_sheet")]
-    pub(crate) force: bool,
-    #[command(flatten)]
-    pub(crate) cache: CacheArgs,
-    #[command(flatten)]
-    pub(crate) lora: LoraArgs,
-    #[command(flatten)]
-    pub(crate) planner: PlannerArgs,
-    #[command(flatten)]
-    pub(crate) model: ModelArgs,
-    #[command(flatten)]
-    pub(crate) report: ReportArgs,
-}
-
-/// Parts of `--only`.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
-pub(crate) enum PartArg {
-    /// One wish, said directly: each operation
-    Single,
-    /// One wish, said in other ways, also in ones that training never sees
-    Wordings,
-    /// Two to four wishes in one request: without the planner, through it, and with faultless plans
-    Many,
-    /// What the decomposition agent makes of a request, without a grammar
-    Decomposition,
-}
-
-/// `pentimento bench`
-#[derive(Debug, Args)]
-pub(crate) struct BenchArgs {
-    /// Width of the working size [default: that of a square of the model's area]
-    #[arg(short = 'W', long, value_name = "PX", requires = "height")]
-    pub(crate) width: Option<u32>,
-    /// Height of the working size
-    #[arg(short = 'H', long, value_name = "PX", requires = "width")]
-    pub(crate) height: Option<u32>,
-    /// Denoising steps to measure; their mean is shown
-    #[arg(long, value_name = "N", default_value_t = 2)]
-    pub(crate) steps: usize,
-    /// Tokens of the answer to measure
-    #[arg(long, value_name = "N", default_value_t = 32)]
-    pub(crate) answer_tokens: usize,
     #[command(flatten)]
     pub(crate) model: ModelArgs,
     #[command(flatten)]
@@ -568,16 +481,6 @@ fn area(text: &str) -> Result<u64, String> {
         .ok_or_else(|| "an area is a number of pixels above 0".to_owned())
 }
 
-fn gib(text: &str) -> Result<u64, String> {
-    const BYTES_PER_GIB: f64 = 1_073_741_824.0;
-    let gib: f64 = text.parse().map_err(|error| format!("{error}"))?;
-    if !(gib > 0.0 && gib < 1e6) {
-        return Err("expected a number of GiB above 0".to_owned());
-    }
-    #[expect(clippy::cast_possible_truncation, clippy::cast_sign_loss, reason = "checked above")]
-    Ok((gib * BYTES_PER_GIB) as u64)
-}
-
 /// The arguments of the process.
 pub(crate) fn parse(arguments: impl IntoIterator<Item = OsString>) -> Result<Cli, clap::Error> {
     Cli::try_parse_from(arguments)
@@ -604,8 +507,6 @@ mod tests {
         assert_eq!(seed("-1"), Ok(SeedArg::Random));
         assert_eq!(seed("18446744073709551615"), Ok(SeedArg::Number(u64::MAX)));
         assert!(seed("-2").is_err() && seed("1.5").is_err());
-        assert_eq!(gib("0.5"), Ok(1 << 29));
-        assert!(gib("-1").is_err() && gib("nan").is_err());
         assert_eq!(zero_cond_t("qwen_image_zero_cond_t=true"), Ok(true));
         assert!(zero_cond_t("qwen_image_zero_cond_t").is_err() && zero_cond_t("x=true").is_err());
         assert_eq!(rng("cuda"), Ok(Rng::Cuda(CudaGrid::UNLIMITED)));

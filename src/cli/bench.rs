@@ -3,7 +3,7 @@
 use indicatif::BinaryBytes;
 use pentimento::{BenchReport, BenchRequest, BenchRow, Engine, Result};
 
-use super::{args::BenchArgs, model, progress::Bar};
+use super::{eval_args::BenchArgs, model, progress::Bar};
 
 pub(crate) fn run(args: &BenchArgs) -> Result<()> {
     let request = BenchRequest {

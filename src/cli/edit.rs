@@ -10,7 +10,7 @@ use serde_json::json;
 
 use super::{
     args::{EditArgs, HandOverArg},
-    lora_tags, model, plan,
+    lora_tags, memory, model, plan,
     progress::Bar,
     steps::KeptSteps,
 };
@@ -19,11 +19,15 @@ pub(crate) fn run(args: EditArgs) -> Result<()> {
     let overwrite = if args.force { Overwrite::Replace } else { Overwrite::Refuse };
     let to_stdout = args.output.as_os_str() == "-";
     // What would make the result impossible to write is told before any work.
-    if !to_stdout {
+    if !to_stdout && !args.dry_run {
         pixels::check_output(&args.output, overwrite)?;
     }
     let (request, tagged) = request(&args)?;
-    let kept = args.keep_steps.as_deref().map(|folder| KeptSteps::new(folder, overwrite));
+    let kept = args
+        .keep_steps
+        .as_deref()
+        .filter(|_| !args.dry_run)
+        .map(|folder| KeptSteps::new(folder, overwrite));
     let kept = kept.transpose()?;
     let bar = Bar::new(args.report.quiet);
     for note in request.pictures.iter().flat_map(|picture| &picture.notes) {
@@ -32,13 +36,19 @@ pub(crate) fn run(args: EditArgs) -> Result<()> {
     let mut options = model::editor_options(&args.model, &args.lora, &request.cancel)?;
     options.planner = plan::source(&args.planner)?;
     options.loras.extend(tagged);
+    let source = model::source(&args.model)?;
+    if args.dry_run {
+        let plan = Engine::memory(&source, &options, &request, &bar);
+        bar.clear();
+        return memory::print(&plan?, args.report.json);
+    }
     let observer = |event: &Event<'_>| {
         bar.event(event);
         if let Some(kept) = &kept {
             kept.event(event);
         }
     };
-    let result = Engine::open(&model::source(&args.model)?, &options, &bar)
+    let result = Engine::open_for(&source, &options, &request, &bar)
         .and_then(|engine| Ok((engine.edit(&request, &observer)?, engine)));
     bar.clear();
     let (outcome, engine) = result?;
@@ -197,6 +207,7 @@ fn summary(
         "prompts": outcome.prompts,
         "planner": { "shares_text_encoder": engine.planner_is_shared() },
         "weights": engine.weights(),
+        "memory": outcome.memory,
         "model": {
             "name": engine.model().name,
             "version": engine.model().version,

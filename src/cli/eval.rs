@@ -13,7 +13,7 @@ use pentimento::{
 use serde_json::json;
 
 use super::{
-    args::{DriftArgs, PartArg, ScenesArgs},
+    eval_args::{DriftArgs, PartArg, ScenesArgs},
     model, plan,
     progress::Bar,
 };

@@ -7,9 +7,12 @@ mod convert;
 mod doctor;
 mod edit;
 mod eval;
+mod eval_args;
 mod exit;
 mod info;
 mod lora_tags;
+mod memory;
+mod memory_args;
 mod model;
 mod models;
 mod places;
@@ -27,7 +30,8 @@ use clap::CommandFactory;
 use pentimento::{CancelToken, Error, Result};
 
 use self::{
-    args::{Cli, Command, EvalCommand},
+    args::{Cli, Command},
+    eval_args::EvalCommand,
     weights_args::ModelsCommand,
 };
 

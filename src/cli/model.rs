@@ -3,7 +3,8 @@
 use std::{io::Read, path::Path};
 
 use pentimento::{
-    CancelToken, Device, EngineOptions, LoraSource, ModelParts, ModelSource, PlannerSource, Result,
+    CancelToken, Device, EngineOptions, LoraSource, ModelParts, ModelSource, PlacementOptions,
+    PlannerSource, Result,
     library::{self, Want},
     memory::Budget,
     pixels::{Limits, Picture},
@@ -12,6 +13,7 @@ use pentimento::{
 
 use super::{
     args::{DtypeArg, LoraArgs, ModelArgs},
+    memory_args::MemoryArgs,
     places,
 };
 
@@ -63,10 +65,15 @@ pub(crate) fn options(args: &ModelArgs, cancel: &CancelToken) -> Result<EngineOp
             DtypeArg::Q8_0 => Some(Storage::Q8_0),
             DtypeArg::Q4K => Some(Storage::Q4K),
         },
-        budget: Budget { bytes_max: args.max_ram },
+        budget: Budget {
+            ram: args.memory.max_ram.unwrap_or_default(),
+            vram: args.memory.max_vram.unwrap_or_default(),
+        },
+        placement: placement(&args.memory),
         planner: PlannerSource::default(),
         loras: Vec::new(),
         no_lightning_defaults: false,
+        memory: None,
         cancel: cancel.clone(),
     })
 }
@@ -80,6 +87,16 @@ pub(crate) fn editor_options(
     let loras = loras(&lora.files, args)?;
     let no_lightning_defaults = lora.no_lightning_defaults;
     Ok(EngineOptions { loras, no_lightning_defaults, ..options(args, cancel)? })
+}
+
+/// The ways to save memory that were asked for.
+fn placement(args: &MemoryArgs) -> PlacementOptions {
+    let tile_px = args.vae_tile_size.map(usize::from);
+    PlacementOptions {
+        take_turns: args.offload,
+        stream_blocks: args.stream_layers,
+        tiles: (args.vae_tiling || tile_px.is_some()).then_some(tile_px),
+    }
 }
 
 /// The pictures of a request; `-` is stdin and may stand once.

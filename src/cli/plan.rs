@@ -10,7 +10,7 @@ use serde_json::json;
 
 use super::{
     args::{PlanArgs, PlannerArgs, PromptArgs},
-    lora_tags, model,
+    lora_tags, memory, model,
     progress::Bar,
 };
 
@@ -41,7 +41,13 @@ pub(crate) fn run(args: &PlanArgs) -> Result<()> {
             bar.event(event); // the plan itself goes to stdout
         }
     };
-    let outcome = Assistant::open(&model::source(&args.model)?, &engine, &observer)
+    let model = model::source(&args.model)?;
+    if args.dry_run {
+        let plan = Assistant::memory(&model, &engine, &request, &observer);
+        bar.clear();
+        return memory::print(&plan?, args.report.json);
+    }
+    let outcome = Assistant::open(&model, &engine, &observer)
         .and_then(|assistant| assistant.plan(&request, &observer));
     bar.clear();
     let outcome = outcome?;

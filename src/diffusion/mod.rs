@@ -61,10 +61,10 @@ use vae::{Autoencoder, Tiling};
 
 pub use denoise::{Denoise, Denoised};
 pub(crate) use finite::require_finite;
-pub use qwen_image::{Conditioning, Grid, StepCache, Transformer};
+pub use qwen_image::{Conditioning, Grid, Residency, StepCache, Transformer};
 
 /// Side of a token in latent pixels.
-const LATENTS_PER_TOKEN: usize = 2;
+pub(crate) const LATENTS_PER_TOKEN: usize = 2;
 
 /// The parts of a pipeline that make pictures: transformer, autoencoder and schedule.
 #[derive(Debug)]
@@ -93,10 +93,26 @@ impl DiffusionModel {
         precision: &Precision,
         changes: LowRankChanges,
     ) -> Result<Self> {
+        let model = Self::open(files, precision, changes, Residency::Resident)?;
+        model.transformer.fill(&precision.cancel)?;
+        Ok(model)
+    }
+
+    /// As [`Self::load_changed`], but the transformer's blocks are read later; see
+    /// [`Transformer::open`].
+    ///
+    /// # Errors
+    /// As [`Self::load_changed`].
+    pub fn open(
+        files: &ModelFiles,
+        precision: &Precision,
+        changes: LowRankChanges,
+        residency: Residency,
+    ) -> Result<Self> {
         // The small parts first, so that their faults show before gigabytes are read.
         let schedule = ScheduleConfig::load(files)?;
         let autoencoder = Autoencoder::load(files, precision)?;
-        let transformer = Transformer::load_changed(files, precision, changes)?;
+        let transformer = Transformer::open(files, precision, changes, residency)?;
         let (found, expected) =
             (autoencoder.config().latent_channels, transformer.config().latent_channels());
         if found != expected {

@@ -118,6 +118,8 @@ impl Engine {
         let load = self.load_report();
         let mut rows = vec![BenchRow::new("load", load.elapsed, None)];
         rows[0].peak_resident_bytes = load.peak_resident_bytes;
+        self.settle(&edit)?;
+        self.before_reading(true)?;
         rows.extend(self.bench_vlm(request, &edit, seen_size, observer)?);
         let begin = Instant::now();
         let outcome = self.edit(&edit, observer)?;

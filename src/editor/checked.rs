@@ -1,6 +1,6 @@
 //! A request with every default filled in and every field checked.
 
-use super::{Engine, estimate, pipeline::Pipeline, plan_sizes::Sizes};
+use super::{Engine, pipeline::Pipeline, plan_sizes::Sizes};
 use crate::{
     diffusion::{Grid, noise::NoiseSource, schedule::Schedule},
     error::{Error, RequestError, Result},
@@ -45,7 +45,6 @@ impl<'a> Checked<'a> {
         let sizes = Sizes::plan(pipeline, request, token_px(engine)?)?;
         let grid = grid(engine, sizes.working)?;
         let schedule = engine.diffusion.schedule().schedule(steps, grid.tokens())?;
-        check_activations(engine, &sizes)?;
         let (negative, mut notes) = guidance(request, cfg_scale);
         notes.extend(engine.loras.notes(steps));
         let seed = request.seed.unwrap_or_else(random_seed);
@@ -110,22 +109,6 @@ fn check_plan(request: &EditRequest) -> Result<()> {
         }
         None => Ok(()),
     }
-}
-
-fn check_activations(engine: &Engine, sizes: &Sizes) -> Result<()> {
-    let diffusion = &engine.diffusion;
-    let mut tokens = PROMPT_TOKENS_MAX;
-    for &size in std::iter::once(&sizes.working).chain(&sizes.latent) {
-        tokens += grid(engine, size)?.tokens();
-    }
-    let widths = estimate::Widths {
-        transformer: diffusion.transformer().config().dim(),
-        autoencoder: diffusion.autoencoder().config().base_dim,
-    };
-    let largest = sizes.latent.iter().map(|size| size.pixels()).max().unwrap_or(0);
-    let bytes = estimate::activation_bytes(tokens, largest, widths);
-    let what = format!("the activations at {}", sizes.working);
-    engine.budget.check(&what, bytes, "choose a smaller --area, or -W and -H")
 }
 
 /// Whether guidance runs, as in diffusers: with a negative prompt, which may be empty, and a scale

@@ -4,6 +4,7 @@ use super::{
     Engine,
     checked::{Checked, check_length},
     pass::Work,
+    placement,
     planning::PlanWork,
     stages::Stages,
 };
@@ -11,7 +12,7 @@ use crate::{
     diffusion::StepCache,
     error::Result,
     plan::{Plan, PlannedBy},
-    progress::{Event, Observer},
+    progress::{Event, Observer, Stage},
     request::{EditOutcome, EditRequest, Strategy},
 };
 
@@ -37,10 +38,13 @@ pub(super) fn run(
     let checked = Checked::new(engine, request)?;
     let mut notes = checked.notes.clone();
     let mut stages = Stages::new(observer);
-    let mut work = Work::begin(engine, &checked);
+    let mut memory = engine.settle(request)?;
+    let layers = engine.diffusion.transformer().config().layers;
+    notes.extend(placement::note(memory.placement, layers));
+    let mut work = Work::begin(engine, &checked)?;
 
     // 1. The planner says what the editor is told.
-    let course = course(engine, &checked, &work, &mut stages)?;
+    let course = course(engine, &checked, &mut work, &mut stages)?;
     if course.planned_by == Some(PlannedBy::Rule) {
         notes.push(ORDERED_BY_RULE.to_owned());
     }
@@ -72,6 +76,13 @@ pub(super) fn run(
         notes.push(note);
     }
 
+    memory.placement = engine.residence.placement();
+    memory.made_room = work.rungs().to_vec();
+    for rung in &memory.made_room {
+        let note = format!("memory ran out after all: {}", rung.label());
+        observer.event(&Event::Note(&note));
+        notes.push(note);
+    }
     Ok(EditOutcome {
         picture: work.picture()?,
         reused: work.reused(),
@@ -84,6 +95,7 @@ pub(super) fn run(
         planned_by: course.planned_by,
         prompts: course.prompts,
         stages: stages.finish(),
+        memory,
         notes,
     })
 }
@@ -103,7 +115,7 @@ fn reuse_note(checked: &Checked<'_>, passes: usize, reused: usize, cache: StepCa
 fn course(
     engine: &Engine,
     checked: &Checked<'_>,
-    work: &Work<'_>,
+    work: &mut Work<'_>,
     stages: &mut Stages<'_>,
 ) -> Result<Course> {
     let request = checked.request;
@@ -119,7 +131,10 @@ fn course(
                 options: &request.planner,
                 cancel: &request.cancel,
             };
-            let planning = engine.planner.plan(&engine.vlm, &plan_work, stages)?;
+            let planning = work.climb(Stage::Plan, |_| {
+                engine.before_planning()?;
+                engine.planner.plan(&engine.vlm, &plan_work, stages)
+            })?;
             (planning.plan, Some(planning.planned_by))
         }
     };

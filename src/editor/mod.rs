@@ -13,12 +13,14 @@ mod lora;
 mod memo;
 mod pass;
 mod pipeline;
+mod placement;
 mod plan_sizes;
 mod planning;
+mod residence;
 mod source;
 mod stages;
 
-use std::time::Duration;
+use std::{collections::BTreeMap, time::Duration};
 
 use image::RgbImage;
 
@@ -28,27 +30,30 @@ pub use self::{
     inspect::{EditVersion, ModelInfo, PartInfo},
     lora::LoraSource,
     pipeline::Kind,
+    placement::PlacementOptions,
     planning::PlannerSource,
     source::{ModelParts, ModelSource},
 };
 use self::{
+    estimate::Known,
     inspect::PARTS,
     lora::{LoadedLoras, Loras},
     memo::Memo,
     pipeline::Pipeline,
     plan_sizes::Sizes,
     planning::{ENCODER, PlanWork, PlannerParts},
+    residence::{Opened, Residence},
     stages::Stages,
 };
 use crate::{
     diffusion::DiffusionModel,
     error::{Error, Result},
-    memory::{Budget, Device},
+    memory::{self, Budget, Device, DeviceMemory, Holding},
     pixels::Size,
     progress::{CancelToken, Event, Observer, Stage},
     request::{
-        AskOutcome, AskRequest, EditOutcome, EditRequest, PlanOutcome, PlanRequest, StageReport,
-        WeightShare,
+        AskOutcome, AskRequest, EditOutcome, EditRequest, MemoryPlan, PlanOutcome, PlanRequest,
+        StageReport, WeightShare,
     },
     vlm::VisionLanguageModel,
     weights::{AttentionType, LoraReport, ModelFiles, Precision, Storage},
@@ -61,14 +66,19 @@ pub struct EngineOptions {
     pub device: Device,
     /// How the matrices of linear layers are kept in memory; `None` is the type of the computation.
     pub storage: Option<Storage>,
-    /// A ceiling for host memory.
+    /// Ceilings for the memory of host and GPU.
     pub budget: Budget,
+    /// Ways to save memory that are wanted whatever fits.
+    pub placement: PlacementOptions,
     /// Which model plans, where it is not the editor's own.
     pub planner: PlannerSource,
     /// LoRA files for the transformer; their changes add up.
     pub loras: Vec<LoraSource>,
     /// Keep the model's own schedule, steps and guidance with a Lightning file.
     pub no_lightning_defaults: bool,
+    /// Whose memory is taken, where it is shared with others or simulated; `None` is that of the
+    /// device.
+    pub memory: Option<DeviceMemory>,
     /// Stops the loading of weights.
     pub cancel: CancelToken,
 }
@@ -108,13 +118,18 @@ pub struct Engine {
     diffusion: DiffusionModel,
     loras: LoadedLoras,
     memo: Memo,
+    known: Known,
+    precision: Precision,
     budget: Budget,
+    placement_options: PlacementOptions,
+    residence: Residence,
     weights: Vec<WeightShare>,
     load: StageReport,
 }
 
 impl Engine {
-    /// Checks a model's files and reads its weights into memory.
+    /// Checks a model's files and reads its weights into memory, as far as they are to stay there
+    /// for edits of a picture of the model's own area.
     ///
     /// # Errors
     /// Files that are missing, damaged or of another kind; a device that cannot be opened; not
@@ -124,16 +139,51 @@ impl Engine {
         options: &EngineOptions,
         observer: &dyn Observer,
     ) -> Result<Self> {
+        Self::open_placed(source, options, None, observer)
+    }
+
+    /// As [`Self::open`], for `request` to come first: what stays in memory is chosen for it.
+    ///
+    /// # Errors
+    /// As [`Self::open`]; a request that cannot be carried out.
+    pub fn open_for(
+        source: &ModelSource,
+        options: &EngineOptions,
+        request: &EditRequest,
+        observer: &dyn Observer,
+    ) -> Result<Self> {
+        Self::open_placed(source, options, Some(request), observer)
+    }
+
+    /// What a request would take in memory and how it would be placed, told without loading
+    /// anything large.
+    ///
+    /// # Errors
+    /// As [`Self::open_for`], but not for memory: see [`MemoryPlan::fits`].
+    pub fn memory(
+        source: &ModelSource,
+        options: &EngineOptions,
+        request: &EditRequest,
+        observer: &dyn Observer,
+    ) -> Result<MemoryPlan> {
         let files = source.files()?;
-        files.require_parts(&PARTS.map(|(part, _)| part))?;
-        let mut pipeline = Pipeline::read(&files)?;
-        fit::check_parts(&files)?;
         let loras = Loras::open(&options.loras, !options.no_lightning_defaults)?;
-        let lightning = loras.lightning_steps();
-        if let Some(steps) = lightning {
-            (pipeline.steps, pipeline.cfg_scale) = (steps, 1.0);
-        }
-        let info = ModelInfo::from_pipeline(&files, &pipeline)?;
+        let precision = options.precision()?;
+        open_models(&files, options, &loras, precision, observer)?.place(Some(request), options)
+    }
+
+    fn open_placed(
+        source: &ModelSource,
+        options: &EngineOptions,
+        request: Option<&EditRequest>,
+        observer: &dyn Observer,
+    ) -> Result<Self> {
+        let files = source.files()?;
+        let loras = Loras::open(&options.loras, !options.no_lightning_defaults)?;
+        let lightning = loras.lightning_steps().is_some();
+        let precision = options.precision()?;
+        let opened = open_models(&files, options, &loras, precision, observer)?;
+        let info = ModelInfo::from_pipeline(&files, &opened.pipeline)?;
         if info.untrained {
             observer.event(&Event::Note(&format!(
                 "the model {} has random weights: it shows that everything runs, but the picture \
@@ -141,30 +191,62 @@ impl Engine {
                 info.name
             )));
         }
-        let precision = options.precision()?;
-        note_files(&files, observer, &info, &precision);
-        let mut weights = estimate::weights(&files, &precision)?;
+        note_files(&files, observer, &info, &opened.precision);
+        let what = format!("an edit with {}", info.name);
+        let placement = placement::require(opened.place(request, options)?, &what)?.placement;
+        let Opened { pipeline, vlm, planner, known, precision } = opened;
+        let mut weights = estimate::weights(&known, &vlm, &precision);
         weights.extend(loras.share(&precision));
-        estimate::check_weights(&weights, &info.name, &precision, options.budget)?;
+        let own = planner.own_weight_bytes(&precision);
+        weights.extend(own.map(|bytes| WeightShare { part: "planner", bytes }));
+        let memory = match &options.memory {
+            Some(memory) => memory.clone(),
+            None => memory::device_pool(&precision.device, options.budget)?,
+        };
+        let residence = Residence::new(memory, placement);
         let mut stages = Stages::new(observer);
-        let (vlm, planner, mut diffusion, loras) = stages.run(Stage::Load, || {
+        let (mut diffusion, loras) = stages.run(Stage::Load, || {
             let (changes, loras) = loras.read(&files, &precision)?;
-            let vlm = load_vlm(&files, &precision)?;
-            let room = (&precision, options.budget);
-            let planner = PlannerParts::load(&options.planner, &files, &vlm, room, observer)?;
-            let diffusion = DiffusionModel::load_changed(&files, &precision, changes)?;
-            Ok((vlm, planner, diffusion, loras))
+            let base = known.vae_bytes + known.lora_bytes + known.transformer.outside();
+            residence.hold(residence::AUTOENCODER, base)?;
+            let residency = placement.transformer;
+            let diffusion = DiffusionModel::open(&files, &precision, changes, residency)?;
+            // What has the first turn; the others follow when it is over.
+            if own.is_none() || !placement.take_turns {
+                residence.hold(ENCODER, vlm.weight_bytes(&precision, true))?;
+                vlm.fill(&precision.cancel)?;
+            }
+            if !placement.take_turns {
+                residence.hold(residence::PLANNER, own.unwrap_or(0))?;
+                planner.fill(&precision.cancel)?;
+                let working = known.transformer.working(residency) - known.transformer.outside();
+                residence.hold(residence::TRANSFORMER, working)?;
+                diffusion.transformer().fill(&precision.cancel)?;
+            }
+            Ok((diffusion, loras))
         })?;
-        if lightning.is_some() {
+        if lightning {
             diffusion.set_schedule(diffusion.schedule().lightning());
         }
         let load =
             StageReport { stage: Stage::Load, elapsed: Duration::ZERO, peak_resident_bytes: None };
         let load = stages.finish().pop().unwrap_or(load);
-        let (budget, memo) = (options.budget, Memo::default());
-        weights
-            .extend(planner.own_weight_bytes().map(|bytes| WeightShare { part: "planner", bytes }));
-        Ok(Self { pipeline, info, vlm, planner, diffusion, loras, memo, budget, weights, load })
+        Ok(Self {
+            pipeline,
+            info,
+            vlm,
+            planner,
+            diffusion,
+            loras,
+            memo: Memo::default(),
+            known,
+            precision,
+            budget: options.budget,
+            placement_options: options.placement,
+            residence,
+            weights,
+            load,
+        })
     }
 
     /// What was opened.
@@ -182,13 +264,19 @@ impl Engine {
     /// Whether the text encoder plans as well, so that its weights are in memory once.
     #[must_use]
     pub fn planner_is_shared(&self) -> bool {
-        self.planner.own_weight_bytes().is_none()
+        self.planner.own_weight_bytes(&self.precision).is_none()
     }
 
     /// Who holds how much memory for weights. A planner that shares the text encoder holds none.
     #[must_use]
     pub fn weights(&self) -> &[WeightShare] {
         &self.weights
+    }
+
+    /// Who holds how much memory now and held at most, with the work of the last requests.
+    #[must_use]
+    pub fn holdings(&self) -> BTreeMap<&'static str, Holding> {
+        self.residence.memory().holdings()
     }
 
     /// The LoRA files that change the transformer, in the order they were named.
@@ -201,6 +289,7 @@ impl Engine {
     /// prompts as the editor reads them. Results do not change, only the time of the next request.
     pub fn forget(&self) {
         self.memo.clear();
+        self.diffusion.transformer().forget();
     }
 
     /// Carries out one edit.
@@ -222,6 +311,7 @@ impl Engine {
         let pictures = plan_pictures(&self.pipeline, request)?;
         let seen = self.vlm.look(&pictures)?;
         let work = PlanWork::of(request, &pictures, &seen);
+        self.before_planning()?;
         self.planner.decompose(&self.vlm, &work, &mut Stages::new(observer))
     }
 
@@ -230,6 +320,7 @@ impl Engine {
     /// # Errors
     /// A question that is empty or too long, or cancellation.
     pub fn ask(&self, request: &AskRequest, observer: &dyn Observer) -> Result<AskOutcome> {
+        self.before_reading(true)?;
         ask::run(&self.vlm, request, observer)
     }
 }
@@ -268,14 +359,35 @@ impl Assistant {
         let files = source.files()?;
         let pipeline = Pipeline::read(&files)?;
         let precision = options.precision()?;
-        estimate::check_part(&files, ENCODER, "model", &precision, options.budget)?;
-        let (vlm, planner) = Stages::new(observer).run(Stage::Load, || {
-            let vlm = load_vlm(&files, &precision)?;
-            let room = (&precision, options.budget);
-            let planner = PlannerParts::load(&options.planner, &files, &vlm, room, observer)?;
-            Ok((vlm, planner))
+        let (vlm, planner) = open_readers(&files, options, &precision, observer)?;
+        let own = planner.own_weight_bytes(&precision);
+        let bytes = own.unwrap_or(0) + vlm.weight_bytes(&precision, own.is_none());
+        let what = format!("the vision-language model of {}", pipeline.name);
+        residence::check(&what, bytes, (options.budget, &precision))?;
+        Stages::new(observer).run(Stage::Load, || {
+            vlm.fill(&precision.cancel)?;
+            planner.fill(&precision.cancel)
         })?;
         Ok(Self { pipeline, vlm, planner })
+    }
+
+    /// What a plan would take in memory, told without loading anything large.
+    ///
+    /// # Errors
+    /// As [`Self::open`], but not for memory; a request that cannot be planned.
+    pub fn memory(
+        source: &ModelSource,
+        options: &EngineOptions,
+        request: &PlanRequest,
+        observer: &dyn Observer,
+    ) -> Result<MemoryPlan> {
+        let files = source.files()?;
+        let pipeline = Pipeline::read(&files)?;
+        let precision = options.precision()?;
+        let (vlm, planner) = open_readers(&files, options, &precision, observer)?;
+        let sizes = plan_sizes(&pipeline, request)?;
+        let work = (request.prompt.as_str(), sizes.as_slice(), &request.planner);
+        residence::plan_alone((&vlm, &planner), work, (options.budget, &precision))
     }
 
     /// Answers a question about pictures.
@@ -321,13 +433,48 @@ impl Assistant {
 
 /// A request's pictures in the size in which the planner sees them.
 fn plan_pictures(pipeline: &Pipeline, request: &PlanRequest) -> Result<Vec<RgbImage>> {
+    let sized = request.pictures.iter().zip(plan_sizes(pipeline, request)?);
+    sized.map(|(picture, size)| pass::resized(&picture.rgb, size)).collect()
+}
+
+fn plan_sizes(pipeline: &Pipeline, request: &PlanRequest) -> Result<Vec<Size>> {
     if request.pictures.is_empty() {
         return Err(Error::field("pictures", "none", "at least one"));
     }
     let inputs: Vec<Size> = request.pictures.iter().map(|p| Size::of(&p.rgb)).collect();
-    let sizes = Sizes::vision(pipeline, &inputs, request.area, request.vl_area)?;
-    let sized = request.pictures.iter().zip(sizes);
-    sized.map(|(picture, size)| pass::resized(&picture.rgb, size)).collect()
+    Sizes::vision(pipeline, &inputs, request.area, request.vl_area)
+}
+
+/// Opens the models of a folder without reading large weights.
+fn open_models(
+    files: &ModelFiles,
+    options: &EngineOptions,
+    loras: &Loras,
+    precision: Precision,
+    observer: &dyn Observer,
+) -> Result<Opened> {
+    files.require_parts(&PARTS.map(|(part, _)| part))?;
+    let mut pipeline = Pipeline::read(files)?;
+    fit::check_parts(files)?;
+    if let Some(steps) = loras.lightning_steps() {
+        (pipeline.steps, pipeline.cfg_scale) = (steps, 1.0);
+    }
+    let lora_bytes = loras.share(&precision).map_or(0, |share| share.bytes);
+    let known = Known::read(files, &precision, lora_bytes)?;
+    let (vlm, planner) = open_readers(files, options, &precision, observer)?;
+    Ok(Opened { pipeline, vlm, planner, known, precision })
+}
+
+/// Opens the text encoder and the planner.
+fn open_readers(
+    files: &ModelFiles,
+    options: &EngineOptions,
+    precision: &Precision,
+    observer: &dyn Observer,
+) -> Result<(VisionLanguageModel, PlannerParts)> {
+    let vlm = VisionLanguageModel::open(files, ENCODER, precision)?;
+    let planner = PlannerParts::open(&options.planner, files, &vlm, precision, observer)?;
+    Ok((vlm, planner))
 }
 
 /// What the user should know about the files and what becomes of their types.
@@ -351,8 +498,4 @@ fn note_files(
     if has("IQ4_") && !matches!(precision.storage, Storage::Plain(_)) {
         observer.event(&Event::Note("IQ4 weights are kept as Q8_0, in 8.5 bits each"));
     }
-}
-
-fn load_vlm(files: &ModelFiles, precision: &Precision) -> Result<VisionLanguageModel> {
-    VisionLanguageModel::load(files, ENCODER, precision)
 }

@@ -7,13 +7,16 @@ use image::RgbImage;
 use super::{
     Engine,
     checked::{Checked, grid},
+    estimate::{self, Facts},
     memo::{Key, key_of_pictures, key_of_text},
     pipeline::Pipeline,
+    placement,
     stages::Stages,
 };
 use crate::{
-    diffusion::{Conditioning, Denoise, Denoised, Grid, require_finite, vae::Tiling},
+    diffusion::{Conditioning, Denoise, Denoised, Grid, Residency, require_finite, vae::Tiling},
     error::{Error, Result},
+    memory::{Ladder, Lease, Rung},
     pixels::{self, Filter, Picture, Size},
     progress::{Observer, Stage},
     request::HandOver,
@@ -31,7 +34,8 @@ pub(super) struct Sight {
 pub(super) struct Work<'a> {
     engine: &'a Engine,
     checked: &'a Checked<'a>,
-    tiling: Tiling,
+    facts: Facts,
+    ladder: Ladder,
     /// Passes made.
     passes: u64,
     /// Predictions that ended after the first block.
@@ -43,9 +47,76 @@ pub(super) struct Work<'a> {
 }
 
 impl<'a> Work<'a> {
-    pub(super) fn begin(engine: &'a Engine, checked: &'a Checked<'a>) -> Self {
-        let tiling = Tiling::default();
-        Self { engine, checked, tiling, passes: 0, reused: 0, made: None, latents: None }
+    pub(super) fn begin(engine: &'a Engine, checked: &'a Checked<'a>) -> Result<Self> {
+        let facts = Facts::of(engine.models(), checked.request)?;
+        let ladder = Ladder::default();
+        let (made, latents) = (None, None);
+        Ok(Self { engine, checked, facts, ladder, passes: 0, reused: 0, made, latents })
+    }
+
+    /// What was done when memory ran out.
+    pub(super) fn rungs(&self) -> &[Rung] {
+        self.ladder.taken()
+    }
+
+    /// Runs a stage's `work` with memory for its activations. Where memory runs out, there is made
+    /// room, and it runs again.
+    pub(super) fn climb<T>(
+        &mut self,
+        stage: Stage,
+        mut work: impl FnMut(&Self) -> Result<T>,
+    ) -> Result<T> {
+        let mut ladder = std::mem::take(&mut self.ladder);
+        let leased = |this: &mut Self| {
+            let _room = this.room_for(stage)?;
+            work(this)
+        };
+        let result = ladder.run(self, leased, Self::descend);
+        self.ladder = ladder;
+        result
+    }
+
+    /// Memory for the activations of a stage.
+    fn room_for(&self, stage: Stage) -> Result<Lease> {
+        let Engine { residence, .. } = self.engine;
+        let stages = self.engine.models().stages(&self.facts, residence.placement());
+        let said = stages.into_iter().find(|said| said.stage == stage);
+        residence.lease(stage.name(), said.map_or(0, |said| said.activation_bytes))
+    }
+
+    /// Makes room in one way; returns whether that made a difference.
+    fn descend(&mut self, rung: Rung) -> bool {
+        let Engine { residence, diffusion, .. } = self.engine;
+        let mut placement = residence.placement();
+        match rung {
+            Rung::DropCaches => {
+                self.engine.forget();
+                residence.memory().trim();
+                return true;
+            }
+            Rung::TileAutoencoder => {
+                let unit_px = diffusion.autoencoder().config().pixels_per_latent();
+                let size = self.checked.sizes.working;
+                match placement::smaller_tiles(placement, size, unit_px) {
+                    None => return false,
+                    tile_px => placement.tile_px = tile_px,
+                }
+            }
+            Rung::StreamBlocks => {
+                let streamed = Residency::Streamed { blocks: 0 };
+                if placement.transformer == streamed {
+                    return false;
+                }
+                placement.transformer = streamed;
+            }
+        }
+        self.engine.follow(placement);
+        true
+    }
+
+    fn tiling(&self) -> Tiling {
+        let unit_px = self.engine.diffusion.autoencoder().config().pixels_per_latent();
+        estimate::tiling(self.engine.residence.placement(), unit_px)
     }
 
     /// Carries out one prompt on the picture as it is now.
@@ -58,9 +129,16 @@ impl<'a> Work<'a> {
         let (diffusion, checked) = (&self.engine.diffusion, self.checked);
         let cancel = &checked.request.cancel;
         // 2. The vision-language model reads the prompt.
-        let (positive, negative) = stages.run(Stage::EncodePrompt, || self.conditioning(prompt))?;
+        let (positive, negative) = stages.run(Stage::EncodePrompt, || {
+            self.climb(Stage::EncodePrompt, |work| work.conditioning(prompt))
+        })?;
         // 3. The autoencoder turns the pictures into latents.
-        let (references, grids) = stages.run(Stage::EncodePicture, || self.references())?;
+        let (references, grids) = stages.run(Stage::EncodePicture, || {
+            self.climb(Stage::EncodePicture, |work| {
+                work.engine.give_up_reading();
+                work.references()
+            })
+        })?;
         // 4. Noise, the one that the seed and the pass stand for.
         let seed = checked.seed.wrapping_add(self.passes);
         let noise = diffusion.initial_noise(checked.noise_source(), seed, grids[0])?;
@@ -76,13 +154,18 @@ impl<'a> Work<'a> {
                 schedule: &checked.schedule,
             };
             let cache = checked.request.step_cache;
-            denoise.run_cached(diffusion.transformer(), cache, observer, cancel, &mut |_, _| {})
+            self.climb(Stage::Denoise, |work| {
+                work.engine.before_denoising()?;
+                denoise.run_cached(diffusion.transformer(), cache, observer, cancel, &mut |_, _| {})
+            })
         })?;
         self.reused += reused;
         // 6. The autoencoder turns the result into a picture.
         self.made = Some(stages.run(Stage::Decode, || {
-            let decoded = diffusion.picture(&latents, grids[0], &self.tiling, cancel)?;
-            pixels::rgb_from_tensor(&decoded, Stage::Decode.label())
+            self.climb(Stage::Decode, |work| {
+                let decoded = diffusion.picture(&latents, grids[0], &work.tiling(), cancel)?;
+                pixels::rgb_from_tensor(&decoded, Stage::Decode.label())
+            })
         })?);
         self.latents = match checked.request.hand_over {
             HandOver::Latents => Some(latents),
@@ -145,6 +228,7 @@ impl<'a> Work<'a> {
     fn encode(&self, sight: &Sight, text: &str) -> Result<Conditioning> {
         let (vlm, memo) = (&self.engine.vlm, &self.engine.memo);
         let hidden_states = memo.conditioning.get_or(key_of_text(&sight.key, text), || {
+            self.engine.before_reading(false)?;
             // What the reference pipelines compute with; see `with_sequential_positions`.
             let inputs = vlm.prepare_seen(text, &sight.seen)?.with_sequential_positions();
             let hidden = vlm.hidden_states(&inputs, &self.checked.request.cancel)?; // (1, n, dim)
@@ -184,7 +268,7 @@ impl<'a> Work<'a> {
             let device = &diffusion.transformer().precision().device;
             let picture = pixels::tensor_from_rgb(picture, device)?;
             let cancel = &self.checked.request.cancel;
-            let tokens = diffusion.reference_tokens(&picture, &self.tiling, cancel)?;
+            let tokens = diffusion.reference_tokens(&picture, &self.tiling(), cancel)?;
             require_finite(&tokens.0, Stage::EncodePicture)?;
             Ok(tokens)
         })

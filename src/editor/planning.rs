@@ -4,11 +4,10 @@ use std::path::{Path, PathBuf};
 
 use image::RgbImage;
 
-use super::{estimate, source::ModelSource, stages::Stages};
+use super::{source::ModelSource, stages::Stages};
 use crate::{
     error::{Error, ModelError, Result},
-    memory::Budget,
-    plan::{PlanOptions, Planner, Planning, Prompts},
+    plan::{Decomposition, PlanOptions, Planner, Planning, Prompts},
     progress::{CancelToken, Event, Observer, Stage},
     request::PlanRequest,
     vlm::{Adapter, Call, Seen, VisionLanguageModel, canonical_name},
@@ -53,25 +52,19 @@ impl PlannerSource {
 #[derive(Debug)]
 pub(super) struct PlannerParts {
     /// A model of its own; otherwise the text encoder plans.
-    own: Option<OwnModel>,
+    own: Option<VisionLanguageModel>,
     adapter: Option<Adapter>,
     prompts: Prompts,
 }
 
-/// A model that only plans.
-#[derive(Debug)]
-struct OwnModel {
-    vlm: VisionLanguageModel,
-    weight_bytes: u64,
-}
-
 impl PlannerParts {
-    /// Reads what `source` names beside the text encoder `encoder` of `files`.
-    pub(super) fn load(
+    /// Opens what `source` names beside the text encoder `encoder` of `files`; weights of a model
+    /// of its own are read when they are needed, or by [`Self::fill`].
+    pub(super) fn open(
         source: &PlannerSource,
         files: &ModelFiles,
         encoder: &VisionLanguageModel,
-        (precision, budget): (&Precision, Budget),
+        precision: &Precision,
         observer: &dyn Observer,
     ) -> Result<Self> {
         let mut prompts = Prompts::default();
@@ -86,10 +79,7 @@ impl PlannerParts {
                     folder.display()
                 )));
             } else {
-                let weight_bytes =
-                    estimate::check_part(&planner, part, "model", precision, budget)?;
-                let vlm = VisionLanguageModel::load(&planner, part, precision)?;
-                own = Some(OwnModel { vlm, weight_bytes });
+                own = Some(VisionLanguageModel::open(&planner, part, precision)?);
             }
             prompt_files = planner;
         }
@@ -97,7 +87,7 @@ impl PlannerParts {
         if let Some(sections) = &source.prompts {
             prompts.set_sections(sections)?;
         }
-        let text = &own.as_ref().map_or(encoder, |own| &own.vlm).config().text;
+        let text = &own.as_ref().unwrap_or(encoder).config().text;
         let adapter = match &source.adapter {
             Some(folder) => {
                 let files = ModelFiles::Folder(folder.clone());
@@ -109,8 +99,41 @@ impl PlannerParts {
     }
 
     /// What a model of its own takes; `None` where the text encoder plans.
-    pub(super) fn own_weight_bytes(&self) -> Option<u64> {
-        self.own.as_ref().map(|own| own.weight_bytes)
+    pub(super) fn own_weight_bytes(&self, precision: &Precision) -> Option<u64> {
+        self.own.as_ref().map(|own| own.weight_bytes(precision, true))
+    }
+
+    /// The model that plans, where that may be the text encoder.
+    pub(super) fn model<'a>(&'a self, encoder: &'a VisionLanguageModel) -> &'a VisionLanguageModel {
+        self.own.as_ref().unwrap_or(encoder)
+    }
+
+    /// Reads the weights of a model of its own.
+    pub(super) fn fill(&self, cancel: &CancelToken) -> Result<()> {
+        self.own.as_ref().map_or(Ok(()), |own| own.fill(cancel))
+    }
+
+    /// Drops the weights of a model of its own, until it plans again.
+    pub(super) fn release(&self) {
+        if let Some(own) = &self.own {
+            own.release();
+        }
+    }
+
+    /// What the model reads for a request without a decomposition yet, agent by agent, and how many
+    /// replies may stand in it besides.
+    pub(super) fn readings(
+        &self,
+        encoder: &VisionLanguageModel,
+        pictures: usize,
+        request: &str,
+    ) -> Result<[(String, usize); 2]> {
+        let model = self.model(encoder);
+        let decompose = model.chat(&self.prompts.for_decomposition(pictures, request))?;
+        let nothing = Decomposition::default();
+        let sequence = model.chat(&self.prompts.for_sequencing(pictures, &nothing))?;
+        // The decomposition, and for a repair the faulty steps.
+        Ok([(decompose, 0), (sequence, 2)])
     }
 
     /// Plans a request about pictures in the size in which the model sees them; `seen` are the same
@@ -143,9 +166,9 @@ impl PlannerParts {
         work: &PlanWork<'a>,
     ) -> Result<(Planner<'a>, Seen)> {
         check_options(work.options)?;
-        let model = self.own.as_ref().map_or(encoder, |own| &own.vlm);
+        let model = self.model(encoder);
         let seen = match &self.own {
-            Some(own) => own.vlm.look(work.pictures)?,
+            Some(own) => own.look(work.pictures)?,
             None => work.seen.clone(),
         };
         let call = Call { adapter: self.adapter.as_ref(), cancel: work.cancel };

@@ -5,7 +5,6 @@ use candle_core::{Result as TensorResult, Tensor};
 use super::Linear;
 use crate::{
     error::Result,
-    ops::{LinearWeight, PackedLinear},
     weights::{Storage, Weights, lora::Change},
 };
 
@@ -40,12 +39,9 @@ impl LowRank {
     }
 
     /// From factors that a LoRA file holds.
-    pub(super) fn new(change: Change) -> Result<Self> {
-        let linear = |factor| {
-            let matrix = PackedLinear::new(LinearWeight::Dense(factor), None)?;
-            Result::<_>::Ok(Linear { matrix, changes: Vec::new() })
-        };
-        Ok(Self { down: linear(change.down)?, up: linear(change.up)?, scale: change.scale })
+    pub(super) fn new(change: Change) -> Self {
+        let linear = |matrix| Linear { matrix, changes: Vec::new() };
+        Self { down: linear(change.down), up: linear(change.up), scale: change.scale }
     }
 
     /// `[.., width_in]` → `[.., width_out]`.

@@ -42,8 +42,8 @@ impl Linear {
             Some(matrix) => PackedLinear::stored(matrix, bias),
             None => PackedLinear::new(weights.linear_weight("weight", shape)?, bias)?,
         };
-        let changes = weights.take_changes().into_iter().map(LowRank::new);
-        Ok(Self { matrix, changes: changes.collect::<Result<_>>()? })
+        let changes = weights.take_changes().into_iter().map(LowRank::new).collect();
+        Ok(Self { matrix, changes })
     }
 
     /// Whether the matrix is kept in fewer bits than float32.

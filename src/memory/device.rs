@@ -9,7 +9,7 @@ use crate::error::{Error, RequestError, Result};
 /// The device of the computation.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub enum Device {
-    /// The first CUDA device where this build and the machine have one, else the CPU.
+    /// The first CUDA device where this build and the machine have one that computes, else the CPU.
     #[default]
     Auto,
     /// The CPU.
@@ -78,12 +78,37 @@ fn open_cuda(index: usize) -> Result<TensorDevice> {
         let what = format!("device cuda:{index}: it was built without the feature `cuda`");
         return Err(unsupported(what, "use --device cpu, or build with --features cuda"));
     }
-    TensorDevice::new_cuda(index).map_err(|error| {
+    let opened = TensorDevice::new_cuda(index).and_then(|device| probe(&device).map(|()| device));
+    opened.map_err(|error| {
         let reason = error.to_string();
         let reason = reason.lines().next().unwrap_or_default();
-        let hint = "check the driver with nvidia-smi, or use --device cpu";
-        unsupported(format!("device cuda:{index}: {reason}"), hint)
+        unsupported(format!("device cuda:{index}: {reason}"), hint(reason))
     })
+}
+
+/// Computes something, since a device opens whether or not this build has code for it.
+fn probe(device: &TensorDevice) -> candle_core::Result<()> {
+    let one = candle_core::Tensor::ones(1, DType::F32, device)?;
+    let two: Vec<f32> = (one + 1.0)?.to_vec1()?;
+    match two.as_slice() {
+        [sum] if (sum - 2.0).abs() < f32::EPSILON => Ok(()),
+        other => candle_core::bail!("it computes 1 + 1 = {other:?}"),
+    }
+}
+
+/// What to do about a device that cannot be used, by the driver's words.
+fn hint(reason: &str) -> &'static str {
+    let reason = reason.to_ascii_lowercase();
+    let says = |words: &[&str]| words.iter().any(|word| reason.contains(word));
+    if says(&["no_device", "no cuda-capable", "invalid_device", "invalid device"]) {
+        "no such GPU is visible: check nvidia-smi and CUDA_VISIBLE_DEVICES, or use --device cpu"
+    } else if says(&["no_binary", "no kernel image", "ptx", "invalid_image", "not_found"]) {
+        "this build has no code for that GPU: build with its CUDA_COMPUTE_CAP, or use --device cpu"
+    } else if says(&["out_of_memory", "out of memory"]) {
+        "other programs hold the GPU's memory: see nvidia-smi, or use --device cpu"
+    } else {
+        "check the driver with nvidia-smi, or use --device cpu"
+    }
 }
 
 #[cfg(test)]
@@ -99,6 +124,21 @@ mod tests {
         for text in ["", "gpu", "cuda:", "cuda:-1", "CUDA"] {
             assert!(text.parse::<Device>().is_err(), "{text}");
         }
+    }
+
+    #[test]
+    fn the_drivers_words_lead_to_a_way_out() {
+        for (reason, word) in [
+            ("DriverError(CUDA_ERROR_NO_DEVICE, \"no CUDA-capable device\")", "VISIBLE"),
+            ("DriverError(CUDA_ERROR_INVALID_DEVICE)", "VISIBLE"),
+            ("CUDA_ERROR_NO_BINARY_FOR_GPU", "COMPUTE_CAP"),
+            ("the provided PTX was compiled with an unsupported toolchain", "COMPUTE_CAP"),
+            ("CUDA_ERROR_OUT_OF_MEMORY", "other programs"),
+            ("CUDA_ERROR_SYSTEM_DRIVER_MISMATCH", "driver"),
+        ] {
+            assert!(hint(reason).contains(word) && hint(reason).contains("--device cpu"));
+        }
+        assert!(probe(&TensorDevice::Cpu).is_ok());
     }
 
     #[test]

@@ -1,11 +1,23 @@
 //! How much memory there is, how much was used, whether a piece of work fits, and which device
 //! computes.
 
+mod budget;
+#[cfg(feature = "cuda")]
+mod cuda;
 mod device;
+pub mod ladder;
+pub mod ledger;
+pub mod pool;
+mod slot;
 
+pub use budget::{Budget, Limit};
+#[cfg(feature = "cuda")]
+pub use cuda::CudaPool;
 pub use device::Device;
-
-use crate::error::{Error, Result};
+pub use ladder::{Ladder, Rung};
+pub use ledger::{DeviceMemory, Holding, Lease};
+pub use pool::{HostPool, Pool, PoolUse, SimulatedDevice};
+pub(crate) use slot::Slot;
 
 /// Peak resident memory of this process so far in bytes; `None` where the system does not say.
 #[must_use]
@@ -19,6 +31,13 @@ pub fn resident_bytes() -> Option<u64> {
     status_field("VmRSS:")
 }
 
+/// Memory of this process that no file stands behind, now, in bytes: its allocations, and the
+/// stacks of its threads; `None` where the system does not say.
+#[must_use]
+pub fn private_bytes() -> Option<u64> {
+    status_field("RssAnon:")
+}
+
 /// Memory that a new allocation can take in bytes; `None` where the system does not say.
 #[must_use]
 pub fn available_bytes() -> Option<u64> {
@@ -26,33 +45,34 @@ pub fn available_bytes() -> Option<u64> {
     Some(system.min(cgroup_free_bytes().unwrap_or(u64::MAX)))
 }
 
-/// A ceiling for the host memory of this process.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
-pub struct Budget {
-    /// The most bytes that may be used; `None` means what the system has free.
-    pub bytes_max: Option<u64>,
+/// What a GPU's memory is used for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct DeviceUse {
+    /// Bytes that this process has taken.
+    pub used: u64,
+    /// Bytes that it can still take.
+    pub free: u64,
 }
 
-impl Budget {
-    /// Checks that `needed_bytes` more fit.
-    ///
-    /// # Errors
-    /// [`Error::OutOfMemory`] with both numbers, before anything is allocated.
-    pub fn check(&self, what: &str, needed_bytes: u64, hint: &str) -> Result<()> {
-        let free = match self.bytes_max {
-            Some(max) => Some(max.saturating_sub(resident_bytes().unwrap_or(0))),
-            None => available_bytes(),
-        };
-        match free {
-            Some(free) if needed_bytes > free => Err(Error::OutOfMemory {
-                what: what.to_owned(),
-                needed_bytes,
-                available_bytes: free,
-                hint: hint.to_owned(),
-            }),
-            _ => Ok(()),
-        }
+/// What the memory of a GPU is used for; `None` for the CPU and where the driver does not say.
+#[must_use]
+pub fn device_memory(device: &candle_core::Device) -> Option<DeviceUse> {
+    #[cfg(feature = "cuda")]
+    return cuda::device_use(device);
+    #[cfg(not(feature = "cuda"))]
+    (device.is_cuda()).then_some(DeviceUse { used: 0, free: 0 })
+}
+
+/// The memory of the device that computes, from which planner and editor take under one budget.
+///
+/// # Errors
+/// A GPU whose driver has no memory pools.
+pub fn device_pool(device: &candle_core::Device, budget: Budget) -> crate::Result<DeviceMemory> {
+    #[cfg(feature = "cuda")]
+    if let candle_core::Device::Cuda(device) = device {
+        return Ok(DeviceMemory::new(cuda::CudaPool::new(device)?, budget.vram));
     }
+    Ok(DeviceMemory::new(HostPool::default(), budget.limit(device)))
 }
 
 fn status_field(name: &str) -> Option<u64> {
@@ -80,15 +100,5 @@ mod tests {
     fn reads_a_kib_line() {
         assert_eq!(kib_field("VmPeak:\t 9 kB\nVmHWM:\t  12 kB\n", "VmHWM:"), Some(12 * 1024));
         assert_eq!(kib_field("VmHWM: many kB", "VmHWM:"), None);
-    }
-
-    #[test]
-    fn a_budget_refuses_with_both_numbers() {
-        let error = Budget { bytes_max: Some(1) }.check("weights", 10, "buy more").unwrap_err();
-        assert!(
-            matches!(error, Error::OutOfMemory { needed_bytes: 10, available_bytes: 0, .. }),
-            "{error}"
-        );
-        Budget { bytes_max: Some(u64::MAX) }.check("weights", 10, "").unwrap();
     }
 }

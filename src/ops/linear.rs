@@ -112,16 +112,18 @@ impl LinearWeight {
 /// `weight: [out, in]` in blocks of `dtype`; rows are a multiple of the block.
 fn quantized(weight: &Tensor, dtype: GgmlDType) -> Result<QTensor> {
     let (dims, device) = (weight.dims2()?, weight.device().clone());
-    let weight = weight.to_device(&Device::Cpu)?.to_dtype(DType::F32)?;
+    let weight = weight.to_device(&Device::Cpu)?;
     if dims.1 == 0 {
-        return QTensor::quantize(&weight.to_device(&device)?, dtype);
+        return QTensor::quantize(&weight.to_dtype(DType::F32)?.to_device(&device)?, dtype);
     }
     // Candle quantizes on one thread.
     let rows = QUANTIZED_CHUNK.div_ceil(dims.1);
     let starts: Vec<usize> = (0..dims.0).step_by(rows).collect();
     let chunks = starts.into_par_iter().map(|start| {
         // It also quantizes a tensor's storage from its start, wherever the tensor lies in it.
-        let chunk = weight.narrow(0, start, rows.min(dims.0 - start))?.force_contiguous()?;
+        let chunk = weight.narrow(0, start, rows.min(dims.0 - start))?;
+        // Widened piece by piece: the whole in float32 would be the most that loading takes.
+        let chunk = chunk.to_dtype(DType::F32)?.force_contiguous()?;
         QTensor::quantize(&chunk, dtype)?.data().map(std::borrow::Cow::into_owned)
     });
     let bytes = chunks.collect::<Result<Vec<Vec<u8>>>>()?.concat();

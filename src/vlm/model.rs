@@ -26,6 +26,7 @@ use super::{
 use crate::{
     error::{Error, ModelError, RequestError, Result},
     layers::Linear,
+    memory::Slot,
     progress::CancelToken,
     weights::{ModelFiles, Precision, Weights},
 };
@@ -36,9 +37,9 @@ pub const IMAGE_PLACEHOLDER: &str = "<|image_pad|>";
 /// are first asked for, and frequencies are computed.
 const IGNORED: &[&str] = &["lm_head.weight", "visual.rotary_pos_emb.inv_freq"];
 /// Tokens of an answer that the cache makes room for before it has to grow.
-const CACHE_TOKENS: usize = 512;
-const HEAD: &str = "lm_head.weight";
-const EMBEDDING: &str = "model.embed_tokens.weight";
+pub(super) const CACHE_TOKENS: usize = 512;
+pub(super) const HEAD: &str = "lm_head.weight";
+pub(super) const EMBEDDING: &str = "model.embed_tokens.weight";
 
 /// A prompt and its pictures, ready for the model.
 #[derive(Debug, Clone)]
@@ -101,13 +102,19 @@ pub struct VisionLanguageModel {
     tokenizer: Tokenizer,
     template: ChatTemplate,
     preprocessor: Preprocessor,
-    vision: VisionTower,
-    language: LanguageModel,
     weights: Weights,
-    head: OnceLock<Linear>,
+    body: Slot<Body>,
     vocabulary: OnceLock<Vocabulary>,
     /// Tells pictures that this model has looked at from those of another.
     identity: Arc<()>,
+}
+
+/// What is large in the model: all that is computed with its weights.
+#[derive(Debug)]
+struct Body {
+    vision: VisionTower,
+    language: LanguageModel,
+    head: OnceLock<Linear>,
 }
 
 impl VisionLanguageModel {
@@ -118,31 +125,67 @@ impl VisionLanguageModel {
     /// # Errors
     /// Files that are missing, damaged, of another model, or that contradict each other.
     pub fn load(files: &ModelFiles, folder: &str, precision: &Precision) -> Result<Self> {
+        let model = Self::open(files, folder, precision)?;
+        model.fill(&precision.cancel)?;
+        Ok(model)
+    }
+
+    /// As [`Self::load`], without the weights: they are read when they are first needed, or by
+    /// [`Self::fill`].
+    ///
+    /// # Errors
+    /// As [`Self::load`], but for tensors.
+    pub fn open(files: &ModelFiles, folder: &str, precision: &Precision) -> Result<Self> {
         let config_path = format!("{folder}/config.json");
         let config = Config::load(files, &config_path)?;
         let tokenizer = Tokenizer::load(files, &["tokenizer", "processor", folder])?;
         check_tokens(files, &config_path, &config, &tokenizer)?;
         let checkpoint = names::canonical(files.checkpoint(folder, "model")?)?;
         let weights = Weights::new(checkpoint, precision.clone());
-        let vision =
-            VisionTower::load(&config.vision, &weights.pp("visual"), config.text.hidden_size)?;
-        let language = LanguageModel::load(&config.text, &weights.pp("model"))?;
-        weights.finish(IGNORED)?;
         let model = Self {
             defaults: GenerateOptions::load(files, folder, &config)?,
             template: ChatTemplate::load(files, &["processor", "tokenizer", folder])?,
             preprocessor: Preprocessor::load(files, &["processor", folder], &config.vision)?,
             config,
             tokenizer,
-            vision,
-            language,
             weights,
-            head: OnceLock::new(),
+            body: Slot::default(),
             vocabulary: OnceLock::new(),
             identity: Arc::new(()),
         };
         model.check_head()?;
         Ok(model)
+    }
+
+    /// Reads the weights where they are not in memory.
+    ///
+    /// # Errors
+    /// Tensors that are missing, left over or of another shape; cancellation.
+    pub fn fill(&self, cancel: &CancelToken) -> Result<()> {
+        self.body(cancel).map(drop)
+    }
+
+    /// Drops the weights from memory; they are read again when they are next needed. Pictures that
+    /// the model has looked at, prompts and adapters stay good.
+    pub fn release(&self) {
+        self.body.clear();
+    }
+
+    /// Whether the weights are in memory.
+    #[must_use]
+    pub fn is_in_memory(&self) -> bool {
+        self.body.is_full()
+    }
+
+    fn body(&self, cancel: &CancelToken) -> Result<Arc<Body>> {
+        self.body.get_or(|| {
+            let (config, weights) = (&self.config, self.weights.with_cancel(cancel));
+            let vision =
+                VisionTower::load(&config.vision, &weights.pp("visual"), config.text.hidden_size)?;
+            let language = LanguageModel::load(&config.text, &weights.pp("model"))?;
+            weights.finish(IGNORED)?;
+            Ok(Body { vision, language, head: OnceLock::new() })
+        })
     }
 
     /// Reads a low-rank adapter of the language model, to be named in the [`Call`]s that it is for.
@@ -163,6 +206,10 @@ impl VisionLanguageModel {
     #[must_use]
     pub fn tokenizer(&self) -> &Tokenizer {
         &self.tokenizer
+    }
+
+    pub(super) fn weights(&self) -> &Weights {
+        &self.weights
     }
 
     /// How pictures become patches.
@@ -252,7 +299,7 @@ impl VisionLanguageModel {
         cancel: &CancelToken,
     ) -> Result<Option<Tensor>> {
         let Some(patches) = inputs.patches() else { return Ok(None) };
-        Ok(Some(self.vision.forward(patches, cancel)?.squeeze(0)?))
+        Ok(Some(self.body(cancel)?.vision.forward(patches, cancel)?.squeeze(0)?))
     }
 
     /// Runs the vision tower on the prompt's pictures, unless it has run for them; what it says is
@@ -279,8 +326,9 @@ impl VisionLanguageModel {
     /// # Errors
     /// Cancellation, an adapter of another model, or a failure of the device.
     pub fn logits<'a>(&self, inputs: &Inputs, call: impl Into<Call<'a>>) -> Result<Tensor> {
+        let call = call.into();
         let hidden = self.hidden_states(inputs, call)?;
-        Ok(self.head()?.forward(&hidden)?)
+        Ok(self.head(&*self.body(call.cancel)?)?.forward(&hidden)?)
     }
 
     /// A constraint that lets an answer be only what `grammar` derives: Lark in llguidance's
@@ -334,7 +382,8 @@ impl VisionLanguageModel {
         let mut seen = inputs.tokens.clone();
         let room = self.config.text.max_position_embeddings.saturating_sub(seen.len());
         let steps = options.max_new_tokens.min(room);
-        let mut cache = self.language.cache(seen.len() + steps.min(CACHE_TOKENS));
+        let body = self.body(call.cancel)?;
+        let mut cache = body.language.cache(seen.len() + steps.min(CACHE_TOKENS));
         let mut hidden = self.prefill(inputs, Some(&mut cache), call)?;
         let mut text = String::new();
         let mut stream = self.tokenizer.stream();
@@ -344,7 +393,8 @@ impl VisionLanguageModel {
                 Some(constraint) => Some(constraint.allowed()?),
                 None => None,
             };
-            let token = sampler.choose(self.next_logits(&hidden)?, &seen, allowed.as_ref())?;
+            let token =
+                sampler.choose(self.next_logits(&body, &hidden)?, &seen, allowed.as_ref())?;
             seen.push(token);
             if options.stop_tokens.contains(&token) {
                 finish = Finish::Stop;
@@ -361,8 +411,8 @@ impl VisionLanguageModel {
             }
             if step + 1 < steps {
                 let at = inputs.positions.next + small(step);
-                let embedding = self.language.embed(&[token])?;
-                hidden = self.language.forward(&embedding, &[[at; 3]], Some(&mut cache), call)?;
+                let embedding = body.language.embed(&[token])?;
+                hidden = body.language.forward(&embedding, &[[at; 3]], Some(&mut cache), call)?;
             }
         }
         hear(&stream.finish()?, &mut text, on_text);
@@ -377,34 +427,35 @@ impl VisionLanguageModel {
         call: Call<'_>,
     ) -> Result<Tensor> {
         let vision = inputs.seen.embeddings(|| self.vision_embeddings(inputs, call.cancel))?;
-        let mut embeddings = self.language.embed(&inputs.tokens)?;
+        let language = &self.body(call.cancel)?.language;
+        let mut embeddings = language.embed(&inputs.tokens)?;
         if let Some(vision) = vision {
             embeddings = insert(&embeddings, &vision.unsqueeze(0)?, &inputs.spans)?;
         }
-        self.language.forward(&embeddings, &inputs.positions.tokens, cache, call)
+        language.forward(&embeddings, &inputs.positions.tokens, cache, call)
     }
 
     /// Logits after the last token, on the host.
-    fn next_logits(&self, hidden: &Tensor) -> Result<Vec<f32>> {
+    fn next_logits(&self, body: &Body, hidden: &Tensor) -> Result<Vec<f32>> {
         let last = hidden.narrow(1, hidden.dim(1)? - 1, 1)?.contiguous()?;
-        let logits = self.head()?.forward(&last)?; // (1, 1, vocabulary)
+        let logits = self.head(body)?.forward(&last)?; // (1, 1, vocabulary)
         Ok(logits.to_dtype(DType::F32)?.flatten_all()?.to_vec1()?)
     }
 
     /// The matrix that makes logits, read when first asked for.
-    fn head(&self) -> Result<&Linear> {
-        if let Some(head) = self.head.get() {
+    fn head<'a>(&self, body: &'a Body) -> Result<&'a Linear> {
+        if let Some(head) = body.head.get() {
             return Ok(head);
         }
         let (width, vocab) = (self.config.text.hidden_size, self.config.text.vocab_size);
         let name = self.head_name().trim_end_matches(".weight");
         let head = Linear::load_without_bias(&self.weights.pp(name), width, vocab)?;
-        Ok(self.head.get_or_init(|| head))
+        Ok(body.head.get_or_init(|| head))
     }
 
     /// Tied models that have a matrix of their own for the logits all the same use it, as the
     /// reference does.
-    fn head_name(&self) -> &'static str {
+    pub(super) fn head_name(&self) -> &'static str {
         let tied = self.config.tie_word_embeddings && !self.weights.contains(HEAD);
         if tied { EMBEDDING } else { HEAD }
     }

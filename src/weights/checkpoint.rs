@@ -66,35 +66,13 @@ impl TensorEntry {
         self.shape.iter().map(|&n| n as u64).product()
     }
 
-    /// Bytes that the tensor takes in memory when it is read as `precision` says, as the matrix of
-    /// a linear layer.
-    fn kept_bytes(&self, precision: &Precision) -> u64 {
-        let numbers = self.elements();
-        let blocks = |(block, bytes): (usize, usize)| numbers.div_ceil(block as u64) * bytes as u64;
-        let plain = |dtype: DType| numbers * dtype.size_in_bytes() as u64;
-        match (precision.storage, self.multiplied_as()) {
-            (Storage::Plain(dtype), _) => plain(dtype),
-            (_, Some(_)) if precision.device.is_cpu() => blocks(self.kind.block()),
-            (_, Some(dtype)) => blocks((dtype.block_size(), dtype.type_size())),
-            (Storage::Q4K, None) if self.has_rows_of(256) => blocks((256, 144)),
-            (Storage::Q8_0 | Storage::Q4K, None) => blocks((32, 34)),
-            (Storage::Compute, None)
-                if self.kind.packed().is_some() && precision.device.is_cpu() =>
-            {
-                numbers
-            }
-            // A kernel multiplies the bytes of the file.
-            (Storage::Compute, None) if self.is_e4m3() && precision.device.is_cuda() => numbers,
-            (Storage::Compute, None) => plain(self.compute_type(precision.compute)),
-        }
-    }
-
-    fn is_e4m3(&self) -> bool {
+    /// Whether a GPU's kernel multiplies the bytes of the file.
+    pub(super) fn is_e4m3(&self) -> bool {
         self.kind == StoredType::Plain(Dtype::F8_E4M3)
     }
 
     /// Whether this is a matrix whose rows are whole blocks of so many numbers.
-    fn has_rows_of(&self, block: usize) -> bool {
+    pub(super) fn has_rows_of(&self, block: usize) -> bool {
         matches!(self.shape.as_slice(), [_, width] if width.is_multiple_of(block))
     }
 
@@ -118,6 +96,17 @@ impl TensorEntry {
             _ => dtype.block_size(),
         };
         self.kind.multiplied_as().filter(|dtype| self.has_rows_of(unit(dtype)))
+    }
+
+    /// The file and the type of the first piece whose type is not read.
+    fn unreadable(&self) -> Option<(usize, StoredType)> {
+        match &self.data {
+            Data::Bytes { .. } if self.kind.is_read() => None,
+            Data::Bytes { file, .. } => Some((*file, self.kind)),
+            Data::Rows(parts) | Data::Stack { parts, .. } => {
+                parts.iter().find_map(Self::unreadable)
+            }
+        }
     }
 
     /// The entry and, below it, those it is put together from that lie in one piece.
@@ -261,12 +250,6 @@ impl Checkpoint {
     #[must_use]
     pub fn stored_bytes(&self) -> u64 {
         self.entries.values().map(|entry| entry.bytes() as u64).sum()
-    }
-
-    /// Size of all tensors in memory in bytes when they are read as `precision` says.
-    #[must_use]
-    pub fn kept_bytes(&self, precision: &Precision) -> u64 {
-        self.entries.values().map(|entry| entry.kept_bytes(precision)).sum()
     }
 
     /// Number of values in all tensors.
@@ -545,6 +528,22 @@ impl Checkpoint {
             Data::Bytes { file, range } => &self.files[*file].bytes[range.clone()],
             _ => &[],
         }
+    }
+
+    /// Checks that a tensor is there and can be read, and counts it as read.
+    pub(super) fn survey(&self, name: &str) -> Result<()> {
+        let Some(entry) = self.entries.get(name) else { return Err(self.missing(name)) };
+        if let Some((file, kind)) = entry.unreadable() {
+            return Err(ModelError::TensorType {
+                path: self.files[file].name.clone(),
+                tensor: name.to_owned(),
+                found: kind.to_string(),
+                supported: SUPPORTED,
+            }
+            .into());
+        }
+        self.mark_read(name);
+        Ok(())
     }
 
     fn mark_read(&self, name: &str) {

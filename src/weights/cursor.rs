@@ -5,6 +5,7 @@ use std::{fmt::Display, sync::Arc};
 use candle_core::{DType, Device, Tensor, quantized::QTensor};
 
 use super::{
+    alike::Asked,
     checkpoint::Checkpoint,
     lora::{Change, LowRankChanges},
 };
@@ -80,19 +81,33 @@ pub struct Weights {
     precision: Precision,
     prefix: String,
     changes: Option<Arc<LowRankChanges>>,
+    asked: Option<Arc<Asked>>,
 }
 
 impl Weights {
     /// The top of a checkpoint.
     #[must_use]
     pub fn new(checkpoint: Checkpoint, precision: Precision) -> Self {
-        Self { checkpoint: Arc::new(checkpoint), precision, prefix: String::new(), changes: None }
+        let (checkpoint, prefix) = (Arc::new(checkpoint), String::new());
+        Self { checkpoint, precision, prefix, changes: None, asked: None }
+    }
+
+    /// The same place; `cancel` is looked at before each tensor is read.
+    #[must_use]
+    pub(crate) fn with_cancel(&self, cancel: &CancelToken) -> Self {
+        let precision = Precision { cancel: cancel.clone(), ..self.precision.clone() };
+        Self { precision, ..self.clone() }
     }
 
     /// The same place; linear layers that are read from it, or below it, take their changes.
     #[must_use]
     pub fn with_changes(self, changes: Arc<LowRankChanges>) -> Self {
         Self { changes: Some(changes), ..self }
+    }
+
+    /// The same place; what is asked for is noted in `asked`.
+    pub(super) fn noting(&self, asked: &Arc<Asked>) -> Self {
+        Self { asked: Some(Arc::clone(asked)), ..self.clone() }
     }
 
     /// Takes the changes of the linear layer at this place.
@@ -230,9 +245,12 @@ impl Weights {
     }
 
     /// The whole name of a tensor that is about to be read, if it has the `shape`.
-    fn check(&self, name: &str, shape: &[usize]) -> Result<String> {
+    pub(super) fn check(&self, name: &str, shape: &[usize]) -> Result<String> {
         self.precision.cancel.check()?;
         let name = self.full_name(name);
+        if let Some(asked) = &self.asked {
+            asked.note(&name, shape);
+        }
         if let Some(found) = self.checkpoint.shape(&name)
             && found != shape
         {

@@ -1,6 +1,7 @@
 //! Weight files: found, checked, mapped, and read tensor by tensor with nothing skipped silently.
 
 mod adapter_config;
+mod alike;
 mod assembly;
 mod blocks;
 pub mod checkpoint;
@@ -9,6 +10,7 @@ pub mod files;
 mod float8;
 pub mod gguf;
 pub mod identify;
+mod kept;
 pub mod lora;
 mod mmap;
 mod numbers;

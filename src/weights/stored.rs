@@ -46,6 +46,14 @@ impl StoredType {
         }
     }
 
+    /// The type in which plain numbers are read; `None` for blocks.
+    pub(super) fn plain_type(self) -> Option<DType> {
+        match self {
+            Self::Plain(dtype) => plain(dtype).or(Some(DType::BF16)),
+            Self::Blocks(_) => None,
+        }
+    }
+
     /// Whether tensors of this type can be read.
     #[must_use]
     pub fn is_read(self) -> bool {

@@ -278,10 +278,10 @@ fn smaller_types_stay_near_the_reference() {
 fn what_does_not_fit_is_refused_before_it_is_loaded() {
     let reference = Reference::open("tiny-qwen-edit");
     let source = ModelSource::Folder(reference.folder.clone());
-    let options = EngineOptions { budget: Budget { bytes_max: Some(1) }, ..options() };
+    let options = EngineOptions { budget: Budget::ram_at_most(1), ..options() };
     let error = Engine::open(&source, &options, &()).unwrap_err();
     assert!(matches!(error, Error::OutOfMemory { .. }), "{error}");
-    assert!(error.to_string().contains("--dtype q8_0"), "{error}");
+    assert!(error.to_string().contains("--max-ram 0.0"), "{error}");
 }
 
 /// Copies a model folder without its cases.

@@ -19,6 +19,7 @@ mod eval;
 mod gguf;
 mod library;
 mod lora;
+mod memory;
 mod not_finite;
 mod ops;
 mod peers;

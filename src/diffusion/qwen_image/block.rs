@@ -4,7 +4,7 @@ use candle_core::{DType, Error, Result as TensorResult, Tensor};
 
 use super::{
     config::Config,
-    modulation::{BlockContext, BlockModulation, BlockProjections, Modulation},
+    modulation::{BlockContext, BlockModulation, Modulation},
     rope::Rotation,
 };
 use crate::{
@@ -84,12 +84,11 @@ struct Mlp {
     down: Linear,
 }
 
-/// One joint block.
+/// One joint block, without the projections of its modulation.
 ///
 /// Reference: <https://github.com/huggingface/diffusers/blob/v0.42.1/src/diffusers/models/transformers/transformer_qwenimage.py#L473-L762>.
 #[derive(Debug, Clone)]
 pub(super) struct Block {
-    modulation: BlockProjections,
     image_attention: StreamAttention,
     text_attention: StreamAttention,
     image_mlp: Mlp,
@@ -106,7 +105,6 @@ impl Block {
         let attention_in_bf16 = weights.precision().attention == AttentionType::LikeWeights
             && image_attention.query.is_narrow();
         Ok(Self {
-            modulation: BlockProjections::load(weights, config)?,
             image_attention,
             text_attention: StreamAttention::load(&attention, config, &TEXT_NAMES)?,
             image_mlp: Mlp::load(&weights.pp("img_mlp"), config.dim())?,
@@ -115,15 +113,6 @@ impl Block {
             head_dim: config.head_dim,
             attention_in_bf16,
         })
-    }
-
-    /// The block's part of the steps' contexts; see [`BlockProjections::forward`].
-    pub(super) fn contexts(
-        &self,
-        embedding: &Tensor,
-        steps: usize,
-    ) -> TensorResult<Vec<BlockContext>> {
-        self.modulation.forward(embedding, steps)
     }
 
     /// Both streams after the block.

@@ -1,6 +1,9 @@
 //! The whole transformer, from tokens of latents to their velocity.
 
-use std::sync::{Arc, Mutex, PoisonError};
+use std::{
+    ops::ControlFlow,
+    sync::{Arc, Mutex, PoisonError},
+};
 
 use candle_core::{DType, Tensor};
 
@@ -8,9 +11,10 @@ use super::{
     block::{Block, Layout, Streams, recycle},
     cache::BlockCache,
     config::{self, Config},
-    modulation::{BlockContext, StepContext, TimeEmbedding},
+    modulation::{BlockContext, BlockProjections, StepContext, TimeEmbedding},
     pack::Grid,
     rope::rotations,
+    store::Store,
 };
 use crate::{
     error::{Error, Result},
@@ -24,7 +28,7 @@ use crate::{
 
 const EPS: f64 = 1e-6;
 /// Modulation that is kept for the next pass takes at most this many bytes.
-const KEPT_BYTES_MAX: usize = 256 << 20;
+pub(super) const KEPT_BYTES_MAX: usize = 256 << 20;
 /// Modulation vectors of one block, at most: target, references and text, six each.
 const VECTORS_PER_BLOCK: usize = 18;
 
@@ -76,10 +80,27 @@ pub struct Transformer {
     text_norm: RmsNorm,
     text_in: Linear,
     image_in: Linear,
-    blocks: Vec<Block>,
+    blocks: Store<Block>,
+    /// The blocks' projections of the time embedding: a third of the weights, used once a schedule.
+    projections: Store<BlockProjections>,
     norm_out: Linear,
     proj_out: Linear,
     kept: Mutex<Vec<Kept>>,
+}
+
+/// Which of the transformer's weights stay in memory.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, serde::Serialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Residency {
+    /// All of them.
+    #[default]
+    Resident,
+    /// The leading `blocks` stay. The others, and the projections of the modulation of all blocks,
+    /// are read from their file when their turn comes, one ahead of the computation.
+    Streamed {
+        /// Blocks that stay.
+        blocks: usize,
+    },
 }
 
 /// Modulation of earlier timesteps.
@@ -121,6 +142,22 @@ impl Transformer {
         precision: &Precision,
         changes: LowRankChanges,
     ) -> Result<Self> {
+        let model = Self::open(files, precision, changes, Residency::Resident)?;
+        model.fill(&precision.cancel)?;
+        Ok(model)
+    }
+
+    /// As [`Self::load_changed`], but only the weights outside the blocks are read. All blocks are
+    /// checked by the files' headers; they are read when they are first used, or by [`Self::fill`].
+    ///
+    /// # Errors
+    /// As [`Self::load_changed`].
+    pub fn open(
+        files: &ModelFiles,
+        precision: &Precision,
+        changes: LowRankChanges,
+        residency: Residency,
+    ) -> Result<Self> {
         let mut config = Config::load(files)?;
         let checkpoint = checkpoint(files)?;
         let changes = Arc::new(changes);
@@ -131,15 +168,14 @@ impl Transformer {
         // Two thin matrices at the ends of the residual stream: what is lost there reaches every
         // number of the output, and they take a thousandth of the work.
         let ends = weights.with_storage(Storage::Compute);
-        let blocks = weights.pp("transformer_blocks");
+        let (blocks, projections) = residency.counts(config.layers);
         let model = Self {
             time_embedding: TimeEmbedding::load(&time, dim)?,
             text_norm: RmsNorm::load(&weights.pp("txt_norm"), config.conditioning_dim, EPS)?,
             text_in: Linear::load(&weights.pp("txt_in"), config.conditioning_dim, dim)?,
             image_in: Linear::load(&ends.pp("img_in"), config.latent_dim, dim)?,
-            blocks: (0..config.layers)
-                .map(|i| Block::load(&blocks.pp(i), &config))
-                .collect::<Result<_>>()?,
+            blocks: parts(&weights, &config, blocks, Block::load)?,
+            projections: parts(&weights, &config, projections, BlockProjections::load)?,
             norm_out: Linear::load(&weights.pp("norm_out.linear"), dim, 2 * dim)?,
             proj_out: Linear::load(&ends.pp("proj_out"), dim, config.latent_dim)?,
             precision: precision.clone(),
@@ -156,9 +192,45 @@ impl Transformer {
     /// measured with the weights of a shallow one.
     #[must_use]
     pub fn repeated(self, layers: usize) -> Self {
-        let blocks = self.blocks.iter().cycle().take(layers).cloned().collect();
         let config = Config { layers, ..self.config };
-        Self { blocks, config, ..self }
+        let blocks = self.blocks.repeated(layers);
+        let projections = self.projections.repeated(layers);
+        Self { blocks, projections, config, ..self }
+    }
+
+    /// Reads the weights that are to stay in memory.
+    ///
+    /// # Errors
+    /// [`Error::Cancelled`], or a failure of the device.
+    pub fn fill(&self, cancel: &CancelToken) -> Result<()> {
+        self.blocks.fill(cancel)?;
+        self.projections.fill(cancel)
+    }
+
+    /// Lets more or fewer weights stay in memory from now on. What the model computes is the same,
+    /// bit for bit.
+    pub fn set_residency(&self, residency: Residency) {
+        let (blocks, projections) = residency.counts(self.config.layers);
+        self.blocks.set_stay(blocks);
+        self.projections.set_stay(projections);
+    }
+
+    /// Drops the blocks from memory, for another model's sake; they are read again when they are
+    /// next used.
+    pub fn release(&self) {
+        self.blocks.release();
+        self.projections.release();
+    }
+
+    /// Blocks that are in memory now.
+    #[must_use]
+    pub fn blocks_in_memory(&self) -> usize {
+        self.blocks.in_memory()
+    }
+
+    /// Drops what is kept of earlier timesteps.
+    pub fn forget(&self) {
+        self.kept.lock().unwrap_or_else(PoisonError::into_inner).clear();
     }
 
     /// The model's dimensions.
@@ -227,18 +299,18 @@ impl Transformer {
         for step in 0..timesteps.len() {
             let scale_shift = out.narrow(0, step, 1)?.unsqueeze(1)?.chunk(2, 2)?; // 2 × (1, 1, dim)
             contexts.push(StepContext {
-                blocks: Vec::with_capacity(self.blocks.len()),
+                blocks: Vec::with_capacity(self.config.layers),
                 scale_out: scale_shift[0].contiguous()?,
                 shift_out: scale_shift[1].contiguous()?,
             });
         }
-        for block in &self.blocks {
-            cancel.check()?;
-            let parts = block.contexts(&embedding, timesteps.len())?;
+        self.projections.each(cancel, |_, projections| {
+            let parts = projections.forward(&embedding, timesteps.len())?;
             for (context, part) in contexts.iter_mut().zip(parts) {
                 context.blocks.push(part);
             }
-        }
+            Ok(ControlFlow::Continue(()))
+        })?;
         Ok(contexts)
     }
 
@@ -275,8 +347,9 @@ impl Transformer {
         let _buffers = ops::KeepBuffers::new();
         let passes = branches.iter().map(|branch| self.begin(branch));
         let mut passes: Vec<Pass> = passes.collect::<Result<_>>()?;
-        let last = self.blocks.len().saturating_sub(1);
-        for (index, (block, context)) in self.blocks.iter().zip(&step.blocks).enumerate() {
+        let last = self.config.layers.saturating_sub(1);
+        self.blocks.each(cancel, |index, block| {
+            let context = &step.blocks[index];
             for (pass, branch) in passes.iter_mut().zip(branches.iter_mut()) {
                 if pass.finished.is_some() {
                     continue;
@@ -289,7 +362,10 @@ impl Transformer {
                     _ => pass.advance(block, context)?,
                 }
             }
-        }
+            // Blocks that nobody needs are not read either.
+            let all_finished = passes.iter().all(|pass| pass.finished.is_some());
+            Ok(if all_finished { ControlFlow::Break(()) } else { ControlFlow::Continue(()) })
+        })?;
         passes.into_iter().map(|pass| self.velocity(pass, step)).collect()
     }
 
@@ -403,8 +479,37 @@ impl Pass {
     }
 }
 
+impl Residency {
+    /// How many blocks, and how many blocks' projections, stay in a model of `layers` blocks.
+    fn counts(self, layers: usize) -> (usize, usize) {
+        match self {
+            Self::Resident => (layers, layers),
+            Self::Streamed { blocks } => (blocks.min(layers), 0),
+        }
+    }
+}
+
+/// Parts of all blocks, of which the leading `stay` are to stay in memory. The first is read, the
+/// others are checked to be like it.
+fn parts<T: Send + Sync + 'static>(
+    weights: &Weights,
+    config: &Config,
+    stay: usize,
+    load: fn(&Weights, &Config) -> Result<T>,
+) -> Result<Store<T>> {
+    let weights = weights.pp("transformer_blocks");
+    let (first, pattern) = weights.pp(0).pattern_of(|weights| load(weights, config))?;
+    (1..config.layers).try_for_each(|index| weights.pp(index).check_alike(&pattern))?;
+    let config = config.clone();
+    let store = Store::new(config.layers, stay, move |index, cancel: &CancelToken| {
+        load(&weights.with_cancel(cancel).pp(index), &config)
+    });
+    store.offer(0, first);
+    Ok(store)
+}
+
 /// The transformer's tensors under the published names.
-fn checkpoint(files: &ModelFiles) -> Result<Checkpoint> {
+pub(super) fn checkpoint(files: &ModelFiles) -> Result<Checkpoint> {
     let checkpoint = files.checkpoint("transformer", "diffusion_pytorch_model")?;
     let checkpoint = checkpoint.rename(config::canonical_name)?;
     config::refuse_look_alikes(&checkpoint)?;

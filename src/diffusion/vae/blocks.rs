@@ -87,8 +87,12 @@ impl ResidualBlock {
 
     /// `[b, input, h, w]` → `[b, output, h, w]`.
     fn forward(&self, x: Tensor) -> TensorResult<Tensor> {
+        // Each of these may be the largest tensor of all, so none outlives its use.
         let y = self.conv1.forward(&self.norm1.forward_silu(&x)?)?;
-        let y = self.conv2.forward(&self.norm2.forward_silu(&y)?)?;
+        let normed = self.norm2.forward_silu(&y)?;
+        drop(y);
+        let y = self.conv2.forward(&normed)?;
+        drop(normed);
         match &self.shortcut {
             Some(shortcut) => shortcut.forward(&x)? + y,
             None => x + y,

@@ -2,6 +2,7 @@
 
 mod blocks;
 mod config;
+mod footprint;
 pub(crate) mod names;
 mod tiling;
 
@@ -20,6 +21,7 @@ use tiling::{Scale, Sight};
 
 pub(crate) use config::CLASS;
 pub use config::Config;
+pub use footprint::weight_bytes;
 pub use tiling::Tiling;
 
 /// The Qwen-Image autoencoder.

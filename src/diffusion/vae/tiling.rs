@@ -37,6 +37,14 @@ impl Tiling {
         height_px.saturating_mul(width_px) > self.above_pixels
     }
 
+    /// Pixels of the largest tile of a picture of this size; `None` where it is not tiled.
+    #[must_use]
+    pub fn largest_tile(&self, [height_px, width_px]: [usize; 2]) -> Option<u64> {
+        let side = |px: usize| px.min(self.tile_px);
+        let tile = (side(height_px) * side(width_px)) as u64;
+        self.applies(height_px, width_px).then_some(tile)
+    }
+
     /// The tiles of a picture of `height × width` units, for layers that see `sight_px` pixels to
     /// each side.
     pub(super) fn tiles(&self, [height, width]: [usize; 2], sight: Sight) -> Result<Tiles> {

@@ -8,12 +8,11 @@ mod names;
 mod settings;
 
 use std::{
-    collections::BTreeMap,
+    collections::{BTreeMap, BTreeSet},
     path::{Path, PathBuf},
     sync::{Mutex, PoisonError},
 };
 
-use candle_core::Tensor;
 use serde::Serialize;
 
 use self::{
@@ -21,7 +20,10 @@ use self::{
     settings::{Settings, Source},
 };
 use super::{Checkpoint, Precision, Weights};
-use crate::error::{Error, ModelError, Result};
+use crate::{
+    error::{Error, ModelError, Result},
+    ops::{LinearWeight, PackedLinear},
+};
 
 /// Names in one message.
 const NAMES_MAX: usize = 8;
@@ -56,20 +58,22 @@ pub struct LoraReport {
     pub config_ignored: bool,
 }
 
-/// `scale · up · down`, to be added to a matrix.
-#[derive(Debug)]
+/// `scale · up · down`, to be added to a matrix. Clones share the factors, so a layer that is loaded
+/// again takes no further memory for its changes.
+#[derive(Debug, Clone)]
 pub(crate) struct Change {
     /// `[rank, width_in]`.
-    pub(crate) down: Tensor,
+    pub(crate) down: PackedLinear,
     /// `[width_out, rank]`.
-    pub(crate) up: Tensor,
+    pub(crate) up: PackedLinear,
     pub(crate) scale: f64,
 }
 
-/// The changes of a model's matrices that wait for their layers to be loaded.
+/// The changes of a model's matrices, which their layers take when they are loaded.
 #[derive(Debug, Default)]
 pub struct LowRankChanges {
-    waiting: Mutex<BTreeMap<String, Vec<Change>>>,
+    modules: BTreeMap<String, Vec<Change>>,
+    taken: Mutex<BTreeSet<String>>,
 }
 
 /// Name and shape of the tensors that a file has for one module.
@@ -301,7 +305,7 @@ impl LowRankChanges {
         precision: &Precision,
     ) -> Result<(Self, Vec<LoraReport>)> {
         let model = Modules::of(model);
-        let mut waiting: BTreeMap<String, Vec<Change>> = BTreeMap::new();
+        let mut changed: BTreeMap<String, Vec<Change>> = BTreeMap::new();
         let mut reports = Vec::with_capacity(files.len());
         for file in files {
             let (parts, skipped) = file.parts()?;
@@ -317,20 +321,23 @@ impl LowRankChanges {
                 precision.cancel.check()?;
                 let factor = |(name, shape): (&str, [usize; 2])| {
                     let tensor = file.weights.tensor(name, &shape)?.to_dtype(precision.compute)?;
-                    Result::<_>::Ok(tensor.to_device(&precision.device)?)
+                    let tensor = tensor.to_device(&precision.device)?;
+                    Result::<_>::Ok(PackedLinear::new(LinearWeight::Dense(tensor), None)?)
                 };
                 let (down, up) = (factor(planned.down)?, factor(planned.up)?);
                 let change = Change { down, up, scale: planned.scale };
-                waiting.entry(module.to_owned()).or_default().push(change);
+                changed.entry(module.to_owned()).or_default().push(change);
             }
         }
-        Ok((Self { waiting: Mutex::new(waiting) }, reports))
+        Ok((Self { modules: changed, taken: Mutex::default() }, reports))
     }
 
-    /// The changes of `module`, which are handed out once.
+    /// The changes of `module`, and the note that they were taken.
     pub(crate) fn take(&self, module: &str) -> Vec<Change> {
-        let mut waiting = self.waiting.lock().unwrap_or_else(PoisonError::into_inner);
-        waiting.remove(module).unwrap_or_default()
+        let Some(changes) = self.modules.get(module) else { return Vec::new() };
+        let mut taken = self.taken.lock().unwrap_or_else(PoisonError::into_inner);
+        taken.insert(module.to_owned());
+        changes.clone()
     }
 
     /// Fails when a matrix was not loaded as a layer that takes changes. Call it when the whole
@@ -339,12 +346,14 @@ impl LowRankChanges {
     /// # Errors
     /// [`ModelError::TensorsUnused`] with the first names.
     pub fn finish(&self) -> Result<()> {
-        let waiting = self.waiting.lock().unwrap_or_else(PoisonError::into_inner);
-        if waiting.is_empty() {
+        let taken = self.taken.lock().unwrap_or_else(PoisonError::into_inner);
+        let left: Vec<&str> =
+            self.modules.keys().map(String::as_str).filter(|name| !taken.contains(*name)).collect();
+        if left.is_empty() {
             return Ok(());
         }
-        let names: Vec<&str> = waiting.keys().take(NAMES_MAX).map(String::as_str).collect();
-        let (path, count, names) = ("LoRA".to_owned(), waiting.len(), names.join(", "));
+        let names = left[..left.len().min(NAMES_MAX)].join(", ");
+        let (path, count) = ("LoRA".to_owned(), left.len());
         Err(ModelError::TensorsUnused { path, count, names }.into())
     }
 }

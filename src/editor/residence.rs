@@ -1,0 +1,287 @@
+//! What an engine keeps in memory, from one request to the next and within one.
+
+use std::{
+    collections::BTreeMap,
+    sync::{Mutex, PoisonError},
+};
+
+use super::{
+    Engine, EngineOptions,
+    estimate::{Known, Models, PlanFacts, plan_load},
+    pipeline::Pipeline,
+    placement::{self, PlacementOptions, Room},
+    planning::{ENCODER, PlannerParts},
+};
+use crate::{
+    error::{Error, Result},
+    memory::{Budget, DeviceMemory, Lease},
+    pixels::{Picture, Size},
+    progress::Stage,
+    request::{EditRequest, MemoryPlan, Placement, StageMemory},
+    vlm::VisionLanguageModel,
+    weights::Precision,
+};
+
+/// Who holds memory, besides [`ENCODER`].
+pub(super) const TRANSFORMER: &str = "transformer";
+pub(super) const PLANNER: &str = "planner";
+pub(super) const AUTOENCODER: &str = "vae";
+
+/// Models that have been opened, but hold no large weights yet.
+pub(super) struct Opened {
+    pub(super) pipeline: Pipeline,
+    pub(super) vlm: VisionLanguageModel,
+    pub(super) planner: PlannerParts,
+    pub(super) known: Known,
+    pub(super) precision: Precision,
+}
+
+impl Opened {
+    pub(super) fn models(&self) -> Models<'_> {
+        Models {
+            pipeline: &self.pipeline,
+            vlm: &self.vlm,
+            planner: &self.planner,
+            known: &self.known,
+            precision: &self.precision,
+        }
+    }
+
+    /// How a request's work would be placed; without a request one picture of the model's area.
+    pub(super) fn place(
+        &self,
+        request: Option<&EditRequest>,
+        options: &EngineOptions,
+    ) -> Result<MemoryPlan> {
+        let room = room(options.budget, options.placement, &self.precision, 0);
+        match request {
+            Some(request) => placement::place(self.models(), request, room),
+            None => placement::place(self.models(), &typical(&self.pipeline)?, room),
+        }
+    }
+}
+
+/// One picture of the model's area and a sentence.
+fn typical(pipeline: &Pipeline) -> Result<EditRequest> {
+    const SENTENCE: &str = "make it night and take the car away";
+    let size = Size::for_area(pipeline.area, Size::new(1, 1))?;
+    let picture = Picture::from_rgb(image::RgbImage::new(size.width, size.height));
+    Ok(EditRequest::new(picture, SENTENCE))
+}
+
+/// What may be taken when `held` bytes are taken already, which may be given up.
+fn room(budget: Budget, options: PlacementOptions, precision: &Precision, held: u64) -> Room {
+    let device = &precision.device;
+    Room {
+        options,
+        limit: budget.limit(device),
+        bytes: budget.room(device).map(|bytes| bytes.saturating_add(held)),
+        flag: if device.is_cpu() { "--max-ram" } else { "--max-vram" },
+    }
+}
+
+/// Refuses weights that do not fit.
+pub(super) fn check(
+    what: &str,
+    needed_bytes: u64,
+    (budget, precision): (Budget, &Precision),
+) -> Result<()> {
+    let room = room(budget, PlacementOptions::default(), precision, 0);
+    match room.bytes {
+        Some(available_bytes) if needed_bytes > available_bytes => Err(Error::OutOfMemory {
+            what: what.to_owned(),
+            needed_bytes,
+            available_bytes,
+            hint: smaller(&room),
+        }),
+        _ => Ok(()),
+    }
+}
+
+fn smaller(room: &Room) -> String {
+    format!("--dtype q8_0 or --dtype q4_k takes less, or allow more with {}", room.flag)
+}
+
+/// What a plan alone takes: the vision-language models and their work.
+pub(super) fn plan_alone(
+    (vlm, planner): (&VisionLanguageModel, &PlannerParts),
+    facts: PlanFacts<'_>,
+    (budget, precision): (Budget, &Precision),
+) -> Result<MemoryPlan> {
+    let load = plan_load((vlm, planner), facts)?;
+    let model = planner.model(vlm);
+    let own = planner.own_weight_bytes(precision);
+    let stage = StageMemory {
+        stage: Stage::Plan,
+        weights_bytes: own.unwrap_or(0) + vlm.weight_bytes(precision, own.is_none()),
+        activation_bytes: model.activation_bytes(load) + model.kept_bytes(load),
+    };
+    let room = room(budget, PlacementOptions::default(), precision, 0);
+    let peak_bytes = stage.in_use_bytes();
+    let fits = room.bytes.is_none_or(|bytes| peak_bytes <= bytes);
+    Ok(MemoryPlan {
+        placement: Placement::RESIDENT,
+        stages: vec![stage],
+        peak_bytes,
+        available_bytes: room.bytes,
+        hint: (!fits).then(|| smaller(&room)),
+        made_room: Vec::new(),
+    })
+}
+
+/// What the models' weights hold of a device's memory, and which of them have their turn.
+#[derive(Debug)]
+pub(super) struct Residence {
+    memory: DeviceMemory,
+    leases: Mutex<BTreeMap<&'static str, Lease>>,
+    placement: Mutex<Placement>,
+}
+
+impl Residence {
+    pub(super) fn new(memory: DeviceMemory, placement: Placement) -> Self {
+        Self { memory, leases: Mutex::default(), placement: Mutex::new(placement) }
+    }
+
+    /// Holds so many bytes in the name of `owner` from now on.
+    pub(super) fn hold(&self, owner: &'static str, bytes: u64) -> Result<()> {
+        let mut leases = self.leases.lock().unwrap_or_else(PoisonError::into_inner);
+        if leases.get(owner).is_some_and(|lease| lease.bytes() == bytes) {
+            return Ok(());
+        }
+        leases.remove(owner);
+        if bytes > 0 {
+            leases.insert(owner, self.memory.lease(owner, bytes)?);
+        }
+        Ok(())
+    }
+
+    fn let_go(&self, owner: &'static str) {
+        self.leases.lock().unwrap_or_else(PoisonError::into_inner).remove(owner);
+    }
+
+    /// Memory for a piece of work, until the lease is dropped.
+    pub(super) fn lease(&self, owner: &'static str, bytes: u64) -> Result<Lease> {
+        self.memory.lease(owner, bytes)
+    }
+
+    /// Bytes that weights hold now.
+    fn held_bytes(&self) -> u64 {
+        let leases = self.leases.lock().unwrap_or_else(PoisonError::into_inner);
+        leases.values().map(Lease::bytes).sum()
+    }
+
+    pub(super) fn memory(&self) -> &DeviceMemory {
+        &self.memory
+    }
+
+    /// How work is placed now.
+    pub(super) fn placement(&self) -> Placement {
+        *self.placement.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    pub(super) fn set_placement(&self, placement: Placement) {
+        *self.placement.lock().unwrap_or_else(PoisonError::into_inner) = placement;
+    }
+}
+
+impl Engine {
+    pub(super) fn models(&self) -> Models<'_> {
+        Models {
+            pipeline: &self.pipeline,
+            vlm: &self.vlm,
+            planner: &self.planner,
+            known: &self.known,
+            precision: &self.precision,
+        }
+    }
+
+    /// Places a request's work and lets the models hold what that says.
+    ///
+    /// # Errors
+    /// [`Error::OutOfMemory`] where it cannot fit.
+    pub(super) fn settle(&self, request: &EditRequest) -> Result<MemoryPlan> {
+        let held = self.residence.held_bytes();
+        let mut room = room(self.budget, self.placement_options, &self.precision, held);
+        if let Some(memory) = self.residence.memory().room() {
+            let bytes = memory.saturating_add(held);
+            room.bytes = Some(room.bytes.map_or(bytes, |room| room.min(bytes)));
+        }
+        let plan = placement::place(self.models(), request, room)?;
+        let plan = placement::require(plan, &format!("an edit with {}", self.info.name))?;
+        self.follow(plan.placement);
+        Ok(plan)
+    }
+
+    /// Lets the models hold what a placement says from now on.
+    pub(super) fn follow(&self, placement: Placement) {
+        self.residence.set_placement(placement);
+        self.diffusion.transformer().set_residency(placement.transformer);
+        if placement.take_turns && self.vlm.is_in_memory() {
+            self.let_go_of_transformer();
+        }
+    }
+
+    fn let_go_of_transformer(&self) {
+        self.diffusion.transformer().release();
+        self.residence.let_go(TRANSFORMER);
+    }
+
+    fn let_go_of_encoder(&self) {
+        self.vlm.release();
+        self.residence.let_go(ENCODER);
+    }
+
+    fn let_go_of_planner(&self) {
+        self.planner.release();
+        self.residence.let_go(PLANNER);
+    }
+
+    /// The text encoder has its turn.
+    ///
+    /// # Errors
+    /// [`Error::OutOfMemory`]
+    pub(super) fn before_reading(&self, writes: bool) -> Result<()> {
+        if self.residence.placement().take_turns {
+            self.let_go_of_transformer();
+            self.let_go_of_planner();
+        }
+        // The head stays once it was read.
+        let writes = writes || self.vlm.is_in_memory();
+        self.residence.hold(ENCODER, self.vlm.weight_bytes(&self.precision, writes))
+    }
+
+    /// The planner has its turn; it is the text encoder or another model.
+    ///
+    /// # Errors
+    /// [`Error::OutOfMemory`]
+    pub(super) fn before_planning(&self) -> Result<()> {
+        let Some(own) = self.planner.own_weight_bytes(&self.precision) else {
+            return self.before_reading(true);
+        };
+        if self.residence.placement().take_turns {
+            self.let_go_of_transformer();
+            self.let_go_of_encoder();
+        }
+        self.residence.hold(PLANNER, own)
+    }
+
+    /// The turn of the vision-language models is over.
+    pub(super) fn give_up_reading(&self) {
+        if self.residence.placement().take_turns {
+            self.let_go_of_encoder();
+            self.let_go_of_planner();
+        }
+    }
+
+    /// The transformer has its turn.
+    ///
+    /// # Errors
+    /// [`Error::OutOfMemory`]
+    pub(super) fn before_denoising(&self) -> Result<()> {
+        self.give_up_reading();
+        let placement = self.residence.placement();
+        let footprint = &self.known.transformer;
+        let bytes = footprint.working(placement.transformer) - footprint.outside();
+        self.residence.hold(TRANSFORMER, bytes)
+    }
+}

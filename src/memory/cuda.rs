@@ -1,0 +1,156 @@
+//! The memory pool of a CUDA device, as its driver keeps it.
+//!
+//! cudarc allocates every tensor from the device's default pool, in the order of its stream. What
+//! one model frees is there for the next without a call to the system, if the pool is told to keep
+//! it; the driver's own counters are the honest peak.
+
+use std::{ffi::c_void, sync::Arc};
+
+use candle_core::{
+    CudaDevice, Device as TensorDevice,
+    cuda_backend::cudarc::driver::{CudaContext, CudaStream, sys},
+};
+
+use super::{
+    DeviceUse,
+    pool::{BlockId, Pool, PoolExhausted, PoolUse},
+};
+use crate::error::Result;
+
+/// The default pool of a CUDA device. Tensors take their memory from it by themselves; what is
+/// allocated here are claims, which are counted beside what the driver says is taken.
+#[derive(Debug)]
+pub struct CudaPool {
+    context: Arc<CudaContext>,
+    stream: Arc<CudaStream>,
+    pool: sys::CUmemoryPool,
+    claims: std::collections::BTreeMap<u64, u64>,
+    next: u64,
+    claimed: u64,
+    claimed_high: u64,
+}
+
+#[expect(unsafe_code, reason = "a handle of the driver is a pointer")]
+// SAFETY: the driver's functions on a pool may be called from any thread, and the handle is the
+// device's own for as long as the process lives.
+unsafe impl Send for CudaPool {}
+
+impl CudaPool {
+    /// The pool of an opened device, told to keep what is freed.
+    ///
+    /// # Errors
+    /// A device that is no CUDA device, or one without pools.
+    pub fn new(device: &CudaDevice) -> Result<Self> {
+        let stream = device.cuda_stream();
+        let context = Arc::clone(stream.context());
+        let mut pool: sys::CUmemoryPool = std::ptr::null_mut();
+        #[expect(unsafe_code, reason = "a call of the driver")]
+        // SAFETY: `pool` is a place for the handle, and the device is open.
+        let asked = unsafe { sys::cuDeviceGetDefaultMemPool(&raw mut pool, context.cu_device()) };
+        asked.result().map_err(candle_core::Error::wrap)?;
+        let claims = std::collections::BTreeMap::new();
+        let made = Self { context, stream, pool, claims, next: 0, claimed: 0, claimed_high: 0 };
+        made.set(sys::CUmemPool_attribute::CU_MEMPOOL_ATTR_RELEASE_THRESHOLD, u64::MAX);
+        Ok(made)
+    }
+
+    fn set(&self, attribute: sys::CUmemPool_attribute, mut value: u64) {
+        #[expect(unsafe_code, reason = "a call of the driver")]
+        // SAFETY: these attributes take a 64-bit number, and `value` is one.
+        let set = unsafe {
+            sys::cuMemPoolSetAttribute(self.pool, attribute, (&raw mut value).cast::<c_void>())
+        };
+        if let Err(error) = set.result() {
+            tracing::debug!(?attribute, %error, "the pool refused a setting");
+        }
+    }
+
+    /// A counter; 0 where the driver refuses.
+    fn get(&self, attribute: sys::CUmemPool_attribute) -> u64 {
+        let mut value = 0_u64;
+        #[expect(unsafe_code, reason = "a call of the driver")]
+        // SAFETY: these attributes are 64-bit numbers, and `value` is a place for one.
+        let got = unsafe {
+            sys::cuMemPoolGetAttribute(self.pool, attribute, (&raw mut value).cast::<c_void>())
+        };
+        got.result().map_or(0, |()| value)
+    }
+
+    /// What the device can still give: what nobody has, and what the pool holds unused.
+    fn free_bytes(&self) -> Option<u64> {
+        let (free, _) = self.context.mem_get_info().ok()?;
+        let usage = self.driver_usage();
+        Some(free as u64 + usage.reserved.saturating_sub(usage.used))
+    }
+
+    fn driver_usage(&self) -> PoolUse {
+        use sys::CUmemPool_attribute as Attribute;
+        PoolUse {
+            used: self.get(Attribute::CU_MEMPOOL_ATTR_USED_MEM_CURRENT),
+            used_high: self.get(Attribute::CU_MEMPOOL_ATTR_USED_MEM_HIGH),
+            reserved: self.get(Attribute::CU_MEMPOOL_ATTR_RESERVED_MEM_CURRENT),
+            reserved_high: self.get(Attribute::CU_MEMPOOL_ATTR_RESERVED_MEM_HIGH),
+        }
+    }
+}
+
+impl Pool for CudaPool {
+    fn allocate(&mut self, bytes: u64) -> std::result::Result<BlockId, PoolExhausted> {
+        let used = self.usage().used;
+        let free = self.capacity().map_or(u64::MAX, |all| all.saturating_sub(used));
+        if bytes > free {
+            return Err(PoolExhausted { wanted: bytes, free });
+        }
+        self.next += 1;
+        self.claims.insert(self.next, bytes);
+        self.claimed += bytes;
+        self.claimed_high = self.claimed_high.max(self.claimed);
+        Ok(BlockId(self.next))
+    }
+
+    fn free(&mut self, block: BlockId) {
+        self.claimed -= self.claims.remove(&block.0).unwrap_or(0);
+    }
+
+    /// Takes so much once and frees it, so that the pool has it.
+    fn reserve(&mut self, bytes: u64) -> std::result::Result<(), PoolExhausted> {
+        let missing = bytes.saturating_sub(self.driver_usage().used);
+        let refused = |free| PoolExhausted { wanted: missing, free };
+        let free = self.free_bytes().unwrap_or(0);
+        let Ok(size) = usize::try_from(missing) else { return Err(refused(free)) };
+        #[expect(unsafe_code, reason = "memory that is given back before anybody reads it")]
+        // SAFETY: the bytes are never looked at.
+        let taken = unsafe { self.stream.alloc::<u8>(size) };
+        taken.map(drop).map_err(|_driver_error| refused(free))
+    }
+
+    fn trim(&mut self) {
+        #[expect(unsafe_code, reason = "a call of the driver")]
+        // SAFETY: the pool gives back only what nobody holds.
+        let trimmed = unsafe { sys::cuMemPoolTrimTo(self.pool, 0) };
+        if let Err(error) = trimmed.result() {
+            tracing::debug!(%error, "the pool was not trimmed");
+        }
+    }
+
+    fn usage(&self) -> PoolUse {
+        let usage = self.driver_usage();
+        PoolUse {
+            used: usage.used.max(self.claimed),
+            used_high: usage.used_high.max(self.claimed_high),
+            ..usage
+        }
+    }
+
+    fn capacity(&self) -> Option<u64> {
+        Some(self.free_bytes()?.saturating_add(self.driver_usage().used))
+    }
+}
+
+/// What the memory of a CUDA device is used for.
+pub(super) fn device_use(device: &TensorDevice) -> Option<DeviceUse> {
+    let TensorDevice::Cuda(device) = device else { return None };
+    let pool = CudaPool::new(device).ok()?;
+    let (used, free) = (pool.driver_usage().used, pool.free_bytes()?);
+    Some(DeviceUse { used, free })
+}

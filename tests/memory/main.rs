@@ -1,0 +1,133 @@
+//! What a request takes, counted allocation by allocation, beside what was said before.
+//!
+//! In a binary of its own, whose allocator keeps the highest count. Pages of mapped files and the
+//! stacks of threads are no allocations, so they do not count.
+#![expect(clippy::unwrap_used, clippy::cast_precision_loss, reason = "a test may panic")]
+#![expect(clippy::print_stderr, reason = "the comparison is a table to look at")]
+
+use std::{cell::RefCell, path::Path};
+
+use peak_alloc::PeakAlloc;
+use pentimento::{
+    Device, EditRequest, Engine, EngineOptions, Event, ModelSource, PlacementOptions, Stage,
+    StageMemory,
+    pixels::{Limits, Picture},
+    vlm::VisionLanguageModel,
+    weights::{Precision, Storage},
+};
+
+#[global_allocator]
+static ALLOCATOR: PeakAlloc = PeakAlloc;
+
+/// What a stage took at most, counted.
+struct Measured {
+    stage: Stage,
+    bytes: u64,
+}
+
+fn bytes(count: usize) -> u64 {
+    count as u64
+}
+
+/// What tokenizer, templates and configs take, which are there before anything is estimated.
+fn opened(source: &ModelSource) -> usize {
+    let before = ALLOCATOR.current_usage();
+    let files = source.files().unwrap();
+    let model = VisionLanguageModel::open(&files, "text_encoder", &Precision::reference()).unwrap();
+    let bytes = ALLOCATOR.current_usage() - before;
+    drop(model);
+    bytes
+}
+
+/// Runs one edit; returns the highest count of each stage, less what was there before.
+fn measure(source: &ModelSource, options: &EngineOptions, request: &EditRequest) -> Vec<Measured> {
+    let before = ALLOCATOR.current_usage() + opened(source);
+    let measured = RefCell::new(Vec::new());
+    let engine = Engine::open_for(source, options, request, &()).unwrap();
+    let observer = |event: &Event<'_>| match *event {
+        Event::Step { step: 0, .. } => {
+            ALLOCATOR.reset_peak_usage();
+        }
+        Event::StageDone { stage, .. } => {
+            let peak = ALLOCATOR.peak_usage().saturating_sub(before);
+            measured.borrow_mut().push(Measured { stage, bytes: bytes(peak) });
+        }
+        _ => {}
+    };
+    engine.edit(request, &observer).unwrap();
+    measured.into_inner()
+}
+
+fn picture() -> Picture {
+    let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("models/mini/samples/add.png");
+    Picture::open(&path, &Limits::default()).unwrap()
+}
+
+fn estimate(
+    source: &ModelSource,
+    options: &EngineOptions,
+    request: &EditRequest,
+) -> Vec<StageMemory> {
+    Engine::memory(source, options, request, &()).unwrap().stages
+}
+
+/// Compares stage by stage, and prints the table.
+fn compare(
+    name: &str,
+    source: &ModelSource,
+    options: &EngineOptions,
+    request: &EditRequest,
+) -> Vec<(Stage, f64)> {
+    let estimate = estimate(source, options, request);
+    let measured = measure(source, options, request);
+    assert_eq!(estimate.len(), measured.len());
+    let mut ratios = Vec::new();
+    for (said, found) in estimate.iter().zip(&measured) {
+        assert_eq!(said.stage, found.stage);
+        let ratio = said.in_use_bytes() as f64 / found.bytes as f64;
+        eprintln!(
+            "{name:<24} {:<22} said {:>12} counted {:>12} ratio {ratio:.3}",
+            said.stage.label(),
+            said.in_use_bytes(),
+            found.bytes
+        );
+        ratios.push((said.stage, ratio));
+    }
+    ratios
+}
+
+#[test]
+fn what_was_said_is_what_is_taken() {
+    let options = |storage, placement| EngineOptions {
+        device: Device::Cpu,
+        storage,
+        placement,
+        ..EngineOptions::default()
+    };
+    let turns = PlacementOptions { take_turns: true, ..PlacementOptions::default() };
+    let streamed = PlacementOptions { stream_blocks: Some(1), ..turns };
+    // Threads and tables that are made once.
+    let mut request = EditRequest::new(picture(), "make it night and take the car away");
+    (request.seed, request.steps) = (Some(1), Some(2));
+    measure(&ModelSource::Mini, &options(None, PlacementOptions::default()), &request);
+    let mut faults = Vec::new();
+    for (name, side, storage, placement) in [
+        ("64 px", 64, None, PlacementOptions::default()),
+        ("256 px", 256, None, PlacementOptions::default()),
+        ("256 px, q8_0", 256, Some(Storage::Q8_0), PlacementOptions::default()),
+        ("384 px", 384, None, PlacementOptions::default()),
+        ("512 px, q8_0", 512, Some(Storage::Q8_0), PlacementOptions::default()),
+        ("384 px, turns", 384, None, turns),
+        ("384 px, streamed", 384, None, streamed),
+    ] {
+        let mut request = request.clone();
+        request.area = Some(side * side);
+        let options = options(storage, placement);
+        for (stage, ratio) in compare(name, &ModelSource::Mini, &options, &request) {
+            if !(1.0..=1.3).contains(&ratio) {
+                faults.push(format!("{name}, {}: {ratio}", stage.label()));
+            }
+        }
+    }
+    assert!(faults.is_empty(), "{faults:#?}");
+}
