@@ -274,6 +274,7 @@ mod device {
         let loaded = match all.get_or_insert_default().entry(device.id()) {
             Entry::Occupied(loaded) => loaded.into_mut(),
             Entry::Vacant(place) => {
+                keep_freed_memory(device)?;
                 let stream = device.cuda_stream();
                 let module = stream.context().load_module(Ptx::from_binary(FATBIN.to_vec())).w()?;
                 place.insert(Loaded { module, functions: HashMap::new() })
