@@ -12,10 +12,10 @@ pub(super) fn check(device: &Device) -> Vec<Row> {
 
 /// The growth of what is taken from the driver when as much is allocated again, in bytes.
 #[cfg(feature = "cuda")]
-fn finding(device: &Device) -> candle_core::Result<Finding> {
+fn finding(device: &Device) -> crate::error::Result<Finding> {
     use candle_core::{DType, Tensor};
 
-    use crate::ops::cuda::{keep_freed_memory, pool_counters};
+    use crate::memory::{CudaPool, Pool as _};
 
     /// One tensor of a model, and their number: a gigabyte together.
     const BYTES: usize = 16 << 20;
@@ -23,21 +23,20 @@ fn finding(device: &Device) -> candle_core::Result<Finding> {
     let Device::Cuda(cuda) = device else {
         return Ok(Finding::LeftOut("there is no memory pool on the CPU".to_owned()));
     };
-    keep_freed_memory(cuda)?;
+    let pool = CudaPool::new(cuda)?;
     let model = || (0..TENSORS).map(|_| Tensor::zeros(BYTES, DType::U8, device));
-    let first = model().collect::<candle_core::Result<Vec<_>>>()?;
-    let with_first = pool_counters(cuda)?;
-    drop(first);
-    let second = model().collect::<candle_core::Result<Vec<_>>>()?;
-    let with_second = pool_counters(cuda)?;
-    drop(second);
-    let grown = with_second.reserved[0].saturating_sub(with_first.reserved[0]);
+    let reserved = || -> crate::error::Result<u64> {
+        let _held = model().collect::<candle_core::Result<Vec<_>>>()?;
+        device.synchronize()?;
+        Ok(pool.usage().reserved)
+    };
+    let (first, second) = (reserved()?, reserved()?);
     #[expect(clippy::cast_precision_loss, reason = "some bytes")]
-    let value = grown as f64;
+    let value = second.saturating_sub(first) as f64;
     Ok(Finding::Checked { value, limit: 0.0 })
 }
 
 #[cfg(not(feature = "cuda"))]
-fn finding(_device: &Device) -> candle_core::Result<Finding> {
+fn finding(_device: &Device) -> crate::error::Result<Finding> {
     Ok(Finding::LeftOut("there is no memory pool on the CPU".to_owned()))
 }

@@ -12,7 +12,7 @@ const MAY_USE: &[(&str, &[&str])] = &[
     ("vlm", &["pixels", "memory", "ops", "layers", "weights"]),
     ("diffusion", &["memory", "ops", "layers", "weights"]),
     ("plan", &["pixels", "vlm"]),
-    ("check", &["diffusion", "ops", "vlm", "weights"]),
+    ("check", &["diffusion", "memory", "ops", "vlm", "weights"]),
     ("editor", &["diffusion", "memory", "pixels", "plan", "vlm", "weights"]),
     ("library", &["editor", "weights"]),
     ("eval", &["editor", "pixels", "plan", "vlm"]),

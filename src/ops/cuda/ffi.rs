@@ -134,8 +134,6 @@ pub(super) fn launch(device: &Device, launch: &Launch) -> Result<()> {
 }
 
 #[cfg(feature = "cuda")]
-pub use device::{PoolCounters, keep_freed_memory, pool_counters};
-#[cfg(feature = "cuda")]
 pub(super) use device::{capability, name as device_name};
 
 #[cfg(feature = "cuda-emulation")]
@@ -212,6 +210,7 @@ mod device {
     use half::bf16;
 
     use super::super::launch::Launch;
+    use crate::memory::CudaPool;
 
     /// Every kernel for every architecture, as the build script compiled them.
     static FATBIN: &[u8] = include_bytes!(concat!(env!("OUT_DIR"), "/kernels.fatbin"));
@@ -274,7 +273,8 @@ mod device {
         let loaded = match all.get_or_insert_default().entry(device.id()) {
             Entry::Occupied(loaded) => loaded.into_mut(),
             Entry::Vacant(place) => {
-                keep_freed_memory(device)?;
+                // What one operation frees is the next one's, without a call to the system.
+                CudaPool::new(device).map_err(Error::wrap)?;
                 let stream = device.cuda_stream();
                 let module = stream.context().load_module(Ptx::from_binary(FATBIN.to_vec())).w()?;
                 place.insert(Loaded { module, functions: HashMap::new() })
@@ -302,75 +302,6 @@ mod device {
         let stream = device.cuda_stream();
         let (major, minor) = capability(device)?;
         Ok(format!("{}, compute capability {major}.{minor}", stream.context().name().w()?))
-    }
-
-    /// What the device's default memory pool counts, in bytes: every allocation of this process on
-    /// the device comes from it, and what one model frees the next one takes.
-    #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-    pub struct PoolCounters {
-        /// In use now, and at most since the start.
-        pub used: [u64; 2],
-        /// Taken from the driver now, and at most since the start.
-        pub reserved: [u64; 2],
-    }
-
-    /// Reads the pool's counters, after all that is queued is done.
-    ///
-    /// # Errors
-    /// A failure of the device.
-    pub fn pool_counters(device: &CudaDevice) -> Result<PoolCounters> {
-        let stream = device.cuda_stream();
-        stream.synchronize().w()?;
-        let read = |attribute| -> Result<u64> {
-            let mut value = 0_u64;
-            // SAFETY: the pool belongs to the device of a live context, and each attribute that is
-            // asked for here is a 64-bit number.
-            unsafe {
-                let pool = cudarc::driver::result::device::get_default_mem_pool(
-                    stream.context().cu_device(),
-                )
-                .w()?;
-                cudarc::driver::result::mem_pool::get_attribute(
-                    pool,
-                    attribute,
-                    (&raw mut value).cast(),
-                )
-                .w()?;
-            }
-            Ok(value)
-        };
-        use cudarc::driver::sys::CUmemPool_attribute as Attribute;
-        Ok(PoolCounters {
-            used: [
-                read(Attribute::CU_MEMPOOL_ATTR_USED_MEM_CURRENT)?,
-                read(Attribute::CU_MEMPOOL_ATTR_USED_MEM_HIGH)?,
-            ],
-            reserved: [
-                read(Attribute::CU_MEMPOOL_ATTR_RESERVED_MEM_CURRENT)?,
-                read(Attribute::CU_MEMPOOL_ATTR_RESERVED_MEM_HIGH)?,
-            ],
-        })
-    }
-
-    /// Tells the pool to keep what is freed, so that the next allocation needs no driver call.
-    ///
-    /// # Errors
-    /// A failure of the device.
-    pub fn keep_freed_memory(device: &CudaDevice) -> Result<()> {
-        let mut threshold = u64::MAX;
-        let stream = device.cuda_stream();
-        // SAFETY: as above; the threshold is a 64-bit number that is only read.
-        unsafe {
-            let pool =
-                cudarc::driver::result::device::get_default_mem_pool(stream.context().cu_device())
-                    .w()?;
-            cudarc::driver::result::mem_pool::set_attribute(
-                pool,
-                cudarc::driver::sys::CUmemPool_attribute::CU_MEMPOOL_ATTR_RELEASE_THRESHOLD,
-                (&raw mut threshold).cast(),
-            )
-            .w()
-        }
     }
 
     pub(super) fn launch(device: &CudaDevice, launch: &Launch) -> Result<()> {

@@ -24,8 +24,6 @@ use candle_core::{DType, Device, Error, Result, Tensor};
 pub(super) use attention::attention;
 pub(super) use conv::StoredKernel;
 pub use ffi::launches;
-#[cfg(feature = "cuda")]
-pub use ffi::{PoolCounters, keep_freed_memory, pool_counters};
 pub(super) use joint::joint_attention;
 pub use linear::{Format, StoredMatrix};
 pub(super) use rows::{
