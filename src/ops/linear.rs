@@ -1,7 +1,7 @@
 //! Products with a weight matrix, in the type the matrix is kept in.
 //!
-//! On the CPU a plain matrix is packed for the registers once, in its own type; bf16 and f16 are
-//! widened panel by panel inside the product, never as a whole.
+//! On the CPU a matrix is packed for the registers once, in its own type; bf16, f16 and fp8 are
+//! widened panel by panel inside the product, and blocks are unpacked there, never as a whole.
 
 use std::sync::Arc;
 

@@ -145,6 +145,7 @@ pub(crate) fn transformer() -> Vec<Vec<u8>> {
             ("img_in.weight", vec![128, 64]),
             ("txt_in.weight", vec![128, 8]),
             ("txt_norm.weight", vec![8]),
+            ("proj_out.weight", vec![64, 128]),
             ("transformer_blocks.0.attn.norm_q.weight", vec![128]),
             ("transformer_blocks.0.img_mod.1.weight", vec![2, 2]),
         ];

@@ -15,6 +15,8 @@ mod unpack;
 #[cfg(target_arch = "x86_64")]
 mod x86;
 
+use std::ops::Range;
+
 use rayon::prelude::*;
 
 pub use self::format::BlockFormat;
@@ -41,11 +43,12 @@ const PANEL: usize = 32;
 /// Blocks that are multiplied at a time: their weights stay in the first-level cache.
 const DEPTH: usize = 16;
 /// Rows of the activations that are multiplied at a time.
-const ROWS: usize = 480;
+const ROWS: usize = 300;
+/// Panels that are multiplied with the same [`DEPTH`] blocks of those rows before the next ones: the
+/// activations, and the sums of so many panels, stay in the second-level cache.
+const GROUP: usize = 8;
 /// Rows of a register tile.
 const TILE_ROWS: usize = 6;
-/// Bytes of the next weights that are asked for with each register tile.
-const PREFETCHED_BYTES: usize = 512;
 /// Pieces of work for each thread, so that none waits long for the last.
 const TASKS_PER_THREAD: usize = 8;
 
@@ -197,11 +200,10 @@ impl PackedBlocks {
         (self.out, self.depth * self.format.numbers())
     }
 
-    /// The blocks of a panel, and those with all that follows.
-    fn panel_and_rest(&self, panel: usize) -> (&[u8], &[u8]) {
+    /// The blocks of a panel.
+    fn panel(&self, panel: usize) -> &[u8] {
         let bytes = self.depth * PANEL * self.format.bytes();
-        let rest = &bytemuck::cast_slice(&self.lines)[panel * bytes..];
-        (&rest[..bytes], rest)
+        &bytemuck::cast_slice(&self.lines)[panel * bytes..][..bytes]
     }
 
     /// The numbers of row `row`.
@@ -210,7 +212,7 @@ impl PackedBlocks {
         let (_, mins) = format.groups();
         let mut unpacked = vec![EMPTY; format.numbers().div_euclid(BLOCK)];
         let mut numbers = Vec::with_capacity(self.dims().1);
-        let (panel, _) = self.panel_and_rest(row.div_euclid(PANEL));
+        let panel = self.panel(row.div_euclid(PANEL));
         for block in panel.chunks_exact(PANEL * format.bytes()) {
             self.instructions.unpack(format, block, &mut unpacked);
             for block in &unpacked {
@@ -273,68 +275,91 @@ impl PackedBlocks {
         let grid = Grid { rows, cols: self.out, tile_rows, tile_cols };
         let scratch = || Scratch { unpacked: vec![EMPTY; DEPTH], sums: Vec::new() };
         par_tiles(out, grid, scratch, |scratch, mut tile| {
-            for first in (0..tile.cols.len()).step_by(PANEL) {
-                let panel = tile.cols.start + first;
-                self.panel_sums::<R, G, M>(x, panel, &tile, scratch);
-                let scales = &x.scales[tile.rows.start..];
-                for (i, (sums, scale)) in
-                    scratch.sums.iter().zip(scales).enumerate().take(tile.rows.len())
-                {
-                    let out = tile.row(i)[first..].iter_mut().zip(sums);
-                    match bias {
-                        Some(bias) => {
-                            out.zip(&bias[panel..]).for_each(|((y, x), b)| *y = x * scale + b);
-                        }
-                        None => out.for_each(|(y, x)| *y = x * scale),
-                    }
+            let panels = tile.cols.start.div_euclid(PANEL)..tile.cols.end.div_ceil(PANEL);
+            // One tile of rows gains nothing from groups, and reads a panel from end to end.
+            let size = if tile.rows.len() > R { GROUP } else { 1 };
+            for first in panels.clone().step_by(size) {
+                let group = first..panels.end.min(first + size);
+                self.group_sums::<R, G, M>(x, group, &tile, scratch);
+                let rows = tile.rows.len().next_multiple_of(R);
+                for (panel, sums) in (first..).zip(scratch.sums.chunks_exact(rows)) {
+                    store(&mut tile, panel * PANEL, (sums, &x.scales), bias);
                 }
             }
         });
     }
 
-    /// The products of the tile's rows with the panel that starts at output `first`.
+    /// The products of the tile's rows with some panels: `[panel][row]`.
     ///
     /// They are summed here and not in the output, whose rows can be so far apart that they evict
     /// each other from the caches.
-    fn panel_sums<const R: usize, const G: usize, const M: usize>(
+    fn group_sums<const R: usize, const G: usize, const M: usize>(
         &self,
         x: &Activations<R>,
-        first: usize,
+        panels: Range<usize>,
         tile: &Tile<'_>,
         scratch: &mut Scratch,
     ) {
         let Scratch { unpacked, sums } = scratch;
+        let rows = tile.rows.len().next_multiple_of(R);
         sums.clear();
-        sums.resize(tile.rows.len().next_multiple_of(R), [0.0; PANEL]);
+        sums.resize(panels.len() * rows, [0.0; PANEL]);
         let stored_blocks = self.format.numbers().div_euclid(BLOCK);
         let depth = self.depth * stored_blocks;
         let start = tile.rows.start.div_euclid(R) * depth;
         let (blocks, parts) = (&x.blocks()[start..], &x.sums()[start..]);
-        let chunk_bytes = DEPTH.div_euclid(stored_blocks) * PANEL * self.format.bytes();
-        let (panel, rest) = self.panel_and_rest(first.div_euclid(PANEL));
-        for (from, chunk) in (0..depth).step_by(DEPTH).zip(panel.chunks(chunk_bytes)) {
+        let block_bytes = PANEL * self.format.bytes();
+        for from in (0..depth).step_by(DEPTH) {
             let to = depth.min(from + DEPTH);
             let unpacked = &mut unpacked[..to - from];
-            for (block, unpacked) in chunk
-                .chunks_exact(PANEL * self.format.bytes())
-                .zip(unpacked.chunks_exact_mut(stored_blocks))
-            {
-                self.instructions.unpack(self.format, block, unpacked);
-            }
-            let end = chunk_bytes * from.div_euclid(DEPTH) + chunk.len();
-            let mut next =
-                rest[end..].chunks(PREFETCHED_BYTES).take(chunk_bytes.div_ceil(PREFETCHED_BYTES));
-            for (i, sums) in sums.as_chunks_mut().0.iter_mut().enumerate() {
-                next.next().map(prefetch);
-                let range = |i: usize| i * depth + from..i * depth + to;
-                // The next tile's activations come from further away than these.
-                prefetch(blocks.get(range(i + 1)).map_or(&[], bytemuck::cast_slice));
-                if G + M > 1 {
-                    prefetch(parts.get(range(i + 1)).map_or(&[], bytemuck::cast_slice));
+            let stored = from.div_euclid(stored_blocks)..to.div_euclid(stored_blocks);
+            for (panel, sums) in panels.clone().zip(sums.chunks_exact_mut(rows)) {
+                let chunk =
+                    &self.panel(panel)[stored.start * block_bytes..stored.end * block_bytes];
+                for (block, unpacked) in
+                    chunk.chunks_exact(block_bytes).zip(unpacked.chunks_exact_mut(stored_blocks))
+                {
+                    self.instructions.unpack(self.format, block, unpacked);
                 }
-                let x = (&blocks[range(i)], &parts[range(i)]);
-                self.instructions.add_tile::<R, G, M>(unpacked, x, sums);
+                // A share of the next weights is asked for with each tile of rows.
+                let share = chunk.len().div_ceil(rows.div_euclid(R)).next_multiple_of(64);
+                let mut next = self.next_chunk(&panels, panel, &stored).chunks(share);
+                for (i, sums) in sums.as_chunks_mut().0.iter_mut().enumerate() {
+                    next.next().map(prefetch);
+                    let range = i * depth + from..i * depth + to;
+                    let x = (&blocks[range.clone()], &parts[range]);
+                    self.instructions.add_tile::<R, G, M>(unpacked, x, sums);
+                }
             }
+        }
+    }
+
+    /// The blocks that come after `stored` of `panel`: those of the next panel, or the next ones of
+    /// the first.
+    fn next_chunk(&self, panels: &Range<usize>, panel: usize, stored: &Range<usize>) -> &[u8] {
+        let (panel, stored) = if panel + 1 < panels.end {
+            (panel + 1, stored.clone())
+        } else {
+            (panels.start, stored.end..self.depth.min(stored.end + stored.len()))
+        };
+        let block_bytes = PANEL * self.format.bytes();
+        &self.panel(panel)[stored.start * block_bytes..stored.end * block_bytes]
+    }
+}
+
+/// Copies a panel's sums to the output, times each row's scale, and adds the bias.
+fn store(
+    tile: &mut Tile<'_>,
+    first: usize,
+    (sums, scales): (&[[f32; PANEL]], &[f32]),
+    bias: Option<&[f32]>,
+) {
+    let (from, start) = (first - tile.cols.start, tile.rows.start);
+    for (i, (sums, scale)) in sums.iter().zip(&scales[start..]).enumerate().take(tile.rows.len()) {
+        let out = tile.row(i)[from..].iter_mut().zip(sums);
+        match bias {
+            Some(bias) => out.zip(&bias[first..]).for_each(|((y, x), b)| *y = x * scale + b),
+            None => out.for_each(|(y, x)| *y = x * scale),
         }
     }
 }

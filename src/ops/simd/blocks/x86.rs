@@ -1,7 +1,7 @@
 //! The steps of a product on x86: with AVX-512 VNNI, with AVX-VNNI, and with AVX2.
 
 use std::arch::x86_64::{
-    __m256, __m256i, __m512, __m512i, _MM_HINT_T0, _mm_prefetch, _mm_sad_epu8, _mm_set1_epi8,
+    __m256, __m256i, __m512, __m512i, _MM_HINT_T1, _mm_prefetch, _mm_sad_epu8, _mm_set1_epi8,
     _mm_setzero_si128, _mm_xor_si128, _mm256_abs_epi8, _mm256_add_epi32, _mm256_castps_si256,
     _mm256_castsi256_ps, _mm256_cvtepi32_ps, _mm256_cvtph_ps, _mm256_dpbusd_avx_epi32,
     _mm256_fmadd_ps, _mm256_fnmadd_ps, _mm256_loadu_ps, _mm256_loadu_si256, _mm256_madd_epi16,
@@ -148,7 +148,7 @@ pub(super) fn prefetch(bytes: &[u8]) {
         #[expect(unsafe_code, reason = "an instruction that every x86-64 processor has")]
         // SAFETY: the pointer is that of a slice; nothing is read.
         unsafe {
-            _mm_prefetch::<_MM_HINT_T0>(line.as_ptr().cast());
+            _mm_prefetch::<_MM_HINT_T1>(line.as_ptr().cast());
         }
     }
 }
