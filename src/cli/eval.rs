@@ -28,6 +28,7 @@ pub(crate) fn scenes(args: &ScenesArgs) -> Result<()> {
         measurement.parts = args.only.iter().map(|part| part.part()).collect();
     }
     measurement.planner = plan::options(&args.planner);
+    measurement.steps = args.steps;
     measurement.step_cache = args.cache.settings();
     measurement.cancel = super::cancel_on_interrupt()?;
     measurement.check()?;

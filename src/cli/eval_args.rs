@@ -47,6 +47,9 @@ pub(crate) struct ScenesArgs {
     /// Only these parts; may be repeated or separated by commas [default: all]
     #[arg(long, value_enum, value_name = "PART", value_delimiter = ',')]
     pub(crate) only: Vec<PartArg>,
+    /// Denoising steps of each edit [default: the model's]
+    #[arg(long, value_name = "N")]
+    pub(crate) steps: Option<usize>,
     /// Draw inputs beside results of the first cases into this file instead of measuring
     #[arg(long, value_name = "FILE")]
     pub(crate) contact_sheet: Option<PathBuf>,

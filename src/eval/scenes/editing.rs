@@ -84,6 +84,7 @@ impl<'a> Desk<'a> {
         request.strategy = strategy;
         request.plan = plan;
         request.planner.clone_from(&self.measurement.planner);
+        request.steps = self.measurement.steps;
         request.step_cache = self.measurement.step_cache;
         request.cancel = self.measurement.cancel.clone();
         let outcome = unless_planner_fails(self.engine.edit(&request, &()))?;

@@ -38,6 +38,8 @@ pub struct Measurement {
     /// How the planner writes. The replies of [`Part::Decomposition`] are always written without
     /// the grammar, which would keep them well-formed.
     pub planner: PlanOptions,
+    /// Denoising steps of each edit; `None` is the model's default.
+    pub steps: Option<usize>,
     /// Which steps of the edits may be left out.
     pub step_cache: Option<StepCache>,
     /// Stops it.
@@ -49,7 +51,8 @@ impl Measurement {
     #[must_use]
     pub fn new(seed: u32, count: u32) -> Self {
         let (parts, planner) = (Part::ALL.into(), PlanOptions::default());
-        Self { seed, count, parts, planner, step_cache: None, cancel: CancelToken::new() }
+        let cancel = CancelToken::new();
+        Self { seed, count, parts, planner, steps: None, step_cache: None, cancel }
     }
 
     /// Carries out the edits and judges each picture by the strict readout.
