@@ -101,7 +101,7 @@ pub(crate) fn check(args: &VerifyArgs) -> Result<ExitCode> {
 
 fn verdict_text(verdict: &Verdict) -> String {
     let mut text = String::new();
-    let path = verdict.path.display();
+    let path = verdict.path.display().to_string();
     if verdict.is_good() {
         text += &format!("ok       {path}, {}", indicatif::BinaryBytes(verdict.bytes));
         if verdict.hashes_match > 0 {
@@ -113,7 +113,13 @@ fn verdict_text(verdict: &Verdict) -> String {
         text.push('\n');
     }
     for problem in &verdict.problems {
-        text += &format!("damaged  {path}: {problem}\n");
+        // What is said of a file of a folder begins with its own path.
+        let own = problem.starts_with(&path);
+        text += &if own {
+            format!("damaged  {problem}\n")
+        } else {
+            format!("damaged  {path}: {problem}\n")
+        };
     }
     text
 }

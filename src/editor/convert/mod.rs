@@ -9,7 +9,7 @@ use serde::Serialize;
 
 use self::{
     plan::{Notes, Planned},
-    source::Source,
+    source::{Hints, Source},
 };
 use super::assemble::version::version_name;
 use crate::{
@@ -109,43 +109,36 @@ pub fn convert(request: &ConvertRequest, observer: &dyn Observer) -> Result<Conv
     let wish =
         Wish { format, kind: request.kind, rules: request.rules.clone(), pure: request.pure };
     let mut notes = Notes::default();
-    let (checkpoint, name, version, planned) =
-        match source::open(&request.inputs, request.zero_cond_t)? {
-            Source::Transformer(transformer) => {
-                let (name, planned) = plan::transformer(request, &wish, &transformer, &mut notes);
-                let version = transformer.version.map(|(kind, zero)| version_name(kind, zero));
-                (transformer.checkpoint, name, version, vec![planned])
-            }
-            Source::VisionLanguage { checkpoint, files, folder, name } => {
-                let name = request.name.clone().unwrap_or(name);
-                let planned = match format {
-                    WriteFormat::Gguf => {
-                        let exported = export::gguf_files(&files, &folder, &checkpoint)?;
-                        plan::gguf_pair(request, &wish, &checkpoint, (&name, exported), &mut notes)?
-                    }
-                    WriteFormat::Safetensors => {
-                        let drafts = plan::whole(&checkpoint, language_role);
-                        let named = (name.as_str(), drafts);
-                        vec![plan::safetensors(
-                            &request.output,
-                            &wish,
-                            &checkpoint,
-                            named,
-                            &mut notes,
-                        )]
-                    }
-                };
-                (checkpoint, name, None, planned)
-            }
-            Source::Autoencoder { checkpoint, name } => {
-                refuse_small(request, format, &checkpoint)?;
-                let name = request.name.clone().unwrap_or(name);
-                let named = (name.as_str(), plan::whole(&checkpoint, |_| Role::Usual));
-                let planned =
-                    plan::safetensors(&request.output, &wish, &checkpoint, named, &mut notes);
-                (checkpoint, name, None, vec![planned])
-            }
-        };
+    let hints = Hints { zero_cond_t: request.zero_cond_t, name: request.name.as_deref() };
+    let (checkpoint, name, version, planned) = match source::open(&request.inputs, hints)? {
+        Source::Transformer(transformer) => {
+            let (name, planned) = plan::transformer(request, &wish, &transformer, &mut notes);
+            let version = transformer.version.map(|(kind, zero)| version_name(kind, zero));
+            (transformer.checkpoint, name, version, vec![planned])
+        }
+        Source::VisionLanguage { checkpoint, files, folder, name } => {
+            let name = request.name.clone().unwrap_or(name);
+            let planned = match format {
+                WriteFormat::Gguf => {
+                    let exported = export::gguf_files(&files, &folder, &checkpoint)?;
+                    plan::gguf_pair(request, &wish, &checkpoint, (&name, exported), &mut notes)?
+                }
+                WriteFormat::Safetensors => {
+                    let drafts = plan::whole(&checkpoint, language_role);
+                    let named = (name.as_str(), drafts);
+                    vec![plan::safetensors(&request.output, &wish, &checkpoint, named, &mut notes)]
+                }
+            };
+            (checkpoint, name, None, planned)
+        }
+        Source::Autoencoder { checkpoint, name } => {
+            refuse_small(request, format, &checkpoint)?;
+            let name = request.name.clone().unwrap_or(name);
+            let named = (name.as_str(), plan::whole(&checkpoint, |_| Role::Usual));
+            let planned = plan::safetensors(&request.output, &wish, &checkpoint, named, &mut notes);
+            (checkpoint, name, None, vec![planned])
+        }
+    };
     for file in &planned {
         write::check_output(&file.path, request.overwrite)?;
     }

@@ -110,7 +110,7 @@ pub(super) fn transformer(
 ) -> (String, Planned) {
     let checkpoint = &transformer.checkpoint;
     let mut config = transformer.config.clone();
-    let mut name = request.name.clone().unwrap_or_else(|| transformer.name.clone());
+    let mut name = transformer.name.clone();
     if let Some((kind, zero_cond_t)) = transformer.version {
         if by_name(&name) != Some((kind, zero_cond_t)) {
             version_name(kind, zero_cond_t).clone_into(&mut name);

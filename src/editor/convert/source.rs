@@ -21,6 +21,10 @@ const STEMS: [&str; 2] = ["diffusion_pytorch_model", "model"];
 const EXPECTED: &str =
     "a transformer, an autoencoder or a vision-language model of Qwen-Image-Edit";
 
+const UNKNOWN_VERSION: &str = "nothing tells which version of the editor this is, and the new file does \
+                               not say either; a --name such as Qwen-Image-Edit-2511 or --model-args \
+                               qwen_image_zero_cond_t=true does";
+
 /// A part of a model.
 #[derive(Debug)]
 pub(super) enum Source {
@@ -50,17 +54,26 @@ pub(super) struct Transformer {
     pub(super) note: Option<String>,
 }
 
+/// What the user says of the model.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Hints<'a> {
+    /// Whether a transformer is of the 2511 version.
+    pub(super) zero_cond_t: Option<bool>,
+    /// What it is called.
+    pub(super) name: Option<&'a str>,
+}
+
 /// Opens the inputs: a part's folder, or the files that together hold one part.
-pub(super) fn open(inputs: &[PathBuf], zero_cond_t: Option<bool>) -> Result<Source> {
+pub(super) fn open(inputs: &[PathBuf], hints: Hints<'_>) -> Result<Source> {
     match inputs {
         [] => Err(Error::field("INPUT", "nothing", "a weight file or the folder of a part")),
-        [folder] if folder.is_dir() => open_folder(folder, zero_cond_t),
-        [file] => open_files(&shards(file), zero_cond_t),
-        files => open_files(files, zero_cond_t),
+        [folder] if folder.is_dir() => open_folder(folder, hints),
+        [file] => open_files(&shards(file), hints),
+        files => open_files(files, hints),
     }
 }
 
-fn open_folder(folder: &Path, zero_cond_t: Option<bool>) -> Result<Source> {
+fn open_folder(folder: &Path, hints: Hints<'_>) -> Result<Source> {
     if folder.join("model_index.json").is_file() {
         let parts = ["transformer", "text_encoder", "vae"].map(|part| folder.join(part));
         let expected = format!("one of its parts: {}", list(&parts));
@@ -100,6 +113,8 @@ fn open_folder(folder: &Path, zero_cond_t: Option<bool>) -> Result<Source> {
                 true => Some(files.read_json(&format!("{part}/config.json"))?),
                 false => None,
             };
+            let name = hints.name.map_or(name, str::to_owned);
+            let zero_cond_t = hints.zero_cond_t;
             let parts = ModelParts { folder: Some(parent), zero_cond_t, ..ModelParts::default() };
             transformer(checkpoint, config, name, &parts).map(Source::Transformer)
         }
@@ -115,7 +130,7 @@ fn open_folder(folder: &Path, zero_cond_t: Option<bool>) -> Result<Source> {
     }
 }
 
-fn open_files(files: &[PathBuf], zero_cond_t: Option<bool>) -> Result<Source> {
+fn open_files(files: &[PathBuf], hints: Hints<'_>) -> Result<Source> {
     let checkpoint = Checkpoint::open_files(files)?;
     let Some(first) = files.first() else { return Err(unknown(&checkpoint)) };
     let titles = ["general.name", "modelspec.title"];
@@ -123,10 +138,11 @@ fn open_files(files: &[PathBuf], zero_cond_t: Option<bool>) -> Result<Source> {
     let name = title.map_or_else(|| stem(first), str::to_owned);
     match family(&checkpoint) {
         Some(Family::Transformer) => {
+            let name = hints.name.map_or(name, str::to_owned);
             let config = config_beside(first)?;
             let parts = ModelParts {
                 diffusion_model: Some(first.clone()),
-                zero_cond_t,
+                zero_cond_t: hints.zero_cond_t,
                 ..ModelParts::default()
             };
             transformer(checkpoint, config, name, &parts).map(Source::Transformer)
@@ -176,7 +192,7 @@ fn transformer(
         config,
         name,
         version: version.note.is_none().then_some((version.kind, version.zero_cond_t)),
-        note: version.note,
+        note: version.note.map(|_| UNKNOWN_VERSION.to_owned()),
     })
 }
 

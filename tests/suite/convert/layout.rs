@@ -55,6 +55,14 @@ fn a_gguf_file_is_laid_out_as_the_format_says() {
     assert_eq!((&file.sha256, file.bytes), (&digits, bytes.len() as u64));
     let checkpoint = pentimento::weights::Checkpoint::open_file(&output).unwrap();
     assert_eq!(file.fingerprint, checkpoint.fingerprint());
+    // Nothing tells the version, so nothing is claimed; a name is enough.
+    assert!(outcome.version.is_none() && outcome.notes[0].contains("--name"), "{outcome:?}");
+    let mut named = ConvertRequest::new(&input, folder.path().join("n.gguf"), WriteType::Q8_0);
+    named.name = Some("my-edit-2511".to_owned());
+    let outcome = converted(&named);
+    assert_eq!(outcome.version, Some("Qwen-Image-Edit-2511"));
+    let checkpoint = pentimento::weights::Checkpoint::open_file(&named.output).unwrap();
+    assert!(checkpoint.contains("__index_timestep_zero__"));
 }
 
 #[test]
