@@ -131,8 +131,9 @@ fn course(
                 options: &request.planner,
                 cancel: &request.cancel,
             };
-            let planning = work.climb(Stage::Plan, |_| {
+            let planning = work.climb(|work| {
                 engine.before_planning()?;
+                let _room = work.room_for(Stage::Plan)?;
                 engine.planner.plan(&engine.vlm, &plan_work, stages)
             })?;
             (planning.plan, Some(planning.planned_by))

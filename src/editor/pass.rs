@@ -59,25 +59,16 @@ impl<'a> Work<'a> {
         self.ladder.taken()
     }
 
-    /// Runs a stage's `work` with memory for its activations. Where memory runs out, there is made
-    /// room, and it runs again.
-    pub(super) fn climb<T>(
-        &mut self,
-        stage: Stage,
-        mut work: impl FnMut(&Self) -> Result<T>,
-    ) -> Result<T> {
+    /// Runs `work`; where memory runs out, there is made room, and it runs again.
+    pub(super) fn climb<T>(&mut self, mut work: impl FnMut(&Self) -> Result<T>) -> Result<T> {
         let mut ladder = std::mem::take(&mut self.ladder);
-        let leased = |this: &mut Self| {
-            let _room = this.room_for(stage)?;
-            work(this)
-        };
-        let result = ladder.run(self, leased, Self::descend);
+        let result = ladder.run(self, |this| work(this), Self::descend);
         self.ladder = ladder;
         result
     }
 
-    /// Memory for the activations of a stage.
-    fn room_for(&self, stage: Stage) -> Result<Lease> {
+    /// Memory for the activations of a stage, which is taken after the models have taken turns.
+    pub(super) fn room_for(&self, stage: Stage) -> Result<Lease> {
         let Engine { residence, .. } = self.engine;
         let stages = self.engine.models().stages(&self.facts, residence.placement());
         let said = stages.into_iter().find(|said| said.stage == stage);
@@ -130,12 +121,13 @@ impl<'a> Work<'a> {
         let cancel = &checked.request.cancel;
         // 2. The vision-language model reads the prompt.
         let (positive, negative) = stages.run(Stage::EncodePrompt, || {
-            self.climb(Stage::EncodePrompt, |work| work.conditioning(prompt))
+            self.climb(|work| work.conditioning(prompt))
         })?;
         // 3. The autoencoder turns the pictures into latents.
         let (references, grids) = stages.run(Stage::EncodePicture, || {
-            self.climb(Stage::EncodePicture, |work| {
+            self.climb(|work| {
                 work.engine.give_up_reading();
+                let _room = work.room_for(Stage::EncodePicture)?;
                 work.references()
             })
         })?;
@@ -154,15 +146,17 @@ impl<'a> Work<'a> {
                 schedule: &checked.schedule,
             };
             let cache = checked.request.step_cache;
-            self.climb(Stage::Denoise, |work| {
+            self.climb(|work| {
                 work.engine.before_denoising()?;
+                let _room = work.room_for(Stage::Denoise)?;
                 denoise.run_cached(diffusion.transformer(), cache, observer, cancel, &mut |_, _| {})
             })
         })?;
         self.reused += reused;
         // 6. The autoencoder turns the result into a picture.
         self.made = Some(stages.run(Stage::Decode, || {
-            self.climb(Stage::Decode, |work| {
+            self.climb(|work| {
+                let _room = work.room_for(Stage::Decode)?;
                 let decoded = diffusion.picture(&latents, grids[0], &work.tiling(), cancel)?;
                 pixels::rgb_from_tensor(&decoded, Stage::Decode.label())
             })
@@ -229,6 +223,7 @@ impl<'a> Work<'a> {
         let (vlm, memo) = (&self.engine.vlm, &self.engine.memo);
         let hidden_states = memo.conditioning.get_or(key_of_text(&sight.key, text), || {
             self.engine.before_reading(false)?;
+            let _room = self.room_for(Stage::EncodePrompt)?;
             // What the reference pipelines compute with; see `with_sequential_positions`.
             let inputs = vlm.prepare_seen(text, &sight.seen)?.with_sequential_positions();
             let hidden = vlm.hidden_states(&inputs, &self.checked.request.cancel)?; // (1, n, dim)

@@ -386,7 +386,7 @@ impl Checkpoint {
 
     /// A tensor in a plain type, the stored one where that is plain, and the note that it was read.
     pub(super) fn load(&self, name: &str, device: &Device) -> Result<Tensor> {
-        let Some(entry) = self.entries.get(name) else { return Err(self.missing(name)) };
+        let entry = self.about_to_read(name)?;
         let tensor = self.plain(name, entry, device)?;
         self.mark_read(name);
         Ok(tensor)
@@ -397,6 +397,7 @@ impl Checkpoint {
     pub(super) fn load_quantized(&self, name: &str, device: &Device) -> Result<Option<QTensor>> {
         let Some(entry) = self.entries.get(name) else { return Err(self.missing(name)) };
         let Some(dtype) = entry.multiplied_as() else { return Ok(None) };
+        self.about_to_read(name)?;
         let blocks = match &entry.data {
             Data::Bytes { .. } => self.blocks(entry),
             Data::Rows(parts) => {
@@ -428,6 +429,7 @@ impl Checkpoint {
         else {
             return Ok(None);
         };
+        self.about_to_read(name)?;
         let bytes = match &entry.data {
             Data::Bytes { file, range } => Cow::Borrowed(&self.files[*file].bytes[range.clone()]),
             Data::Rows(parts) if parts.iter().all(|part| part.kind == entry.kind) => {
@@ -546,7 +548,19 @@ impl Checkpoint {
         Ok(())
     }
 
+    /// A tensor whose bytes come next.
+    fn about_to_read(&self, name: &str) -> Result<&TensorEntry> {
+        let Some(entry) = self.entries.get(name) else { return Err(self.missing(name)) };
+        for (file, range) in entry.pieces() {
+            self.files[file].bytes.will_read(range);
+        }
+        Ok(entry)
+    }
+
     fn mark_read(&self, name: &str) {
+        for (file, range) in self.entries.get(name).map(TensorEntry::pieces).unwrap_or_default() {
+            self.files[file].bytes.was_read(range);
+        }
         self.read.lock().unwrap_or_else(PoisonError::into_inner).insert(name.to_owned());
     }
 

@@ -1,6 +1,9 @@
 //! The one place that maps files into memory.
 
-use std::{ops::Deref, path::Path};
+use std::{
+    ops::{Deref, Range},
+    path::Path,
+};
 
 use crate::error::Result;
 
@@ -24,6 +27,48 @@ impl Bytes {
         let map = unsafe { memmap2::Mmap::map(file.file())? };
         Ok(Self::Mapped(map))
     }
+
+    /// Tells the system that `range` is about to be read from its first byte to its last, and what
+    /// follows it after that.
+    #[cfg(unix)]
+    pub(super) fn will_read(&self, range: &Range<usize>) {
+        /// What is read ahead from a disk while a tensor is worked on.
+        const AHEAD_BYTES: usize = 64 << 20;
+        let Self::Mapped(map) = self else { return };
+        let ahead = (map.len() - range.start).min(range.len() + AHEAD_BYTES);
+        // Hints: a system that does not take them reads page by page.
+        let _refused = map.advise_range(memmap2::Advice::WillNeed, range.start, ahead);
+        #[cfg(target_os = "linux")]
+        let _refused = map.advise_range(memmap2::Advice::PopulateRead, range.start, range.len());
+    }
+
+    /// Tells the system that `range` was read. Whole pages of it no longer count as this process's;
+    /// they stay in the system's cache, and are found there when they are read again.
+    #[cfg(unix)]
+    pub(super) fn was_read(&self, range: &Range<usize>) {
+        const PAGE: usize = 4096;
+        let Self::Mapped(map) = self else { return };
+        let start = range.start.next_multiple_of(PAGE);
+        let end = range.end - range.end % PAGE;
+        if start >= end {
+            return;
+        }
+        #[expect(
+            unsafe_code,
+            reason = "for other maps than this one it could drop what was written"
+        )]
+        // SAFETY: nothing is written to this map, so a page that is dropped and found again holds
+        // the same bytes of the file.
+        let _refused = unsafe {
+            map.unchecked_advise_range(memmap2::UncheckedAdvice::DontNeed, start, end - start)
+        };
+    }
+
+    #[cfg(not(unix))]
+    pub(super) fn will_read(&self, _: &Range<usize>) {}
+
+    #[cfg(not(unix))]
+    pub(super) fn was_read(&self, _: &Range<usize>) {}
 }
 
 impl Deref for Bytes {

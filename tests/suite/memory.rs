@@ -3,13 +3,13 @@
 use candle_core::{DType, Device, Tensor};
 use image::RgbImage;
 use pentimento::{
-    CancelToken, EditRequest, Engine, EngineOptions, Error, ModelError, ModelSource, Placement,
-    PlacementOptions, Strategy,
+    CancelToken, EditOutcome, EditRequest, Engine, EngineOptions, Error, ModelError, ModelSource,
+    Placement, PlacementOptions, Strategy,
     diffusion::{
         Residency, Transformer,
         qwen_image::{ModelInput, Outputs},
     },
-    memory::Budget,
+    memory::{Budget, DeviceMemory, Limit, Rung, SimulatedDevice, pool::Injected},
     pixels::{Limits, Picture},
     plan::{Action, Plan, Step},
     weights::{LoraFile, LowRankChanges, ModelFiles, Precision, Storage},
@@ -268,4 +268,65 @@ fn a_dry_run_tells_and_stops() {
     let plan = ["plan", "-i", &sample, "-p", "make it night", "--dry-run"];
     assert!(text(&run(&plan, 0).stdout).contains("planning"));
     assert!(!folder.path().join("out.png").exists());
+}
+
+/// One edit on a simulated device; nothing may be held when the engine is gone.
+fn edited_on(device: SimulatedDevice, request: &EditRequest) -> pentimento::Result<EditOutcome> {
+    let memory = DeviceMemory::new(device, Limit::Free);
+    let options =
+        EngineOptions { memory: Some(memory.clone()), ..options(PlacementOptions::default()) };
+    let result = Engine::open(&ModelSource::Mini, &options, &())
+        .and_then(|engine| engine.edit(request, &()));
+    assert!(memory.holdings().values().all(|holding| holding.now == 0));
+    assert_eq!(memory.usage().used, 0);
+    result
+}
+
+#[test]
+fn an_edit_makes_room_wherever_memory_runs_out() {
+    const BYTES: u64 = 1 << 40;
+    /// Leases of an engine that is opened, and of a whole edit.
+    const OPENING: u64 = 3;
+    const WHOLE: u64 = OPENING + 5;
+    let mut request = EditRequest::new(sample(), "make it night");
+    (request.seed, request.steps) = (Some(5), Some(2));
+    let plain = edited_on(SimulatedDevice::new(BYTES), &request).unwrap();
+    assert!(plain.memory.made_room.is_empty());
+    for index in 0..=WHOLE {
+        let once = SimulatedDevice::new(BYTES).failing(Injected::Nth(index));
+        match edited_on(once, &request) {
+            Err(Error::OutOfMemory { .. }) => assert!(index < OPENING, "{index}"),
+            Err(other) => panic!("{index}: {other}"),
+            Ok(outcome) => {
+                assert_eq!(outcome.picture.rgb, plain.picture.rgb, "{index}");
+                let expected: &[Rung] = if index < WHOLE { &[Rung::DropCaches] } else { &[] };
+                assert_eq!(outcome.memory.made_room, expected, "{index}");
+            }
+        }
+        let for_good = SimulatedDevice::new(BYTES).failing(Injected::From(index));
+        let ended = edited_on(for_good, &request);
+        assert_eq!(matches!(ended, Err(Error::OutOfMemory { .. })), index < WHOLE, "{index}");
+    }
+}
+
+#[test]
+fn planner_and_editor_share_a_device_without_growth() {
+    let memory = DeviceMemory::new(SimulatedDevice::new(1 << 40), Limit::Free);
+    let placement = PlacementOptions { take_turns: true, ..PlacementOptions::default() };
+    let options = EngineOptions { memory: Some(memory.clone()), ..options(placement) };
+    let engine = Engine::open(&ModelSource::Mini, &options, &()).unwrap();
+    let mut request = EditRequest::new(sample(), "paint the house blue and make it night");
+    (request.seed, request.steps) = (Some(5), Some(2));
+    engine.edit(&request, &()).unwrap();
+    let first = memory.usage();
+    for _ in 0..2 {
+        engine.forget();
+        engine.edit(&request, &()).unwrap();
+    }
+    assert_eq!(memory.usage().reserved_high, first.reserved_high);
+    let holdings = engine.holdings();
+    let weights = holdings["text_encoder"].high + holdings["transformer"].high;
+    assert!(memory.usage().used_high < weights + holdings["vae"].high + (64 << 20));
+    assert_eq!(holdings["text_encoder"].now, 0);
+    assert!(holdings["transformer"].now > 0);
 }
