@@ -90,7 +90,7 @@ fn or_failed(part: &'static str, rows: Result<Vec<Row>>) -> Vec<Row> {
 
 fn operations(device: &Device, _scratch: &Path, shrink: usize) -> Vec<Row> {
     let part = "operations";
-    let mut timer = Timer { device, part, runs: 20, rows: Vec::new() };
+    let mut timer = Timer { device, part, runs: 20_usize.div_ceil(shrink), rows: Vec::new() };
     let done = joint(&mut timer, shrink)
         .and_then(|()| causal(&mut timer, shrink))
         .and_then(|()| rows(&mut timer, shrink));
@@ -99,7 +99,7 @@ fn operations(device: &Device, _scratch: &Path, shrink: usize) -> Vec<Row> {
 
 /// The times of joint attention alone.
 pub(super) fn attentions(device: &Device, part: &'static str, shrink: usize) -> Vec<Row> {
-    let mut timer = Timer { device, part, runs: 20, rows: Vec::new() };
+    let mut timer = Timer { device, part, runs: 20_usize.div_ceil(shrink), rows: Vec::new() };
     let done = joint(&mut timer, shrink);
     or_failed(part, done.map(|()| timer.rows))
 }
@@ -217,7 +217,7 @@ fn rows(timer: &mut Timer<'_>, shrink: usize) -> Result<()> {
 
 fn products(device: &Device, _scratch: &Path, shrink: usize) -> Vec<Row> {
     let part = "products";
-    let mut timer = Timer { device, part, runs: 20, rows: Vec::new() };
+    let mut timer = Timer { device, part, runs: 20_usize.div_ceil(shrink), rows: Vec::new() };
     let done = all_products(&mut timer, shrink);
     or_failed(part, done.map(|()| timer.rows))
 }
@@ -267,7 +267,7 @@ fn all_products(timer: &mut Timer<'_>, shrink: usize) -> Result<()> {
 
 fn transformer(device: &Device, scratch: &Path, shrink: usize) -> Vec<Row> {
     let part = "transformer";
-    let mut timer = Timer { device, part, runs: 3, rows: Vec::new() };
+    let mut timer = Timer { device, part, runs: 3_usize.div_ceil(shrink), rows: Vec::new() };
     let dims = Dimensions::new(shrink);
     let done = weights::write(scratch, dims).map_err(Into::into).and_then(|()| {
         [Storage::Compute, Storage::Q8_0, Storage::Q4K]
