@@ -120,9 +120,8 @@ impl<'a> Work<'a> {
         let (diffusion, checked) = (&self.engine.diffusion, self.checked);
         let cancel = &checked.request.cancel;
         // 2. The vision-language model reads the prompt.
-        let (positive, negative) = stages.run(Stage::EncodePrompt, || {
-            self.climb(|work| work.conditioning(prompt))
-        })?;
+        let (positive, negative) =
+            stages.run(Stage::EncodePrompt, || self.climb(|work| work.conditioning(prompt)))?;
         // 3. The autoencoder turns the pictures into latents.
         let (references, grids) = stages.run(Stage::EncodePicture, || {
             self.climb(|work| {

@@ -153,7 +153,8 @@ const fn reader(
 /// A folder with what the readers need beside their input.
 pub(crate) struct Place {
     folder: tempfile::TempDir,
-    engine: std::cell::OnceCell<Engine>,
+    /// The miniature pack in memory.
+    engine: Engine,
 }
 
 pub(crate) fn data(path: &str) -> PathBuf {
@@ -166,7 +167,9 @@ fn reference(path: &str) -> PathBuf {
 
 impl Place {
     pub(crate) fn new() -> Self {
-        Self { folder: tempfile::tempdir().unwrap(), engine: std::cell::OnceCell::new() }
+        let options = EngineOptions { device: pentimento::Device::Cpu, ..EngineOptions::default() };
+        let engine = Engine::open(&ModelSource::Mini, &options, &()).unwrap();
+        Self { folder: tempfile::tempdir().unwrap(), engine }
     }
 
     fn path(&self, name: &str) -> PathBuf {
@@ -189,12 +192,6 @@ impl Place {
 
     fn files(&self) -> ModelFiles {
         ModelFiles::Folder(self.folder.path().to_owned())
-    }
-
-    /// The miniature pack in memory.
-    fn engine(&self) -> &Engine {
-        let options = EngineOptions { device: pentimento::Device::Cpu, ..EngineOptions::default() };
-        self.engine.get_or_init(|| Engine::open(&ModelSource::Mini, &options, &()).unwrap())
     }
 }
 
@@ -487,7 +484,7 @@ fn sizes(place: &Place, input: &[u8]) -> bool {
     request.vl_area = number(31);
     request.steps = number(40).map(|n| n as usize);
     request.cfg_scale = number(49).map(f64::from_bits);
-    match place.engine().edit(&request, &()) {
+    match place.engine.edit(&request, &()) {
         Ok(_) => panic!("a cancelled request was carried out"),
         Err(Error::Cancelled) => true,
         Err(Error::Request(_) | Error::OutOfMemory { .. }) => false,

@@ -78,18 +78,17 @@ fn bits(tensor: &Tensor) -> Vec<u32> {
 }
 
 #[test]
-fn a_pure_conversion_gives_the_picture_of_dtype_to_the_bit() {
+fn a_conversion_gives_the_picture_of_dtype_to_the_bit() {
     let reference = Reference::open(EDIT);
     let folder = tempfile::tempdir().unwrap();
     let source = ModelSource::Folder(reference.folder.clone());
     let plain = edited(&source, None, EDIT, EDIT_CASE);
     for (kind, storage, types) in [
-        (WriteType::Q8_0, Storage::Q8_0, &["F32", "Q8_0"][..]),
-        (WriteType::Q4K, Storage::Q4K, &["F32", "Q4_K", "Q8_0"]),
+        (WriteType::Q8_0, Storage::Q8_0, &["BF16", "F32", "Q8_0"][..]),
+        (WriteType::Q4K, Storage::Q4K, &["BF16", "F32", "Q4_K", "Q8_0"]),
     ] {
         let path = folder.path().join(format!("qwen-image-edit-{kind}.gguf"));
-        let mut request = ConvertRequest::new(part(&reference, "transformer"), &path, kind);
-        request.pure = true;
+        let request = ConvertRequest::new(part(&reference, "transformer"), &path, kind);
         let outcome = converted(&request);
         assert_eq!(outcome.version, Some("Qwen-Image-Edit"));
         assert_eq!(outcome.files[0].types.keys().collect::<Vec<_>>(), types, "{kind}");

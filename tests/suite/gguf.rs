@@ -102,9 +102,10 @@ fn memory_is_counted_as_stored() {
         let precision = Precision { storage, ..Precision::reference() };
         Checkpoint::open_file(&path).unwrap().kept_bytes(&precision)
     };
-    assert_eq!(bytes(Storage::Compute), 4 * 144 + 1024 * 4);
-    assert_eq!(bytes(Storage::Plain(DType::BF16)), 2 * 1024 * 2);
-    assert_eq!(bytes(Storage::Q8_0), 4 * 144 + 32 * 34);
+    // Rows are laid out in panels of 32.
+    assert_eq!(bytes(Storage::Compute), 32 * 144 + 32 * 256 * 4);
+    assert_eq!(bytes(Storage::Plain(DType::BF16)), 2 * 32 * 256 * 2);
+    assert_eq!(bytes(Storage::Q8_0), 32 * 144 + 32 * 8 * 34);
 }
 
 /// What the engine says to a file of these bytes.

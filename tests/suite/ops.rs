@@ -55,7 +55,7 @@ fn check<const N: usize>(
     let largest = values(&expected).iter().fold(0.0_f64, |max, x| max.max(x.abs()));
     let fast = f(inputs);
     let (error_plain, error_fast) = (error(&with(plain), &expected), error(&fast, &expected));
-    let limit = 2.0 * error_plain + 4e-7 * largest;
+    let limit = 2.0 * error_plain + 4e-7 * largest + 4.0 * f64::from(f32::MIN_POSITIVE);
     assert!(
         error_fast <= limit,
         "{name}: error {error_fast:e}, plain {error_plain:e}, limit {limit:e}"

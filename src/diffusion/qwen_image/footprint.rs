@@ -4,7 +4,7 @@ use std::sync::Arc;
 
 use super::{
     config::Config,
-    model::{KEPT_BYTES_MAX, Residency, checkpoint},
+    model::{KEPT_BYTES_MAX, Residency, checkpoint, ends_storage},
 };
 use crate::{
     error::Result,
@@ -66,9 +66,14 @@ impl Footprint {
             entries,
             config,
         };
+        let ends = Precision { storage: ends_storage(precision.storage), ..precision.clone() };
         for (place, entry) in footprint.entries.iter() {
+            let mut precision = precision;
             let bytes = match place {
-                Place::Outside => Some(&mut footprint.outside),
+                Place::Outside => {
+                    precision = &ends;
+                    Some(&mut footprint.outside)
+                }
                 Place::Block(index) => footprint.blocks.get_mut(*index),
                 Place::Projections(index) => footprint.projections.get_mut(*index),
             };

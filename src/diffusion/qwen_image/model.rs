@@ -164,19 +164,17 @@ impl Transformer {
         config.zero_cond_t |= !config.decided && checkpoint.contains(config::ZERO_COND_MARK);
         let weights =
             Weights::new(checkpoint, precision.clone()).with_changes(Arc::clone(&changes));
-        let (dim, time) = (config.dim(), weights.pp("time_text_embed.timestep_embedder"));
-        // Two thin matrices at the ends of the residual stream: what is lost there reaches every
-        // number of the output, and they take a thousandth of the work.
-        let ends = weights.with_storage(Storage::Compute);
+        let ends = weights.with_storage(ends_storage(precision.storage));
+        let (dim, time) = (config.dim(), ends.pp("time_text_embed.timestep_embedder"));
         let (blocks, projections) = residency.counts(config.layers);
         let model = Self {
             time_embedding: TimeEmbedding::load(&time, dim)?,
             text_norm: RmsNorm::load(&weights.pp("txt_norm"), config.conditioning_dim, EPS)?,
-            text_in: Linear::load(&weights.pp("txt_in"), config.conditioning_dim, dim)?,
+            text_in: Linear::load(&ends.pp("txt_in"), config.conditioning_dim, dim)?,
             image_in: Linear::load(&ends.pp("img_in"), config.latent_dim, dim)?,
             blocks: parts(&weights, &config, blocks, Block::load)?,
             projections: parts(&weights, &config, projections, BlockProjections::load)?,
-            norm_out: Linear::load(&weights.pp("norm_out.linear"), dim, 2 * dim)?,
+            norm_out: Linear::load(&ends.pp("norm_out.linear"), dim, 2 * dim)?,
             proj_out: Linear::load(&ends.pp("proj_out"), dim, config.latent_dim)?,
             precision: precision.clone(),
             config,
@@ -409,6 +407,16 @@ impl Transformer {
         let (image, text) = rotations(&self.config, input.grids, text_tokens, device)?;
         let target_tokens = input.grids.first().map_or(0, |grid| grid.tokens());
         Ok(Layout { image, text, target_tokens })
+    }
+}
+
+/// How matrices outside the blocks are kept: not in blocks unless their file has them so. What is lost
+/// there reaches every number of the output, and they are a five-hundredth of the weights. A
+/// converted file keeps the same ones (`export`).
+pub(super) fn ends_storage(storage: Storage) -> Storage {
+    match storage {
+        Storage::Q8_0 | Storage::Q4K => Storage::Compute,
+        other => other,
     }
 }
 

@@ -315,7 +315,8 @@ fn plain_bases_in_every_storage_take_changes() {
     let blocks = |kind: GgmlDType| -> Tensors {
         let fits =
             |x: &Tensor| x.rank() == 2 && x.dim(1).unwrap().is_multiple_of(kind.block_size());
-        let kind_of = |x: &Tensor| match x.rank() {
+        let kind_of = |name: &str, x: &Tensor| match x.rank() {
+            2 if !name.starts_with("transformer_blocks.") => Kind::Plain(DType::F32),
             2 if fits(x) => Kind::Blocks(kind),
             2 => Kind::Blocks(GgmlDType::Q8_0),
             _ => Kind::Plain(DType::F32),
@@ -323,7 +324,7 @@ fn plain_bases_in_every_storage_take_changes() {
         weights()
             .into_iter()
             .map(|(name, x)| {
-                let kind = kind_of(&x);
+                let kind = kind_of(&name, &x);
                 (name, rounded(&x, kind))
             })
             .collect()
