@@ -94,9 +94,12 @@ mod x86 {
     sixteen!(bf16, "vdpbf16ps");
     sixteen!(int8, "vpdpbusd");
 
-    /// Name, operations of a step, and the loop.
-    pub(super) fn available() -> Vec<(&'static str, f64, fn(u64))> {
-        let mut found: Vec<(_, _, fn(u64))> = Vec::new();
+    /// Name, operations of a step, and the loop over steps.
+    type Loop = (&'static str, f64, fn(u64));
+
+    /// The loops that this processor can run.
+    pub(super) fn available() -> Vec<Loop> {
+        let mut found: Vec<Loop> = Vec::new();
         if is_x86_feature_detected!("avx512f") {
             found.push(("float32 multiply-add", 16.0 * 32.0, float32));
         }

@@ -396,17 +396,15 @@ mod tests {
         let e5m2 = |byte: u8| f16::from_le_bytes([0, byte]).to_f32();
         let bytes: Vec<u8> = (0..=255).collect();
         for arch in super::super::simd::all_archs() {
-            for dims in [[256, 1], [8, 32], [1, 256], [64, 4]] {
-                for (kind, value) in
-                    [(Float8::E4M3, &e4m3 as &dyn Fn(u8) -> f32), (Float8::E5M2, &e5m2)]
-                {
-                    let packed = PackedMatrix::float8(&bytes, dims, (kind, 0.5), arch).unwrap();
-                    let all: Vec<f32> = (0..dims[0]).flat_map(|row| packed.row(row)).collect();
-                    for (byte, x) in bytes.iter().zip(all) {
-                        let expected = 0.5 * value(*byte);
-                        let same = x.to_bits() == expected.to_bits();
-                        assert!(same || x.is_nan() && expected.is_nan(), "{kind:?} {byte} {x}");
-                    }
+            let cases = [(Float8::E4M3, &e4m3 as &dyn Fn(u8) -> f32), (Float8::E5M2, &e5m2)];
+            for (kind, value) in cases {
+                let packed = |dims| PackedMatrix::float8(&bytes, dims, (kind, 0.5), arch).unwrap();
+                for matrix in [[256, 1], [8, 32], [1, 256], [64, 4]].map(packed) {
+                    let all = (0..matrix.out).flat_map(|row| matrix.row(row));
+                    let expected = bytes.iter().map(|byte| 0.5 * value(*byte));
+                    let same =
+                        |(x, y): (f32, f32)| x.to_bits() == y.to_bits() || x.is_nan() && y.is_nan();
+                    assert!(all.zip(expected).all(same), "{kind:?} {:?}", matrix.dims());
                 }
             }
         }

@@ -263,7 +263,7 @@ fn best_unit(largest: &[f32], all: f32) -> f32 {
         0.707_106_77,
         0.648_419_8,
         0.594_603_54,
-        0.545_253_87,
+        0.545_253_9,
     ];
     let (mut best, mut least) = (all, f32::INFINITY);
     for eighth in EIGHTHS {

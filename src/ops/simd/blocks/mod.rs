@@ -43,10 +43,10 @@ const PANEL: usize = 32;
 /// Blocks that are multiplied at a time: their weights stay in the first-level cache.
 const DEPTH: usize = 16;
 /// Rows of the activations that are multiplied at a time.
-const ROWS: usize = 300;
+const ROWS: usize = 384;
 /// Panels that are multiplied with the same [`DEPTH`] blocks of those rows before the next ones: the
 /// activations, and the sums of so many panels, stay in the second-level cache.
-const GROUP: usize = 8;
+const GROUP: usize = 6;
 /// Rows of a register tile.
 const TILE_ROWS: usize = 6;
 /// Pieces of work for each thread, so that none waits long for the last.
@@ -65,6 +65,19 @@ struct Unpacked {
     scales: [[f32; PANEL]; 2],
     /// As many as the format has.
     mins: [[f32; PANEL]; 2],
+}
+
+impl Unpacked {
+    /// The weights of one output.
+    fn row(&self, format: BlockFormat, output: usize) -> impl Iterator<Item = f32> {
+        let (scales, mins) = format.groups();
+        self.weights.iter().enumerate().flat_map(move |(four, weights)| {
+            let half = four.div_euclid(FOURS.div_euclid(2));
+            let scale = self.scales[half * (scales - 1)][output];
+            let min = if mins == 0 { 0.0 } else { self.mins[half * (mins - 1)][output] };
+            weights[output].map(|u| scale * (f32::from(u) - 128.0) - min)
+        })
+    }
 }
 
 const EMPTY: Unpacked = Unpacked {
@@ -208,26 +221,13 @@ impl PackedBlocks {
 
     /// The numbers of row `row`.
     pub(crate) fn row(&self, row: usize) -> Vec<f32> {
-        let (format, output) = (self.format, row % PANEL);
-        let (_, mins) = format.groups();
-        let mut unpacked = vec![EMPTY; format.numbers().div_euclid(BLOCK)];
+        let output = row % PANEL;
+        let mut unpacked = vec![EMPTY; self.format.numbers().div_euclid(BLOCK)];
         let mut numbers = Vec::with_capacity(self.dims().1);
         let panel = self.panel(row.div_euclid(PANEL));
-        for block in panel.chunks_exact(PANEL * format.bytes()) {
-            self.instructions.unpack(format, block, &mut unpacked);
-            for block in &unpacked {
-                for (four, weights) in block.weights.iter().enumerate() {
-                    let half = four.div_euclid(FOURS.div_euclid(2));
-                    let scale = block.scales[if format.groups().0 == 2 { half } else { 0 }][output];
-                    let min = match mins {
-                        0 => 0.0,
-                        1 => block.mins[0][output],
-                        _ => block.mins[half][output],
-                    };
-                    let weights = weights[output].map(|u| scale * (f32::from(u) - 128.0) - min);
-                    numbers.extend(weights);
-                }
-            }
+        for block in panel.chunks_exact(PANEL * self.format.bytes()) {
+            self.instructions.unpack(self.format, block, &mut unpacked);
+            unpacked.iter().for_each(|block| numbers.extend(block.row(self.format, output)));
         }
         numbers
     }

@@ -189,64 +189,80 @@ fn q6_k(block: PanelBlock<'_>, d: &[f32; PANEL], out: &mut [Unpacked]) {
     }
 }
 
+/// Four bytes at a time.
+#[inline(always)]
+fn map_words(words: &mut [Word; PANEL], f: impl Fn(usize, u32) -> u32) {
+    for (output, word) in words.iter_mut().enumerate() {
+        *word = f(output, u32::from_le_bytes(*word)).to_le_bytes();
+    }
+}
+
+const EACH_BYTE: u32 = 0x0101_0101;
+
 /// Scales are multiplied in, with the sign turned so that the result fits a byte: `w = −d · −(s · q)`.
+///
+/// With `s + 32` and `q + 4` as they are stored, `128 − s · q = (q + 4)(−s) + 4 (s + 32)`, or where
+/// `s` is positive `(3 − q) s + 128 − 3 s`; so four bytes are multiplied at once without a carry.
 #[inline(always)]
 fn q3_k(block: PanelBlock<'_>, d: &[f32; PANEL], out: &mut [Unpacked]) {
     let (masks, rest) = block.words.split_at(FOURS);
     let (low, packed) = rest.split_at(2 * FOURS);
+    let packed = [&packed[0], &packed[1], &packed[2]].map(|words| words.map(u32::from_le_bytes));
     let d = d.map(|d| -d);
-    // `[group of four][output]`: the scale of each of 16 groups, plus 32.
-    let mut scales = [[[0_u8; 4]; PANEL]; 4];
-    for output in 0..PANEL {
-        for byte in 0..4 {
-            let two = packed[2][output][byte];
-            for (i, scales) in scales.iter_mut().enumerate() {
-                let four = packed[i & 1][output][byte] >> (4 * (i >> 1)) & 15;
-                scales[output][byte] = four | (two >> (2 * i) & 3) << 4;
-            }
-        }
-    }
     for (i, out) in out.iter_mut().enumerate() {
         let (half, shift) = (i >> 2, 2 * (i & 3));
         let low = &low[half * FOURS..][..FOURS];
-        for (four, (weights, (low, mask))) in
-            out.weights.iter_mut().zip(low.iter().zip(masks)).enumerate()
-        {
+        for (weights, (low, mask)) in out.weights.iter_mut().zip(low.iter().zip(masks)) {
             map(weights, low, |x| x >> shift & 3);
-            // A bit that is not set takes four away.
-            merge(weights, mask, |x, bits| x.wrapping_add(bits >> i << 2 & 4).wrapping_sub(4));
-            let (scales, byte) = (&scales[i >> 1], 2 * (i & 1) + (four >> 2));
-            for (weights, scales) in weights.iter_mut().zip(scales) {
-                let scale = scales[byte].wrapping_sub(32);
-                *weights = weights.map(|q| 128_u8.wrapping_sub(q.wrapping_mul(scale)));
+            merge(weights, mask, |x, bits| x | (bits >> i & 1) << 2);
+        }
+        for (group, weights) in out.weights.chunks_exact_mut(HALF_FOURS).enumerate() {
+            // The scale's place: of 16 bytes in four words, low and high halves of bits apart.
+            let (word, byte) = (i >> 1, 8 * (2 * (i & 1) + group));
+            let mut factors = [[0_u32; PANEL]; 3];
+            for output in 0..PANEL {
+                let four = packed[word & 1][output] >> (byte + 4 * (word >> 1)) & 15;
+                let stored = four | (packed[2][output] >> (byte + 2 * word) & 3) << 4;
+                let is_positive = u32::from(stored > 32);
+                factors[0][output] = is_positive * 7 * EACH_BYTE;
+                factors[1][output] = stored.abs_diff(32);
+                let base = if stored > 32 { 224 - 3 * stored } else { 4 * stored };
+                factors[2][output] = base * EACH_BYTE;
+            }
+            let [flips, scales, bases] = &factors;
+            for weights in weights {
+                map_words(weights, |i, q| ((q ^ flips[i]) * scales[i]).wrapping_add(bases[i]));
             }
         }
         out.scales[0] = d;
     }
 }
 
-/// Scales are multiplied in: at most `15 · 3`.
+/// Scales are multiplied in: at most `15 · 3`, so that four bytes are multiplied at once.
 #[inline(always)]
 fn q2_k(block: PanelBlock<'_>, [d, dmin]: [&[f32; PANEL]; 2], out: &mut [Unpacked]) {
-    let (scales, low) = block.words.split_at(4);
+    let (packed, low) = block.words.split_at(4);
     for (i, out) in out.iter_mut().enumerate() {
         let (half, shift) = (i >> 2, 2 * (i & 3));
         let low = &low[half * FOURS..][..FOURS];
-        for (four, (weights, low)) in out.weights.iter_mut().zip(low).enumerate() {
+        for (weights, low) in out.weights.iter_mut().zip(low) {
             map(weights, low, |x| x >> shift & 3);
-            let (scales, byte) = (&scales[i >> 1], 2 * (i & 1) + (four >> 2));
-            for (weights, scales) in weights.iter_mut().zip(scales) {
-                let scale = scales[byte] & 15;
-                *weights = weights.map(|q| q.wrapping_mul(scale) | 128);
+        }
+        let packed = packed[i >> 1].map(u32::from_le_bytes);
+        let groups = out.weights.chunks_exact_mut(HALF_FOURS).zip(&mut out.mins);
+        for (group, (weights, mins)) in groups.enumerate() {
+            let byte = 8 * (2 * (i & 1) + group);
+            let scales = packed.map(|packed| packed >> byte & 15);
+            for weights in weights {
+                map_words(weights, |i, q| (q * scales[i]) | (128 * EACH_BYTE));
+            }
+            for (min, (packed, dmin)) in mins.iter_mut().zip(packed.iter().zip(dmin)) {
+                #[expect(clippy::cast_precision_loss, reason = "a number of four bits")]
+                let number = (packed >> byte >> 4 & 15) as f32;
+                *min = dmin * number;
             }
         }
         out.scales[0] = *d;
-        for (group, mins) in out.mins.iter_mut().enumerate() {
-            let (scales, byte) = (&scales[i >> 1], 2 * (i & 1) + group);
-            for (min, (scale, dmin)) in mins.iter_mut().zip(scales.iter().zip(dmin)) {
-                *min = dmin * f32::from(scale[byte] >> 4);
-            }
-        }
     }
 }
 

@@ -286,7 +286,6 @@ macro_rules! quarter {
     ($name:ident, $features:literal, $signed:literal, $prepare:ident, $dot:ident) => {
         #[inline]
         #[target_feature(enable = $features)]
-        #[expect(clippy::needless_range_loop, reason = "only indices are unrolled into registers")]
         fn $name<const R: usize, const G: usize, const M: usize>(
             panel: &[Unpacked],
             x: (&[RowBlock<R>], &[Sums<R>]),
