@@ -101,6 +101,12 @@ fn compare(
 /// Matrices of a part that is loaded, and their side.
 const MATRICES: usize = 4;
 const SIDE: usize = 2048;
+/// What lists and counters take beside numbers.
+const SMALL_BYTES: u64 = 1 << 16;
+/// How far above the count an estimate may be. The planner's replies are taken as long as they may
+/// be, which the pack's never are.
+const RATIO_MAX: f64 = 1.3;
+const RATIO_MAX_PLANNING: f64 = 2.0;
 
 /// Both tests count the same allocations, so they run one after the other.
 #[test]
@@ -135,6 +141,7 @@ fn loading_holds_one_matrix_beside_what_it_keeps() {
         let part: Vec<Linear> = (0..MATRICES).map(load).collect();
         let held = bytes(ALLOCATOR.current_usage() - before);
         let peak = bytes(ALLOCATOR.peak_usage() - before);
+        let kept = kept + SMALL_BYTES;
         let most = kept + 4 * bytes(SIDE * SIDE);
         // Beside the numbers stands what says where they are.
         let most_held = kept + 1024 * bytes(MATRICES);
@@ -181,7 +188,8 @@ fn what_was_said_is_what_is_taken() {
             assert!(peak * 100 <= weights * 115, "{peak} for weights of {weights}");
         }
         for (stage, ratio) in compare(name, &ModelSource::Mini, &options, &request) {
-            if !(1.0..=1.3).contains(&ratio) {
+            let most = if stage == Stage::Plan { RATIO_MAX_PLANNING } else { RATIO_MAX };
+            if !(1.0..=most).contains(&ratio) {
                 faults.push(format!("{name}, {}: {ratio}", stage.label()));
             }
         }
