@@ -72,7 +72,7 @@ pub fn joint_attention(
 /// their products; norms, rotation, softmax and sums stay float32. Where that is not faster, on
 /// processors without the instructions and on other devices, it is [`joint_attention`].
 ///
-/// For independent normal numbers the result's error is 3e-3 of its root mean square.
+/// For independent normal numbers the result's error is 3.3e-3 of its root mean square.
 ///
 /// # Errors
 /// As [`joint_attention`].
