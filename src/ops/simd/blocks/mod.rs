@@ -51,6 +51,8 @@ const GROUP: usize = 6;
 const TILE_ROWS: usize = 6;
 /// Pieces of work for each thread, so that none waits long for the last.
 const TASKS_PER_THREAD: usize = 8;
+/// The same for one row, where a piece is short.
+const ROW_TASKS_PER_THREAD: usize = 4;
 
 /// Sums of a tile of rows.
 type PanelRows<const R: usize> = [[f32; PANEL]; R];
@@ -266,14 +268,15 @@ impl PackedBlocks {
         out: &mut [f32],
     ) {
         let rows = out.len().div_euclid(self.out);
-        let tasks = TASKS_PER_THREAD * rayon::current_num_threads();
+        let per_thread = if R == 1 { ROW_TASKS_PER_THREAD } else { TASKS_PER_THREAD };
+        let tasks = per_thread * rayon::current_num_threads();
         let row_blocks = rows.div_ceil(ROWS).max(1);
         let tile_rows = rows.div_ceil(row_blocks).next_multiple_of(R);
         let panels = self.out.div_ceil(PANEL);
         let groups = tasks.div_ceil(row_blocks).min(panels);
         let tile_cols = panels.div_ceil(groups) * PANEL;
         let grid = Grid { rows, cols: self.out, tile_rows, tile_cols };
-        let scratch = || Scratch { unpacked: vec![EMPTY; DEPTH], sums: Vec::new() };
+        let scratch = || Scratch { unpacked: Vec::new(), sums: Vec::new() };
         par_tiles(out, grid, scratch, |scratch, mut tile| {
             let panels = tile.cols.start.div_euclid(PANEL)..tile.cols.end.div_ceil(PANEL);
             // One tile of rows gains nothing from groups, and reads a panel from end to end.
@@ -287,6 +290,15 @@ impl PackedBlocks {
                 }
             }
         });
+    }
+
+    /// Blocks of one row, where there is a kernel for it.
+    #[cfg(target_arch = "x86_64")]
+    fn as_row<'a, const R: usize>(&self, blocks: &'a [RowBlock<R>]) -> Option<&'a [RowBlock<1>]> {
+        let has_kernel = R == 1
+            && self.format == BlockFormat::Q8_0
+            && self.instructions == Instructions::Avx512Vnni;
+        has_kernel.then(|| bytemuck::cast_slice(blocks))
     }
 
     /// The products of the tile's rows with some panels: `[panel][row]`.
@@ -308,6 +320,14 @@ impl PackedBlocks {
         let depth = self.depth * stored_blocks;
         let start = tile.rows.start.div_euclid(R) * depth;
         let (blocks, parts) = (&x.blocks()[start..], &x.sums()[start..]);
+        #[cfg(target_arch = "x86_64")]
+        if let Some(x) = self.as_row(&blocks[..depth]).filter(|_| rows == 1) {
+            for (panel, sums) in panels.clone().zip(sums.iter_mut()) {
+                x86::add_q8_0_row_512(self.panel(panel), x, std::array::from_mut(sums));
+            }
+            return;
+        }
+        unpacked.resize(DEPTH, EMPTY);
         let block_bytes = PANEL * self.format.bytes();
         for from in (0..depth).step_by(DEPTH) {
             let to = depth.min(from + DEPTH);

@@ -1,21 +1,22 @@
 //! The steps of a product on x86: with AVX-512 VNNI, with AVX-VNNI, and with AVX2.
 
 use std::arch::x86_64::{
-    __m256, __m256i, __m512, __m512i, _MM_HINT_T1, _mm_prefetch, _mm_sad_epu8, _mm_set1_epi8,
-    _mm_setzero_si128, _mm_xor_si128, _mm256_abs_epi8, _mm256_add_epi32, _mm256_castps_si256,
-    _mm256_castsi256_ps, _mm256_cvtepi32_ps, _mm256_cvtph_ps, _mm256_dpbusd_avx_epi32,
-    _mm256_fmadd_ps, _mm256_fnmadd_ps, _mm256_loadu_ps, _mm256_loadu_si256, _mm256_madd_epi16,
-    _mm256_maddubs_epi16, _mm256_set1_epi8, _mm256_set1_epi16, _mm256_set1_epi32, _mm256_set1_ps,
-    _mm256_setzero_ps, _mm256_setzero_si256, _mm256_shuffle_epi8, _mm256_sign_epi8,
-    _mm256_storeu_si256, _mm256_sub_epi32, _mm256_xor_si256, _mm512_add_epi32, _mm512_add_ps,
-    _mm512_and_si512, _mm512_castps_si512, _mm512_castsi512_ps, _mm512_cvtepi32_epi8,
-    _mm512_cvtepi32_ps, _mm512_cvtps_epi32, _mm512_dpbusd_epi32, _mm512_fmadd_ps, _mm512_fnmadd_ps,
-    _mm512_loadu_ps, _mm512_loadu_si512, _mm512_max_epu32, _mm512_mul_ps, _mm512_reduce_max_epu32,
-    _mm512_set1_epi32, _mm512_set1_ps, _mm512_setzero_ps, _mm512_sub_epi32,
+    __m256, __m256i, __m512, __m512i, _MM_HINT_T0, _MM_HINT_T1, _mm_prefetch, _mm_sad_epu8,
+    _mm_set1_epi8, _mm_setzero_si128, _mm_xor_si128, _mm256_abs_epi8, _mm256_add_epi32,
+    _mm256_castps_si256, _mm256_castsi256_ps, _mm256_cvtepi32_ps, _mm256_cvtph_ps,
+    _mm256_dpbusd_avx_epi32, _mm256_fmadd_ps, _mm256_fnmadd_ps, _mm256_loadu_ps,
+    _mm256_loadu_si256, _mm256_madd_epi16, _mm256_maddubs_epi16, _mm256_set1_epi8,
+    _mm256_set1_epi16, _mm256_set1_epi32, _mm256_set1_ps, _mm256_setzero_ps, _mm256_setzero_si256,
+    _mm256_shuffle_epi8, _mm256_sign_epi8, _mm256_storeu_si256, _mm256_sub_epi32, _mm256_xor_si256,
+    _mm512_add_epi32, _mm512_add_ps, _mm512_and_si512, _mm512_castps_si512, _mm512_castsi512_ps,
+    _mm512_cvtepi32_epi8, _mm512_cvtepi32_ps, _mm512_cvtps_epi32, _mm512_dpbusd_epi32,
+    _mm512_fmadd_ps, _mm512_fnmadd_ps, _mm512_loadu_ps, _mm512_loadu_si512, _mm512_max_epu32,
+    _mm512_mul_ps, _mm512_reduce_max_epu32, _mm512_set1_epi32, _mm512_set1_ps, _mm512_setzero_ps,
+    _mm512_sub_epi32,
 };
 
 use super::{
-    BLOCK, FOURS, HALF, PANEL, PanelRows, Unpacked,
+    BLOCK, DEPTH, FOURS, HALF, PANEL, PanelRows, Unpacked,
     activations::{PlainSteps, Rounded, Row, RowBlock, Steps, Sums},
     format::{BlockFormat, PanelBlock, Word},
     unpack::{self, Halves},
@@ -71,6 +72,17 @@ with_instructions! {
         panel: &[Unpacked], x: (&[RowBlock<R>], &[Sums<R>]), out: &mut PanelRows<R>
     ) {
         tile_512::<R, G, M>(panel, x, out);
+    }
+    /// Adds the product of one row with a panel of Q8_0 blocks as they are kept: a token reads each
+    /// weight once, so that unpacking it first would not pay.
+    "avx512f,avx512bw,avx512vnni,f16c" add_q8_0_row_512(
+        panel: &[u8], x: &[RowBlock<1>], out: &mut PanelRows<1>
+    ) {
+        // In the same order as for many rows, so that a row gives the same numbers alone.
+        let chunks = panel.chunks(DEPTH * PANEL * BlockFormat::Q8_0.bytes()).zip(x.chunks(DEPTH));
+        for (panel, x) in chunks {
+            q8_0_row_512(panel, x, out);
+        }
     }
     /// Adds the product of a tile of rows with a panel of outputs.
     "avx2,fma,avxvnni" add_tile_vnni_256<R, G, M>(
@@ -232,6 +244,36 @@ fn tile_512<const R: usize, const G: usize, const M: usize>(
     for row in 0..R {
         add(&mut out[row], sums[row]);
     }
+}
+
+/// How far ahead of its use a weight is asked for where each is used once.
+const AHEAD_BYTES: usize = 8192;
+
+#[inline]
+#[target_feature(enable = "avx512f,avx512bw,avx512vnni,f16c")]
+fn q8_0_row_512(panel: &[u8], x: &[RowBlock<1>], out: &mut PanelRows<1>) {
+    let mut sums = [_mm512_setzero_ps(); 2];
+    for (bytes, x) in panel.chunks_exact(PANEL * BlockFormat::Q8_0.bytes()).zip(x) {
+        for line in bytes.chunks(64) {
+            let ahead = line.as_ptr().wrapping_byte_add(AHEAD_BYTES).cast::<i8>();
+            _mm_prefetch::<_MM_HINT_T0>(ahead);
+        }
+        let block = PanelBlock::new(BlockFormat::Q8_0, bytes);
+        let mut counts = [_mm512_set1_epi32(x.starts[0]); 2];
+        for (weights, x) in block.words.iter().zip(&x.values[0]) {
+            let (weights, x) = (halves(weights), _mm512_set1_epi32(word(*x)));
+            counts[0] = _mm512_dpbusd_epi32(counts[0], weights[0], x);
+            counts[1] = _mm512_dpbusd_epi32(counts[1], weights[1], x);
+        }
+        let (exponent, scales) = (_mm512_set1_epi32(x.exponents[0]), wide(&block.halves[0]));
+        let scales = half_numbers(&scales);
+        for half in 0..2 {
+            let count = _mm512_castps_si512(_mm512_cvtepi32_ps(counts[half]));
+            let count = _mm512_castsi512_ps(_mm512_add_epi32(count, exponent));
+            sums[half] = _mm512_fmadd_ps(count, scales[half], sums[half]);
+        }
+    }
+    add(&mut out[0], sums);
 }
 
 /// The sum of the activations that have minimum `group` of `M` in common.
