@@ -5,6 +5,7 @@ use candle_core::{Result as TensorResult, Tensor};
 use super::Linear;
 use crate::{
     error::Result,
+    ops,
     weights::{Storage, Weights, lora::Change},
 };
 
@@ -55,6 +56,23 @@ impl LowRank {
 }
 
 impl Linear {
+    /// [`Linear::forward_changed`] of one `x` by several layers; see [`ops::forward_each`].
+    ///
+    /// # Errors
+    /// Another width, or a failure of the device.
+    pub fn forward_each<const N: usize>(
+        layers: [(&Self, Option<&LowRank>); N],
+        x: &Tensor,
+    ) -> TensorResult<[Tensor; N]> {
+        let mut results = ops::forward_each(layers.map(|(layer, _)| &layer.matrix), x)?;
+        for (y, (layer, change)) in results.iter_mut().zip(layers) {
+            for change in layer.changes.iter().chain(change) {
+                *y = (&*y + change.forward(x)?)?;
+            }
+        }
+        Ok(results)
+    }
+
     /// [`Linear::forward`], and `change` of it where there is one.
     ///
     /// # Errors

@@ -231,6 +231,70 @@ impl PackedLinear {
     }
 }
 
+/// [`PackedLinear::forward`] of one `x` by each of `linears`: the same numbers, with less done for each
+/// matrix where that is possible, as for one row of activations.
+///
+/// # Errors
+/// As [`PackedLinear::forward`].
+pub fn forward_each<const N: usize>(
+    linears: [&PackedLinear; N],
+    x: &Tensor,
+) -> Result<[Tensor; N]> {
+    #[cfg(target_arch = "x86_64")]
+    if let Some(results) = row_by_each(&linears, x)? {
+        return Ok(results);
+    }
+    let results: Vec<Tensor> =
+        linears.iter().map(|linear| linear.forward(x)).collect::<Result<_>>()?;
+    results.try_into().map_err(|_| candle_core::Error::msg("another number of results"))
+}
+
+/// [`forward_each`] of one row; `None` where it does not apply.
+#[cfg(target_arch = "x86_64")]
+fn row_by_each<const N: usize>(
+    linears: &[&PackedLinear; N],
+    x: &Tensor,
+) -> Result<Option<[Tensor; N]>> {
+    let (width, mut dims) = (x.elem_count(), x.dims().to_vec());
+    let matrix = |linear: &&PackedLinear| match &linear.weight {
+        Kernel::Blocks(matrix) if matrix.shares_rows() && matrix.dims().1 == width => {
+            Some(Arc::clone(matrix))
+        }
+        _ => None,
+    };
+    let matrices: Option<Vec<_>> = linears.iter().map(matrix).collect();
+    let fits = is_host(x) && x.dtype() == DType::F32 && dims.last() == Some(&width);
+    let Some(matrices) = matrices.filter(|_| fits) else { return Ok(None) };
+    let x = x.contiguous()?;
+    let values = Floats::new(&x);
+    let biases = linears.iter().map(|linear| {
+        let bias = linear.bias.as_ref();
+        bias.map(|bias| bias.to_dtype(DType::F32)?.contiguous()).transpose()
+    });
+    let biases: Vec<Option<Tensor>> = biases.collect::<Result<_>>()?;
+    let biases: Vec<Option<Floats<'_>>> =
+        biases.iter().map(|bias| bias.as_ref().map(Floats::new)).collect();
+    let mut outs: Vec<Vec<f32>> =
+        matrices.iter().map(|matrix| buffers::of_len(matrix.dims().0)).collect();
+    let mut products = Vec::with_capacity(N);
+    for ((matrix, bias), out) in matrices.iter().zip(&biases).zip(&mut outs) {
+        let bias = bias.as_ref().map(Floats::contiguous).transpose()?;
+        if bias.is_some_and(|bias| bias.len() != out.len()) {
+            bail!("linear: the bias does not have the output's width {}", out.len());
+        }
+        products.push((&**matrix, bias, out.as_mut_slice()));
+    }
+    PackedBlocks::multiply_row_by_each(values.contiguous()?, products);
+    let results = outs.into_iter().map(|out| {
+        if let Some(last) = dims.last_mut() {
+            *last = out.len();
+        }
+        Tensor::from_vec(out, dims.clone(), &Device::Cpu)
+    });
+    let results: Vec<Tensor> = results.collect::<Result<_>>()?;
+    Ok(results.try_into().ok())
+}
+
 /// The matrix laid out for this machine's registers, where it is made of blocks.
 fn packed(weight: &QTensor) -> Result<Option<Kernel>> {
     if !weight.device().is_cpu() {

@@ -24,7 +24,7 @@ pub use buffers::{KeepBuffers, recycle};
 pub use conv::{Conv2dShape, PackedConv2d, Padding, upsample_nearest_2x};
 pub use cpu::on_worker;
 pub use joint::{JointOutput, JointShape, JointStream, joint_attention, joint_attention_bf16};
-pub use linear::{LinearWeight, PackedLinear};
+pub use linear::{LinearWeight, PackedLinear, forward_each};
 pub use matrix::{Float8, PackedMatrix};
 pub use norm::{
     channel_rms_norm, channel_rms_norm_silu, gated_add, gated_add_norm, layer_norm,

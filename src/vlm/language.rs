@@ -172,8 +172,11 @@ impl Layer {
         let normed = self.input_layernorm.forward(x)?;
         let x = (x + self.attention.forward(&normed, angles, past, adapter)?)?;
         let normed = self.post_attention_layernorm.forward(&x)?;
-        let gate = self.gate_proj.forward_changed(&normed, change(adapter, |a| &a.gate_proj))?;
-        let up = self.up_proj.forward_changed(&normed, change(adapter, |a| &a.up_proj))?;
+        let layers = [
+            (&self.gate_proj, change(adapter, |a| &a.gate_proj)),
+            (&self.up_proj, change(adapter, |a| &a.up_proj)),
+        ];
+        let [gate, up] = Linear::forward_each(layers, &normed)?;
         let inner = ops::swiglu(&gate, &up)?;
         let down = self.down_proj.forward_changed(&inner, change(adapter, |a| &a.down_proj))?;
         Ok((x + down)?)
@@ -223,9 +226,12 @@ impl Attention {
     ) -> Result<Tensor> {
         let (b, n, width) = x.dims3()?;
         let split = |x: Tensor, heads| x.reshape((b, n, heads, self.head_dim)); // (b, n, h, d)
-        let q = self.q_proj.forward_changed(x, change(adapter, |a| &a.q_proj))?;
-        let k = self.k_proj.forward_changed(x, change(adapter, |a| &a.k_proj))?;
-        let v = self.v_proj.forward_changed(x, change(adapter, |a| &a.v_proj))?;
+        let layers = [
+            (&self.q_proj, change(adapter, |a| &a.q_proj)),
+            (&self.k_proj, change(adapter, |a| &a.k_proj)),
+            (&self.v_proj, change(adapter, |a| &a.v_proj)),
+        ];
+        let [q, k, v] = Linear::forward_each(layers, x)?;
         let q = angles.rotate(&split(q, self.heads)?)?;
         let k = angles.rotate(&split(k, self.kv_heads)?)?;
         let v = split(v, self.kv_heads)?;

@@ -316,8 +316,28 @@ fn quantized_layers_stay_within_their_rounding() {
     );
 }
 
-/// The rule for Q4_K: the error against exact activations is at most twice that of candle's product
-/// with the same bytes, which rounds activations in blocks of 256.
+#[test]
+fn several_matrices_at_once_give_what_each_gives() {
+    let weights = [96, 40, 7].map(|out| random(&[out, 512]));
+    for make in
+        [LinearWeight::q4_k, LinearWeight::q8_0, |x: &Tensor| Ok(LinearWeight::Dense(x.clone()))]
+    {
+        let [a, b, c] = weights.each_ref().map(|weight| {
+            let bias = (weight.dim(0).unwrap() != 40).then(|| random(&weight.dims()[..1]));
+            PackedLinear::new(make(weight).unwrap(), bias).unwrap()
+        });
+        for rows in [1, 3] {
+            let x = random(&[1, rows, 512]);
+            let together = ops::forward_each([&a, &b, &c], &x).unwrap();
+            for (y, linear) in together.iter().zip([&a, &b, &c]) {
+                let alone = linear.forward(&x).unwrap();
+                assert_eq!(y.dims(), alone.dims());
+                assert_eq!(values(y), values(&alone), "{rows} rows");
+            }
+        }
+    }
+}
+
 /// Large matrices are quantized in several pieces, and views wherever they lie.
 #[test]
 fn every_row_of_a_large_matrix_is_quantized() {
@@ -333,6 +353,8 @@ fn every_row_of_a_large_matrix_is_quantized() {
     }
 }
 
+/// The rule for Q4_K: the error against exact activations is at most twice that of candle's product
+/// with the same bytes, which rounds activations in blocks of 256.
 #[test]
 fn q4_k_layers_follow_the_rule() {
     for [rows, width, out] in

@@ -237,17 +237,34 @@ impl PackedBlocks {
     /// `out[i][j] = Σₖ x[i][k] · weight[j][k] + bias[j]`. `x: [rows, width]`, `out: [rows, out]`.
     pub(crate) fn multiply(&self, x: &[f32], bias: Option<&[f32]>, out: &mut [f32]) {
         #[cfg(target_arch = "x86_64")]
-        if out.len() == self.out
-            && self.format == BlockFormat::Q4K
-            && self.instructions == Instructions::Avx512Vnni
-        {
-            return q4k::multiply_row(bytemuck::cast_slice(&self.lines), x, bias, out);
+        if out.len() == self.out && self.shares_rows() {
+            return Self::multiply_row_by_each(x, vec![(self, bias, out)]);
         }
         if out.len() == self.out {
             self.multiply_rows::<1>(x, bias, out);
         } else {
             self.multiply_rows::<TILE_ROWS>(x, bias, out);
         }
+    }
+
+    /// Whether one row can be multiplied by this matrix and others of the same width at once.
+    #[must_use]
+    pub fn shares_rows(&self) -> bool {
+        #[cfg(target_arch = "x86_64")]
+        return self.format == BlockFormat::Q4K && self.instructions == Instructions::Avx512Vnni;
+        #[cfg(not(target_arch = "x86_64"))]
+        false
+    }
+
+    /// [`Self::multiply`] of one row by matrices of its width that [share rows](Self::shares_rows),
+    /// each with its bias and output.
+    #[cfg(target_arch = "x86_64")]
+    pub(crate) fn multiply_row_by_each(x: &[f32], products: Vec<RowProduct<'_>>) {
+        let products = products.into_iter().map(|(matrix, bias, out)| {
+            let blocks = bytemuck::cast_slice(&matrix.lines);
+            q4k::RowProduct { blocks, bias, out }
+        });
+        q4k::multiply_row(x, products.collect());
     }
 
     fn multiply_rows<const R: usize>(&self, x: &[f32], bias: Option<&[f32]>, out: &mut [f32]) {
@@ -386,6 +403,10 @@ fn store(
 
 #[cfg(not(target_arch = "x86_64"))]
 fn prefetch(_: &[u8]) {}
+
+/// A matrix, its bias and its output.
+#[cfg(target_arch = "x86_64")]
+pub(crate) type RowProduct<'a> = (&'a PackedBlocks, Option<&'a [f32]>, &'a mut [f32]);
 
 /// Buffers of one thread, reused from panel to panel.
 struct Scratch {

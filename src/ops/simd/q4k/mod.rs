@@ -50,14 +50,18 @@ struct RowBlock<const R: usize> {
     sums: [[f32; R]; SUB_BLOCKS],
 }
 
-/// `out[j] = Σₖ x[k] · weight[j][k] + bias[j]`, with `blocks: [panel][super-block]`.
+/// One matrix, `[panel][super-block]`, and where its product goes.
 #[cfg(target_arch = "x86_64")]
-pub(super) fn multiply_row(
-    blocks: &[PanelBlock],
-    x: &[f32],
-    bias: Option<&[f32]>,
-    out: &mut [f32],
-) {
+pub(super) struct RowProduct<'a> {
+    pub(super) blocks: &'a [PanelBlock],
+    pub(super) bias: Option<&'a [f32]>,
+    pub(super) out: &'a mut [f32],
+}
+
+/// `out[j] = Σₖ x[k] · weight[j][k] + bias[j]` of each matrix: the row is quantized once, and the
+/// threads share all panels out at once.
+#[cfg(target_arch = "x86_64")]
+pub(super) fn multiply_row(x: &[f32], products: Vec<RowProduct<'_>>) {
     let zero = RowBlock {
         values: [[[[0; 4]; FOURS]; 1]; SUB_BLOCKS],
         scales: [[0.0; 1]; SUB_BLOCKS],
@@ -66,18 +70,25 @@ pub(super) fn multiply_row(
     let depth = x.len().div_euclid(SUPER_BLOCK);
     let mut row = vec![zero; depth];
     x86::quantize_row_avx512(x, &mut row, 0);
+    let panels: usize = products.iter().map(|product| product.out.len().div_ceil(PANEL)).sum();
     let tasks = TASKS_PER_THREAD * rayon::current_num_threads();
-    let panels = out.len().div_ceil(PANEL);
-    let group = PANEL * panels.div_ceil(tasks.min(panels).max(1));
-    out.par_chunks_mut(group).enumerate().with_max_len(1).for_each(|(i, out)| {
-        for (j, out) in out.chunks_mut(PANEL).enumerate() {
-            let first = i * group + j * PANEL;
-            let panel = &blocks[first.div_euclid(PANEL) * depth..][..depth];
+    let group = panels.div_ceil(tasks.min(panels).max(1));
+    let pieces = products.into_iter().flat_map(|RowProduct { blocks, bias, out }| {
+        let blocks = blocks.chunks(group * depth);
+        blocks.zip(out.chunks_mut(group * PANEL)).enumerate().map(move |(i, (blocks, out))| {
+            let bias = bias.map(|bias| &bias[i * group * PANEL..]);
+            RowProduct { blocks, bias, out }
+        })
+    });
+    let pieces: Vec<RowProduct<'_>> = pieces.collect();
+    pieces.into_par_iter().with_max_len(1).for_each(|RowProduct { blocks, bias, out }| {
+        let panels = blocks.chunks_exact(depth).zip(out.chunks_mut(PANEL));
+        for (i, (panel, out)) in panels.enumerate() {
             let mut sums = [0.0; PANEL];
             x86::add_row_avx512(panel, &row, &mut sums);
             match bias {
                 Some(bias) => {
-                    let out = out.iter_mut().zip(sums).zip(&bias[first..]);
+                    let out = out.iter_mut().zip(sums).zip(&bias[i * PANEL..]);
                     out.for_each(|((y, x), b)| *y = x + b);
                 }
                 None => out.iter_mut().zip(sums).for_each(|(y, x)| *y = x),
