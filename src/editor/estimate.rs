@@ -217,6 +217,8 @@ impl Models<'_> {
         let threads = rayon::current_num_threads();
         let own = self.planner.own_weight_bytes(self.precision).unwrap_or(0);
         let plans = facts.plan.is_some();
+        // Who takes turns is read from its file within the stage.
+        let turns = placement.take_turns;
         let encoder = self.vlm.weight_bytes(self.precision, plans && own == 0);
         let base = vae_bytes + lora_bytes + transformer.outside();
         let resting = transformer.resting(placement.transformer) - transformer.outside();
@@ -247,17 +249,40 @@ impl Models<'_> {
                 (true, own) => read + own,
             };
             let work = model.activation_bytes(load) + model.kept_bytes(load);
+            let work = work + if turns { model.loading_bytes(self.precision) } else { 0 };
             stages.push(stage(Stage::Plan, weights, work));
         }
         let others = if placement.take_turns { 0 } else { own };
         let encode = self.vlm.activation_bytes(facts.encode);
+        let encode = encode + if turns { self.vlm.loading_bytes(self.precision) } else { 0 };
         stages.push(stage(Stage::EncodePrompt, read + encoder + others, encode));
         let waiting = if placement.take_turns { 0 } else { resting };
         stages.push(stage(Stage::EncodePicture, made + waiting, encoding.max().unwrap_or(0)));
-        let step = transformer.activations(facts.tokens, threads) + modulation;
+        let reads = turns || placement.transformer != Residency::Resident;
+        let loading = if reads { transformer.loading() } else { 0 };
+        let step = transformer.activations(facts.tokens, threads) + modulation + loading;
         stages.push(stage(Stage::Denoise, made + working, step));
         stages.push(stage(Stage::Decode, made + resting, decoding + modulation));
         stages
+    }
+}
+
+impl Models<'_> {
+    /// What opening an engine takes at most under a placement.
+    pub(super) fn opening(self, placement: Placement) -> u64 {
+        let Known { transformer, vae_bytes, lora_bytes, .. } = self.known;
+        let own = self.planner.own_weight_bytes(self.precision);
+        let encoder = self.vlm.weight_bytes(self.precision, own.is_none());
+        let own_loading = self.planner.model(self.vlm).loading_bytes(self.precision);
+        let loading = self.vlm.loading_bytes(self.precision).max(own_loading);
+        let base = vae_bytes + lora_bytes;
+        match placement.take_turns {
+            true => base + transformer.outside() + encoder + loading.max(transformer.loading()),
+            false => {
+                let weights = transformer.resting(placement.transformer) + encoder;
+                base + weights + own.unwrap_or(0) + loading.max(transformer.loading())
+            }
+        }
     }
 }
 

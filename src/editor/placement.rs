@@ -97,6 +97,7 @@ fn is_tiled(size: Size, tile_px: usize) -> bool {
 fn plan_of(models: Models<'_>, facts: &Facts, placement: Placement) -> MemoryPlan {
     let stages = models.stages(facts, placement);
     let peak_bytes = stages.iter().map(|stage| stage.in_use_bytes()).max().unwrap_or(0);
+    let peak_bytes = peak_bytes.max(models.opening(placement));
     MemoryPlan {
         placement,
         stages,

@@ -45,6 +45,12 @@ impl VisionLanguageModel {
         bytes.sum()
     }
 
+    /// The most bytes that reading the weights takes besides what is kept of them.
+    #[must_use]
+    pub fn loading_bytes(&self, precision: &Precision) -> u64 {
+        self.weights().checkpoint().loading_bytes(precision)
+    }
+
     /// The most bytes of activations, keys and values while the model does this work, without what
     /// it leaves behind ([`Self::kept_bytes`]).
     #[must_use]

@@ -41,7 +41,24 @@ impl TensorEntry {
     }
 }
 
+impl TensorEntry {
+    /// Bytes that reading the tensor takes at most besides what is kept of it: a matrix whose type
+    /// changes on the way is held as it is stored and, piece by piece, in the new type.
+    #[must_use]
+    pub fn loading_bytes(&self, precision: &Precision) -> u64 {
+        let as_stored =
+            self.multiplied_as().is_some() && !matches!(precision.storage, Storage::Plain(_));
+        if self.shape.len() < 2 || as_stored { 0 } else { 4 * self.elements() }
+    }
+}
+
 impl Checkpoint {
+    /// The most that reading one tensor after the other takes besides what is kept.
+    #[must_use]
+    pub fn loading_bytes(&self, precision: &Precision) -> u64 {
+        self.tensors().map(|(_, entry)| entry.loading_bytes(precision)).max().unwrap_or(0)
+    }
+
     /// Size of all tensors in memory in bytes when they are read as `precision` says.
     #[must_use]
     pub fn kept_bytes(&self, precision: &Precision) -> u64 {

@@ -130,6 +130,13 @@ impl Footprint {
         self.resting(residency) + two(streamed).max(two(&self.projections))
     }
 
+    /// The most bytes that reading a block takes besides what is kept of it.
+    #[must_use]
+    pub fn loading(&self) -> u64 {
+        let bytes = self.entries.iter().map(|(_, entry)| entry.loading_bytes(&self.precision));
+        bytes.max().unwrap_or(0)
+    }
+
     /// The most bytes of activations in one step on so many threads.
     #[must_use]
     pub fn activations(&self, tokens: TokenCounts, threads: usize) -> u64 {
@@ -138,14 +145,15 @@ impl Footprint {
         let (image, text) = ((target + references) as u64, text as u64);
         let all = image + text;
         let dim = self.config.dim() as u64;
-        // In rows of the model's width. At the most, six tensors of a row for each token are alive
-        // or kept to be used again (streams, queries, keys, values, output), and the hidden layer
+        // In rows of the model's width. At the most, eleven tensors of a row for each token are alive
+        // or kept to be used again (streams, queries, keys, values and their forms for attention,
+        // outputs; counted, see tests/memory), and the hidden layer
         // of the image's MLP of four rows, which its product quantizes beside it. Each branch of
         // guidance has streams of its own. While the tokens attend, each thread holds one head's
         // keys and values.
         let row = dim * number;
         let scratch = 2 * threads as u64 * all * self.config.head_dim as u64 * 4;
-        let rows = (6 + branches as u64 - 1) * all * row + 4 * image * row + image * dim * 5;
+        let rows = (11 + branches as u64 - 1) * all * row + 4 * image * row + image * dim * 5;
         let rows = rows.max(8 * all * row + scratch);
         let latents = 4 * image * self.config.latent_dim as u64 * 4;
         let conditioning = 2 * text * self.config.conditioning_dim as u64 * number;

@@ -43,7 +43,7 @@ impl Config {
         let picture = pixels * self.picture_channels as u64;
         let (tile, around) = match tiling.largest_tile([height, width]) {
             Some(tile) => (tile, latent * dim + 3 * picture),
-            None => (pixels, 0),
+            None => (pixels, picture),
         };
         let local = self.peak(&self.decoder_steps(), self.latent_pixels(tile)) + around;
         // The result, clamped and as levels.
