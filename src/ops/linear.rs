@@ -244,9 +244,12 @@ pub fn forward_each<const N: usize>(
     if let Some(results) = row_by_each(&linears, x)? {
         return Ok(results);
     }
-    let results: Vec<Tensor> =
-        linears.iter().map(|linear| linear.forward(x)).collect::<Result<_>>()?;
-    results.try_into().map_err(|_| candle_core::Error::msg("another number of results"))
+    let results = linears.iter().map(|linear| linear.forward(x));
+    let results: Vec<Tensor> = results.collect::<Result<_>>()?;
+    let Ok(results) = <[Tensor; N]>::try_from(results) else {
+        bail!("linear: a result is missing")
+    };
+    Ok(results)
 }
 
 /// [`forward_each`] of one row; `None` where it does not apply.
