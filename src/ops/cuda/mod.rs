@@ -2,7 +2,7 @@
 //! where no kernel fits the types and sizes, so that the plain version runs.
 //!
 //! The kernels also run without a GPU, in the emulation of `kernels/host`, on bf16 tensors in host
-//! memory. [`parity`] holds one suite of checks for both.
+//! memory. `parity` holds one suite of checks for both.
 
 mod attention;
 mod conv;
