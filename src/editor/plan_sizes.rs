@@ -70,5 +70,6 @@ impl Sizes {
 
 /// The area of a picture of which one side is `px`, where the input's sides are as `other` to `same`.
 fn matching_area(px: u32, other: u32, same: u32) -> u64 {
-    (u64::from(px) * u64::from(px) * u64::from(other)).div_ceil(u64::from(same.max(1)))
+    let area = u128::from(px) * u128::from(px) * u128::from(other);
+    u64::try_from(area.div_ceil(u128::from(same.max(1)))).unwrap_or(u64::MAX)
 }
