@@ -8,6 +8,8 @@
 
 #[cfg(target_arch = "x86_64")]
 mod x86;
+#[cfg(target_arch = "x86_64")]
+pub(super) use x86::halves;
 
 use half::f16;
 use rayon::prelude::*;

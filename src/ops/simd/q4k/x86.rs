@@ -176,9 +176,10 @@ fn add(out: &mut [f32; PANEL], sums: [__m512; 2]) {
     }
 }
 
+/// Four neighbours of each output of a panel: those of its first 16 outputs, and of the others.
 #[inline]
 #[target_feature(enable = "avx512f")]
-fn halves(weights: &[Four<u8>; PANEL]) -> [__m512i; 2] {
+pub(in crate::ops::simd) fn halves(weights: &[Four<u8>; PANEL]) -> [__m512i; 2] {
     let start = weights.as_ptr();
     #[expect(unsafe_code, reason = "unaligned loads")]
     // SAFETY: the array holds the two times 64 bytes that are read.
