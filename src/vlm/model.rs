@@ -27,6 +27,7 @@ use crate::{
     error::{Error, ModelError, RequestError, Result},
     layers::Linear,
     memory::Slot,
+    ops,
     progress::CancelToken,
     weights::{ModelFiles, Precision, Weights},
 };
@@ -384,7 +385,8 @@ impl VisionLanguageModel {
         let steps = options.max_new_tokens.min(room);
         let body = self.body(call.cancel)?;
         let mut cache = body.language.cache(seen.len() + steps.min(CACHE_TOKENS));
-        let mut hidden = self.prefill(inputs, Some(&mut cache), call)?;
+        let hidden = self.prefill(inputs, Some(&mut cache), call)?;
+        let mut logits = self.last_logits(&body, &hidden)?;
         let mut text = String::new();
         let mut stream = self.tokenizer.stream();
         let mut finish = Finish::Length;
@@ -393,8 +395,8 @@ impl VisionLanguageModel {
                 Some(constraint) => Some(constraint.allowed()?),
                 None => None,
             };
-            let token =
-                sampler.choose(self.next_logits(&body, &hidden)?, &seen, allowed.as_ref())?;
+            let token = sampler.choose(logits, &seen, allowed.as_ref())?;
+            logits = Vec::new();
             seen.push(token);
             if options.stop_tokens.contains(&token) {
                 finish = Finish::Stop;
@@ -411,12 +413,26 @@ impl VisionLanguageModel {
             }
             if step + 1 < steps {
                 let at = inputs.positions.next + small(step);
-                let embedding = body.language.embed(&[token])?;
-                hidden = body.language.forward(&embedding, &[[at; 3]], Some(&mut cache), call)?;
+                logits = self.logits_after(&body, (token, at), &mut cache, call)?;
             }
         }
         hear(&stream.finish()?, &mut text, on_text);
         Ok(Generation { tokens: seen.split_off(inputs.tokens.len()), text, finish })
+    }
+
+    /// Logits after one more token, which stands at the position `at`.
+    fn logits_after(
+        &self,
+        body: &Body,
+        (token, at): (u32, u32),
+        cache: &mut Cache,
+        call: Call<'_>,
+    ) -> Result<Vec<f32>> {
+        ops::on_worker(|| {
+            let embedding = body.language.embed(&[token])?;
+            let hidden = body.language.forward(&embedding, &[[at; 3]], Some(cache), call)?;
+            self.last_logits(body, &hidden)
+        })
     }
 
     /// Hidden states of a prompt; fills `cache` when there is one.
@@ -436,7 +452,7 @@ impl VisionLanguageModel {
     }
 
     /// Logits after the last token, on the host.
-    fn next_logits(&self, body: &Body, hidden: &Tensor) -> Result<Vec<f32>> {
+    fn last_logits(&self, body: &Body, hidden: &Tensor) -> Result<Vec<f32>> {
         let last = hidden.narrow(1, hidden.dim(1)? - 1, 1)?.contiguous()?;
         let logits = self.head(body)?.forward(&last)?; // (1, 1, vocabulary)
         Ok(logits.to_dtype(DType::F32)?.flatten_all()?.to_vec1()?)

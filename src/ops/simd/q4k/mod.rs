@@ -43,13 +43,13 @@ pub(super) struct PanelBlock {
     nibbles: [[[Four<u8>; PANEL]; FOURS]; SUB_BLOCKS.div_euclid(2)],
 }
 
-/// One super-block of each row of a tile of activations.
+/// One super-block of the activations.
 #[derive(Debug, Clone, Copy)]
-struct RowBlock<const R: usize> {
-    values: [[[Four<i8>; FOURS]; R]; SUB_BLOCKS],
-    scales: [[f32; R]; SUB_BLOCKS],
+struct RowBlock {
+    values: [[Four<i8>; FOURS]; SUB_BLOCKS],
+    scales: [f32; SUB_BLOCKS],
     /// The sum of the sub-block's activations, as they were rounded.
-    sums: [[f32; R]; SUB_BLOCKS],
+    sums: [f32; SUB_BLOCKS],
 }
 
 /// One matrix, `[panel][super-block]`, and where its product goes.
@@ -65,13 +65,13 @@ pub(super) struct RowProduct<'a> {
 #[cfg(target_arch = "x86_64")]
 pub(super) fn multiply_row(x: &[f32], products: Vec<RowProduct<'_>>) {
     let zero = RowBlock {
-        values: [[[[0; 4]; FOURS]; 1]; SUB_BLOCKS],
-        scales: [[0.0; 1]; SUB_BLOCKS],
-        sums: [[0.0; 1]; SUB_BLOCKS],
+        values: [[[0; 4]; FOURS]; SUB_BLOCKS],
+        scales: [0.0; SUB_BLOCKS],
+        sums: [0.0; SUB_BLOCKS],
     };
     let depth = x.len().div_euclid(SUPER_BLOCK);
     let mut row = vec![zero; depth];
-    x86::quantize_row_avx512(x, &mut row, 0);
+    x86::quantize_row_avx512(x, &mut row);
     let panels: usize = products.iter().map(|product| product.out.len().div_ceil(PANEL)).sum();
     let tasks = TASKS_PER_THREAD * rayon::current_num_threads();
     let group = panels.div_ceil(tasks.min(panels).max(1));

@@ -1,10 +1,12 @@
 //! The steps of a Q4_K product on processors with AVX-512 VNNI.
 
 use std::arch::x86_64::{
-    __m512, __m512i, _MM_HINT_T0, _mm_prefetch, _mm256_loadu_si256, _mm512_and_si512,
-    _mm512_cvtepi32_ps, _mm512_cvtph_ps, _mm512_dpbusd_epi32, _mm512_fmadd_ps, _mm512_fnmadd_ps,
-    _mm512_loadu_si512, _mm512_mul_ps, _mm512_or_si512, _mm512_set1_epi32, _mm512_set1_ps,
-    _mm512_setzero_ps, _mm512_setzero_si512, _mm512_srli_epi32,
+    __m512, __m512i, _MM_HINT_T0, _mm_prefetch, _mm256_loadu_si256, _mm512_add_epi32,
+    _mm512_and_si512, _mm512_cvtepi32_epi8, _mm512_cvtepi32_ps, _mm512_cvtph_ps,
+    _mm512_cvtps_epi32, _mm512_dpbusd_epi32, _mm512_fmadd_ps, _mm512_fnmadd_ps, _mm512_loadu_si512,
+    _mm512_max_epi32, _mm512_mul_ps, _mm512_or_si512, _mm512_reduce_add_epi32,
+    _mm512_reduce_max_epi32, _mm512_set1_epi32, _mm512_set1_ps, _mm512_setzero_ps,
+    _mm512_setzero_si512, _mm512_srli_epi32,
 };
 
 use half::f16;
@@ -13,17 +15,16 @@ use super::{FOURS, Four, PANEL, PanelBlock, RowBlock, SUB_BLOCK, SUPER_BLOCK};
 
 /// Outputs of one 512-bit register of 32-bit sums.
 const LANES: usize = PANEL.div_euclid(2);
-/// How far ahead of its use a weight is asked for.
-const AHEAD_BYTES: usize = 8192;
+/// How far ahead of its use a weight is asked for: one block.
+const AHEAD_BYTES: usize = size_of::<PanelBlock>();
 
 /// Defines safe functions that run `$body` with instructions that not every processor has.
 macro_rules! with_instructions {
-    ($($(#[$doc:meta])* $features:literal $name:ident$(<const $r:ident>)?
-        ($($arg:ident: $type:ty),*) $body:expr;)*) => {$(
+    ($($(#[$doc:meta])* $features:literal $name:ident($($arg:ident: $type:ty),*) $body:expr;)*) => {$(
         $(#[$doc])*
-        pub(super) fn $name$(<const $r: usize>)?($($arg: $type),*) {
+        pub(super) fn $name($($arg: $type),*) {
             #[target_feature(enable = $features)]
-            fn inner$(<const $r: usize>)?($($arg: $type),*) {
+            fn inner($($arg: $type),*) {
                 $body
             }
             #[expect(unsafe_code, reason = "needs instructions that not every processor has")]
@@ -37,25 +38,25 @@ macro_rules! with_instructions {
 }
 
 with_instructions! {
-    /// [`quantize_row`] in wide registers.
-    "avx512f,avx512bw,avx512vnni" quantize_row_avx512<const R>(
-        x: &[f32], packed: &mut [RowBlock<R>], i: usize
-    ) quantize_row(x, packed, i);
+    /// [`quantize_row_512`] from anywhere.
+    "avx512f,avx512bw,avx512vnni" quantize_row_avx512(
+        x: &[f32], packed: &mut [RowBlock]
+    ) quantize_row_512(x, packed);
     /// Adds the product of one row with a panel of outputs whose nibbles are still packed.
-    "avx512f,avx512bw,avx512vnni" add_row_avx512<const R>(
-        panel: &[PanelBlock], x: &[RowBlock<R>], sums: &mut [f32; PANEL]
+    "avx512f,avx512bw,avx512vnni" add_row_avx512(
+        panel: &[PanelBlock], x: &[RowBlock], sums: &mut [f32; PANEL]
     ) add_row_512(panel, x, sums);
 }
 
 #[target_feature(enable = "avx512f,avx512bw,avx512vnni")]
-fn add_row_512<const R: usize>(panel: &[PanelBlock], x: &[RowBlock<R>], out: &mut [f32; PANEL]) {
+fn add_row_512(panel: &[PanelBlock], x: &[RowBlock], out: &mut [f32; PANEL]) {
     let mut sums = [_mm512_setzero_ps(); 2];
     for (panel, x) in panel.iter().zip(x) {
         prefetch(&panel.six_bits);
         let zero = [_mm512_setzero_ps(); 2];
         let mut totals = Totals { products: zero, mins: zero };
-        totals.add_four::<0, R>(panel, x);
-        totals.add_four::<1, R>(panel, x);
+        totals.add_four::<0>(panel, x);
+        totals.add_four::<1>(panel, x);
         let (d, dmin) = (widen(&panel.d), widen(&panel.dmin));
         for half in 0..2 {
             sums[half] = _mm512_fmadd_ps(d[half], totals.products[half], sums[half]);
@@ -76,7 +77,7 @@ impl Totals {
     /// Adds four sub-blocks: the first four (`WORD` 0) or the last four (1).
     #[inline]
     #[target_feature(enable = "avx512f,avx512bw,avx512vnni")]
-    fn add_four<const WORD: usize, const R: usize>(&mut self, panel: &PanelBlock, x: &RowBlock<R>) {
+    fn add_four<const WORD: usize>(&mut self, panel: &PanelBlock, x: &RowBlock) {
         let low_nibbles = _mm512_set1_epi32(0x0f0f_0f0f);
         let high_nibbles = _mm512_set1_epi32(i32::from_ne_bytes([0xf0; 4]));
         let (mut scales, mut mins) = six_bits::<WORD>(&panel.six_bits);
@@ -87,8 +88,8 @@ impl Totals {
             let mut high = low;
             for four in 0..FOURS {
                 let nibbles = halves(&weights[four]);
-                let x_low = broadcast(x.values[2 * pair][0][four]);
-                let x_high = broadcast(x.values[2 * pair + 1][0][four]);
+                let x_low = broadcast(x.values[2 * pair][four]);
+                let x_high = broadcast(x.values[2 * pair + 1][four]);
                 for half in 0..2 {
                     let weights = _mm512_and_si512(nibbles[half], low_nibbles);
                     low[half] = _mm512_dpbusd_epi32(low[half], weights, x_low);
@@ -98,8 +99,8 @@ impl Totals {
                 }
             }
             for (counts, sub, factor) in [(low, 2 * pair, 1.0), (high, 2 * pair + 1, 0.0625)] {
-                let scale = _mm512_set1_ps(factor * x.scales[sub][0]);
-                let sum = _mm512_set1_ps(x.sums[sub][0]);
+                let scale = _mm512_set1_ps(factor * x.scales[sub]);
+                let sum = _mm512_set1_ps(x.sums[sub]);
                 for half in 0..2 {
                     let count = _mm512_mul_ps(_mm512_cvtepi32_ps(counts[half]), scale);
                     let factor = take_byte(&mut scales[half]);
@@ -199,29 +200,25 @@ fn widen(numbers: &[f16; PANEL]) -> [__m512; 2] {
     [_mm512_cvtph_ps(low), _mm512_cvtph_ps(high)]
 }
 
-/// Quantizes row `i` of a tile, block by block: the largest magnitude becomes 127. A block with NaN
-/// gets the scale NaN, so that it stays visible in the product.
-#[inline(always)]
-#[expect(clippy::cast_possible_truncation, reason = "rounded numbers between −127 and 127")]
+/// Quantizes a row, block by block: the largest magnitude becomes 127. A block with NaN gets the scale
+/// NaN, so that it stays visible in the product.
+#[target_feature(enable = "avx512f")]
 #[expect(clippy::cast_precision_loss, reason = "a sum of 32 such numbers is exact in f32")]
-fn quantize_row<const R: usize>(x: &[f32], packed: &mut [RowBlock<R>], i: usize) {
+fn quantize_row_512(x: &[f32], packed: &mut [RowBlock]) {
     for (x, packed) in x.as_chunks::<SUPER_BLOCK>().0.iter().zip(packed) {
         for (sub_block, x) in x.as_chunks::<SUB_BLOCK>().0.iter().enumerate() {
+            let x: [[f32; LANES]; 2] = bytemuck::cast(*x);
             // Magnitudes as integers are ordered like the numbers, and NaN is the largest.
-            let bits = x.iter().fold(0, |max: u32, x| max.max(x.abs().to_bits()));
-            let max = f32::from_bits(bits);
-            let inverse = if max > 0.0 { 127.0 / max } else { 0.0 };
-            let mut values = [0_i8; SUB_BLOCK];
-            let mut sum = 0;
-            for (value, x) in values.iter_mut().zip(x) {
-                let rounded = (x * inverse).round_ties_even() as i32;
-                sum += rounded;
-                *value = rounded as i8;
-            }
+            let bits = x.map(|x| and(bytemuck::cast(x), _mm512_set1_epi32(i32::MAX)));
+            let bits = _mm512_reduce_max_epi32(_mm512_max_epi32(bits[0], bits[1]));
+            let max = f32::from_bits(bits.cast_unsigned());
+            let inverse = _mm512_set1_ps(if max > 0.0 { 127.0 / max } else { 0.0 });
+            let rounded = x.map(|x| _mm512_cvtps_epi32(_mm512_mul_ps(bytemuck::cast(x), inverse)));
+            let sum = _mm512_reduce_add_epi32(_mm512_add_epi32(rounded[0], rounded[1]));
+            packed.values[sub_block] = bytemuck::cast(rounded.map(|x| _mm512_cvtepi32_epi8(x)));
             let scale = max / 127.0;
-            packed.scales[sub_block][i] = scale;
-            packed.sums[sub_block][i] = scale * sum as f32;
-            packed.values[sub_block][i].as_flattened_mut().copy_from_slice(&values);
+            packed.scales[sub_block] = scale;
+            packed.sums[sub_block] = scale * sum as f32;
         }
     }
 }
