@@ -9,6 +9,7 @@
 # GPU or no CUDA 13 libraries that can be used.
 set -euo pipefail
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+target=${CARGO_TARGET_DIR:-target/cuda}
 no_gpu=3
 bytes_max=$((60 << 20))
 
@@ -20,12 +21,12 @@ pack() {
   folder=$(mktemp -d)
   trap 'rm -rf "$folder"' RETURN
   mkdir -p "$folder"/gpu-check/{bin,scripts,benches,references} "$(dirname "$file")"
-  cp target/cuda/release/pentimento-gpu-check "$folder/gpu-check/bin/"
+  cp "$target/release/pentimento-gpu-check" "$folder/gpu-check/bin/"
   strip "$folder/gpu-check/bin/pentimento-gpu-check"
   cp scripts/gpu-check.sh "$folder/gpu-check/scripts/"
   cp benches/peer_gpu.py "$folder/gpu-check/benches/"
   cp -rL tests/data/reference/. "$folder/gpu-check/references/"
-  tar -C "$folder" -cJf "$file" gpu-check
+  XZ_OPT=${XZ_OPT:--T0} tar -C "$folder" -cJf "$file" gpu-check
   local bytes
   bytes=$(stat -c %s "$file")
   echo "$file: $bytes bytes"
@@ -52,7 +53,7 @@ PY
 run() {
   local program=$root/bin/pentimento-gpu-check references=$root/references
   if [[ ! -x $program ]]; then
-    program=$root/target/cuda/release/pentimento-gpu-check
+    program=$(cd "$root" && realpath -m "$target")/release/pentimento-gpu-check
     references=$root/tests/data/reference
   fi
   if [[ ! -x $program ]]; then

@@ -10,4 +10,6 @@ venv=target/recipe-venv
 run=$(mktemp -d)
 trap 'rm -rf "$run"' EXIT
 "$venv/bin/python" models/mini/recipe/recipe.py --smoke --run "$run"
-test -s "$run/smoke/pack/transformer/diffusion_pytorch_model.safetensors"
+weights=$run/smoke/pack/transformer/diffusion_pytorch_model.safetensors
+test -s "$weights"
+gunzip -c "$weights.gz" | cmp - "$weights"

@@ -105,7 +105,7 @@ impl Engine {
         if request.answer_tokens == 0 {
             return Err(Error::field("answer tokens", 0, "at least 1"));
         }
-        let side = square_side(self.pipeline.area);
+        let side = square_side(self.opened.pipeline.area);
         let (width, height) = (request.width.unwrap_or(side), request.height.unwrap_or(side));
         let mut edit = EditRequest::new(Picture::from_rgb(pattern(width, height)), &request.prompt);
         (edit.width, edit.height) = (request.width, request.height);
@@ -144,7 +144,7 @@ impl Engine {
         size: Size,
         observer: &dyn Observer,
     ) -> Result<Vec<BenchRow>> {
-        let (vlm, cancel) = (&self.vlm, &request.cancel);
+        let (vlm, cancel) = (&self.opened.vlm, &request.cancel);
         let begin = Instant::now();
         let tell = |step: usize| {
             let elapsed = begin.elapsed();
@@ -153,7 +153,7 @@ impl Engine {
         tell(0);
         let seen = vlm.look(&[resized(&edit.pictures[0].rgb, size)?])?;
         let tokens = seen.grids().iter().map(|grid| grid.patches()).sum();
-        let inputs = vlm.prepare_seen(&self.pipeline.text(&request.prompt, 1), &seen)?;
+        let inputs = vlm.prepare_seen(&self.opened.pipeline.text(&request.prompt, 1), &seen)?;
         let vision = timed(|| vlm.embed_pictures(&inputs, cancel))?;
         let vision = BenchRow::new("vision", vision, Some(tokens));
         tell(1);

@@ -28,7 +28,7 @@ pub(super) struct Checked<'a> {
 
 impl<'a> Checked<'a> {
     pub(super) fn new(engine: &Engine, request: &'a EditRequest) -> Result<Self> {
-        let pipeline = &engine.pipeline;
+        let pipeline = &engine.opened.pipeline;
         check_pictures(pipeline, request)?;
         check_plan(request)?;
         check_length(engine, "prompt", &request.prompt)?;
@@ -61,7 +61,7 @@ impl<'a> Checked<'a> {
 
 /// What the editor is told must fit its text encoder.
 pub(super) fn check_length(engine: &Engine, field: &'static str, text: &str) -> Result<()> {
-    let tokens = engine.vlm.tokenizer().encode(text)?.len();
+    let tokens = engine.opened.vlm.tokenizer().encode(text)?.len();
     if tokens > PROMPT_TOKENS_MAX {
         let found = format!("{tokens} tokens ({} characters)", text.chars().count());
         return Err(Error::field(field, found, format!("at most {PROMPT_TOKENS_MAX} tokens")));

@@ -134,7 +134,7 @@ fn course(
             let planning = work.climb(|work| {
                 engine.before_planning()?;
                 let _room = work.room_for(Stage::Plan)?;
-                engine.planner.plan(&engine.vlm, &plan_work, stages)
+                engine.opened.planner.plan(&engine.opened.vlm, &plan_work, stages)
             })?;
             (planning.plan, Some(planning.planned_by))
         }
@@ -149,7 +149,7 @@ fn course(
     };
     let prompts = match strategy {
         Strategy::Sequential => plan.steps.iter().map(|step| step.prompt.clone()).collect(),
-        _ => vec![plan.merged(&engine.pipeline.merge)],
+        _ => vec![plan.merged(&engine.opened.pipeline.merge)],
     };
     Ok(Course { strategy, plan: Some(plan), planned_by, prompts })
 }

@@ -111,15 +111,11 @@ impl EngineOptions {
 /// ```
 #[derive(Debug)]
 pub struct Engine {
-    pipeline: Pipeline,
+    opened: Opened,
     info: ModelInfo,
-    vlm: VisionLanguageModel,
-    planner: PlannerParts,
     diffusion: DiffusionModel,
     loras: LoadedLoras,
     memo: Memo,
-    known: Known,
-    precision: Precision,
     budget: Budget,
     placement_options: PlacementOptions,
     residence: Residence,
@@ -194,10 +190,10 @@ impl Engine {
         note_files(&files, observer, &info, &opened.precision);
         let what = format!("an edit with {}", info.name);
         let placement = placement::require(opened.place(request, options)?, &what)?.placement;
-        let Opened { pipeline, vlm, planner, known, precision } = opened;
-        let mut weights = estimate::weights(&known, &vlm, &precision);
-        weights.extend(loras.share(&precision));
-        let own = planner.own_weight_bytes(&precision);
+        let Opened { vlm, planner, known, precision, .. } = &opened;
+        let mut weights = estimate::weights(known, vlm, precision);
+        weights.extend(loras.share(precision));
+        let own = planner.own_weight_bytes(precision);
         weights.extend(own.map(|bytes| WeightShare { part: "planner", bytes }));
         let memory = match &options.memory {
             Some(memory) => memory.clone(),
@@ -206,14 +202,14 @@ impl Engine {
         let residence = Residence::new(memory, placement);
         let mut stages = Stages::new(observer);
         let (mut diffusion, loras) = stages.run(Stage::Load, || {
-            let (changes, loras) = loras.read(&files, &precision)?;
+            let (changes, loras) = loras.read(&files, precision)?;
             let base = known.vae_bytes + known.lora_bytes + known.transformer.outside();
             residence.hold(residence::AUTOENCODER, base)?;
             let residency = placement.transformer;
-            let diffusion = DiffusionModel::open(&files, &precision, changes, residency)?;
+            let diffusion = DiffusionModel::open(&files, precision, changes, residency)?;
             // What has the first turn; the others follow when it is over.
             if own.is_none() || !placement.take_turns {
-                residence.hold(ENCODER, vlm.weight_bytes(&precision, true))?;
+                residence.hold(ENCODER, vlm.weight_bytes(precision, true))?;
                 vlm.fill(&precision.cancel)?;
             }
             if !placement.take_turns {
@@ -232,15 +228,11 @@ impl Engine {
             StageReport { stage: Stage::Load, elapsed: Duration::ZERO, peak_resident_bytes: None };
         let load = stages.finish().pop().unwrap_or(load);
         Ok(Self {
-            pipeline,
+            opened,
             info,
-            vlm,
-            planner,
             diffusion,
             loras,
             memo: Memo::default(),
-            known,
-            precision,
             budget: options.budget,
             placement_options: options.placement,
             residence,
@@ -264,7 +256,7 @@ impl Engine {
     /// Whether the text encoder plans as well, so that its weights are in memory once.
     #[must_use]
     pub fn planner_is_shared(&self) -> bool {
-        self.planner.own_weight_bytes(&self.precision).is_none()
+        self.opened.planner.own_weight_bytes(&self.opened.precision).is_none()
     }
 
     /// Who holds how much memory for weights. A planner that shares the text encoder holds none.
@@ -308,11 +300,11 @@ impl Engine {
     /// A request without text or pictures, a reply that is not finished at the limit of tokens, or
     /// cancellation.
     pub fn decompose(&self, request: &PlanRequest, observer: &dyn Observer) -> Result<String> {
-        let pictures = plan_pictures(&self.pipeline, request)?;
-        let seen = self.vlm.look(&pictures)?;
+        let pictures = plan_pictures(&self.opened.pipeline, request)?;
+        let seen = self.opened.vlm.look(&pictures)?;
         let work = PlanWork::of(request, &pictures, &seen);
         self.before_planning()?;
-        self.planner.decompose(&self.vlm, &work, &mut Stages::new(observer))
+        self.opened.planner.decompose(&self.opened.vlm, &work, &mut Stages::new(observer))
     }
 
     /// Answers a question about pictures with the editor's own vision-language model.
@@ -321,7 +313,7 @@ impl Engine {
     /// A question that is empty or too long, or cancellation.
     pub fn ask(&self, request: &AskRequest, observer: &dyn Observer) -> Result<AskOutcome> {
         self.before_reading(true)?;
-        ask::run(&self.vlm, request, observer)
+        ask::run(&self.opened.vlm, request, observer)
     }
 }
 

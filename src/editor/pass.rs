@@ -48,7 +48,7 @@ pub(super) struct Work<'a> {
 
 impl<'a> Work<'a> {
     pub(super) fn begin(engine: &'a Engine, checked: &'a Checked<'a>) -> Result<Self> {
-        let facts = Facts::of(engine.models(), checked.request)?;
+        let facts = Facts::of(engine.opened.models(), checked.request)?;
         let ladder = Ladder::default();
         let (made, latents) = (None, None);
         Ok(Self { engine, checked, facts, ladder, passes: 0, reused: 0, made, latents })
@@ -70,7 +70,7 @@ impl<'a> Work<'a> {
     /// Memory for the activations of a stage, which is taken after the models have taken turns.
     pub(super) fn room_for(&self, stage: Stage) -> Result<Lease> {
         let Engine { residence, .. } = self.engine;
-        let stages = self.engine.models().stages(&self.facts, residence.placement());
+        let stages = self.engine.opened.models().stages(&self.facts, residence.placement());
         let said = stages.into_iter().find(|said| said.stage == stage);
         residence.lease(stage.name(), said.map_or(0, |said| said.activation_bytes))
     }
@@ -195,7 +195,7 @@ impl<'a> Work<'a> {
             .map(|(picture, &size)| resized(picture, size))
             .collect::<Result<Vec<_>>>()?;
         let key = key_of_pictures(&pictures);
-        let seen = self.engine.memo.seen.get_or(key, || self.engine.vlm.look(&pictures))?;
+        let seen = self.engine.memo.seen.get_or(key, || self.engine.opened.vlm.look(&pictures))?;
         Ok(Sight { pictures, key, seen })
     }
 
@@ -212,14 +212,14 @@ impl<'a> Work<'a> {
     fn conditioning(&self, prompt: &str) -> Result<(Conditioning, Option<Conditioning>)> {
         let sight = self.sight()?;
         let encode = |prompt: &str| {
-            let text = self.engine.pipeline.text(prompt, sight.pictures.len());
+            let text = self.engine.opened.pipeline.text(prompt, sight.pictures.len());
             self.encode(&sight, &text)
         };
         Ok((encode(prompt)?, self.checked.negative.map(encode).transpose()?))
     }
 
     fn encode(&self, sight: &Sight, text: &str) -> Result<Conditioning> {
-        let (vlm, memo) = (&self.engine.vlm, &self.engine.memo);
+        let (vlm, memo) = (&self.engine.opened.vlm, &self.engine.memo);
         let hidden_states = memo.conditioning.get_or(key_of_text(&sight.key, text), || {
             self.engine.before_reading(false)?;
             let _room = self.room_for(Stage::EncodePrompt)?;

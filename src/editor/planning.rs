@@ -42,9 +42,38 @@ impl PlannerSource {
     /// Files that are missing or damaged.
     pub fn shares_text_encoder(&self, source: &ModelSource) -> Result<bool> {
         let Some(folder) = &self.model else { return Ok(true) };
-        let planner = ModelFiles::Folder(folder.clone());
-        let part = part_of(&planner, folder)?;
-        Ok(fingerprint(&planner, part)? == fingerprint(&source.files()?, ENCODER)?)
+        PlannerFolder::open(folder)?.is_encoder_of(&source.files()?)
+    }
+}
+
+/// A folder with a model that plans.
+struct PlannerFolder {
+    files: ModelFiles,
+    /// The part of it that holds the model.
+    part: &'static str,
+}
+
+impl PlannerFolder {
+    fn open(folder: &Path) -> Result<Self> {
+        let files = ModelFiles::Folder(folder.to_owned());
+        let parts = [(ENCODER, "text_encoder/config.json"), (".", "config.json")];
+        let found = parts.into_iter().find(|(_, config)| files.exists(config));
+        let Some((part, _)) = found else {
+            return Err(ModelError::Missing {
+                path: folder.join("config.json").display().to_string(),
+                what: "the planner's model".to_owned(),
+                hint: "pass a folder with config.json and weights of a Qwen2.5-VL model, or a \
+                       pipeline's folder with text_encoder/"
+                    .to_owned(),
+            }
+            .into());
+        };
+        Ok(Self { files, part })
+    }
+
+    /// Whether the weights are those of the text encoder in `pipeline`, however their tensors are named.
+    fn is_encoder_of(&self, pipeline: &ModelFiles) -> Result<bool> {
+        Ok(fingerprint(&self.files, self.part)? == fingerprint(pipeline, ENCODER)?)
     }
 }
 
@@ -71,17 +100,16 @@ impl PlannerParts {
         let mut own = None;
         let mut prompt_files = files.clone();
         if let Some(folder) = &source.model {
-            let planner = ModelFiles::Folder(folder.clone());
-            let part = part_of(&planner, folder)?;
-            if fingerprint(&planner, part)? == fingerprint(files, ENCODER)? {
+            let planner = PlannerFolder::open(folder)?;
+            if planner.is_encoder_of(files)? {
                 observer.event(&Event::Note(&format!(
                     "{} has the text encoder's weights, which are loaded once",
                     folder.display()
                 )));
             } else {
-                own = Some(VisionLanguageModel::open(&planner, part, precision)?);
+                own = Some(VisionLanguageModel::open(&planner.files, planner.part, precision)?);
             }
-            prompt_files = planner;
+            prompt_files = planner.files;
         }
         read_prompts(&prompt_files, &mut prompts)?;
         if let Some(sections) = &source.prompts {
@@ -205,24 +233,8 @@ fn check_options(options: &PlanOptions) -> Result<()> {
     Ok(())
 }
 
-/// The part of a planner's folder that holds the model.
-fn part_of(files: &ModelFiles, folder: &Path) -> Result<&'static str> {
-    let parts = [(ENCODER, "text_encoder/config.json"), (".", "config.json")];
-    let found = parts.into_iter().find(|(_, config)| files.exists(config));
-    found.map(|(part, _)| part).ok_or_else(|| {
-        ModelError::Missing {
-            path: folder.join("config.json").display().to_string(),
-            what: "the planner's model".to_owned(),
-            hint: "pass a folder with config.json and weights of a Qwen2.5-VL model, or a \
-                   pipeline's folder with text_encoder/"
-                .to_owned(),
-        }
-        .into()
-    })
-}
-
 /// Tells whether two vision-language models have the same weights, however their tensors are named.
-pub(super) fn fingerprint(files: &ModelFiles, part: &str) -> Result<String> {
+fn fingerprint(files: &ModelFiles, part: &str) -> Result<String> {
     Ok(files.checkpoint(part, "model")?.rename(canonical_name)?.fingerprint())
 }
 

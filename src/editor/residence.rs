@@ -27,7 +27,8 @@ pub(super) const TRANSFORMER: &str = "transformer";
 pub(super) const PLANNER: &str = "planner";
 pub(super) const AUTOENCODER: &str = "vae";
 
-/// Models that have been opened, but hold no large weights yet.
+/// Models that have been opened; their large weights come and go.
+#[derive(Debug)]
 pub(super) struct Opened {
     pub(super) pipeline: Pipeline,
     pub(super) vlm: VisionLanguageModel,
@@ -185,28 +186,18 @@ impl Residence {
 }
 
 impl Engine {
-    pub(super) fn models(&self) -> Models<'_> {
-        Models {
-            pipeline: &self.pipeline,
-            vlm: &self.vlm,
-            planner: &self.planner,
-            known: &self.known,
-            precision: &self.precision,
-        }
-    }
-
     /// Places a request's work and lets the models hold what that says.
     ///
     /// # Errors
     /// [`Error::OutOfMemory`] where it cannot fit.
     pub(super) fn settle(&self, request: &EditRequest) -> Result<MemoryPlan> {
         let held = self.residence.held_bytes();
-        let mut room = room(self.budget, self.placement_options, &self.precision, held);
+        let mut room = room(self.budget, self.placement_options, &self.opened.precision, held);
         if let Some(memory) = self.residence.memory().room() {
             let bytes = memory.saturating_add(held);
             room.bytes = Some(room.bytes.map_or(bytes, |room| room.min(bytes)));
         }
-        let plan = placement::place(self.models(), request, room)?;
+        let plan = placement::place(self.opened.models(), request, room)?;
         let plan = placement::require(plan, &format!("an edit with {}", self.info.name))?;
         self.follow(plan.placement);
         Ok(plan)
@@ -216,7 +207,7 @@ impl Engine {
     pub(super) fn follow(&self, placement: Placement) {
         self.residence.set_placement(placement);
         self.diffusion.transformer().set_residency(placement.transformer);
-        if placement.take_turns && self.vlm.is_in_memory() {
+        if placement.take_turns && self.opened.vlm.is_in_memory() {
             self.let_go_of_transformer();
         }
     }
@@ -227,12 +218,12 @@ impl Engine {
     }
 
     fn let_go_of_encoder(&self) {
-        self.vlm.release();
+        self.opened.vlm.release();
         self.residence.let_go(ENCODER);
     }
 
     fn let_go_of_planner(&self) {
-        self.planner.release();
+        self.opened.planner.release();
         self.residence.let_go(PLANNER);
     }
 
@@ -246,8 +237,8 @@ impl Engine {
             self.let_go_of_planner();
         }
         // The head stays once it was read.
-        let writes = writes || self.vlm.is_in_memory();
-        self.residence.hold(ENCODER, self.vlm.weight_bytes(&self.precision, writes))
+        let writes = writes || self.opened.vlm.is_in_memory();
+        self.residence.hold(ENCODER, self.opened.vlm.weight_bytes(&self.opened.precision, writes))
     }
 
     /// The planner has its turn; it is the text encoder or another model.
@@ -255,7 +246,7 @@ impl Engine {
     /// # Errors
     /// [`Error::OutOfMemory`]
     pub(super) fn before_planning(&self) -> Result<()> {
-        let Some(own) = self.planner.own_weight_bytes(&self.precision) else {
+        let Some(own) = self.opened.planner.own_weight_bytes(&self.opened.precision) else {
             return self.before_reading(true);
         };
         if self.residence.placement().take_turns {
@@ -280,7 +271,7 @@ impl Engine {
     pub(super) fn before_denoising(&self) -> Result<()> {
         self.give_up_reading();
         let placement = self.residence.placement();
-        let footprint = &self.known.transformer;
+        let footprint = &self.opened.known.transformer;
         let bytes = footprint.working(placement.transformer) - footprint.outside();
         self.residence.hold(TRANSFORMER, bytes)
     }

@@ -8,7 +8,7 @@ use rayon::prelude::*;
 use super::simd::{
     Arch,
     product::{self, TileShape},
-    tiles::{Grid, Tile, par_tiles},
+    tiles::{self, Grid, Tile, par_tiles},
 };
 
 /// Columns of the activations that are multiplied at a time: a panel of weights of this depth stays
@@ -18,8 +18,6 @@ const DEPTH: usize = 192;
 const ROWS: usize = 384;
 /// Columns of the output that are summed at a time.
 const COLUMNS_MAX: usize = 1536;
-/// Pieces of work for each thread, so that none waits long for the last.
-const TASKS_PER_THREAD: usize = 4;
 
 /// `[out, width]` in panels of as many rows as a register tile has columns: `[panel][k][row]`.
 #[derive(Debug)]
@@ -149,7 +147,7 @@ impl PackedMatrix {
     /// `out[i][j] = Σₖ x[i][k] · weight[j][k] + bias[j]`. `x: [rows, width]`, `out: [rows, out]`.
     pub(super) fn multiply(&self, x: &[f32], bias: Option<&[f32]>, out: &mut [f32]) {
         let rows = out.len().checked_div(self.out).unwrap_or(0);
-        let tasks = TASKS_PER_THREAD * rayon::current_num_threads();
+        let tasks = tiles::tasks();
         let blocks = rows.div_ceil(ROWS).max(1);
         let tile_rows = rows.div_ceil(blocks).next_multiple_of(self.shape.rows);
         let panels = self.out.div_ceil(self.shape.columns()).max(1);

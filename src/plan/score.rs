@@ -2,7 +2,10 @@
 
 use std::collections::BTreeSet;
 
-use super::decomposition::{Decomposition, lists};
+use super::{
+    action::Action,
+    decomposition::{Decomposition, lists},
+};
 use crate::plan::text::normalized;
 
 /// The four parts of a reply's score, each from 0 to 1. A reply that breaks the format scores 0 in
@@ -25,16 +28,16 @@ impl Score {
     pub fn of(reply: &str, truth: &Decomposition) -> Self {
         let Ok(found) = lists(reply) else { return Self::default() };
         let [actions, subjects, goals] = truth.normalized();
-        let found = found.map(|list| list.into_iter().map(|(_, item)| normalized(item)));
         let [found_actions, found_subjects, found_goals] = found;
+        let label = |(_, item): (usize, &str)| {
+            Action::named(item).map_or_else(|| normalized(item), |action| action.label().to_owned())
+        };
+        let text = |(_, item): (usize, &str)| normalized(item);
         Self {
             format: 1.0,
-            actions: set_f1(
-                found_actions.map(|label| label.replace("re-color", "recolor")),
-                actions,
-            ),
-            subjects: set_f1(found_subjects, subjects),
-            goals: set_f1(found_goals, goals),
+            actions: set_f1(found_actions.into_iter().map(label), actions),
+            subjects: set_f1(found_subjects.into_iter().map(text), subjects),
+            goals: set_f1(found_goals.into_iter().map(text), goals),
         }
     }
 

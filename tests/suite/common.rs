@@ -85,6 +85,16 @@ impl Reference {
         names.iter().map(|name| Self::open(name)).collect()
     }
 
+    /// Those that recorded `name`. A reference whose model, inputs and numbers are those of another does
+    /// not repeat them; see `tests/data/make/slim.py`.
+    #[track_caller]
+    pub(crate) fn with(name: &str) -> Vec<Self> {
+        let mut found = Self::all();
+        found.retain(|reference| reference.has(name));
+        assert!(!found.is_empty(), "no reference has {name}");
+        found
+    }
+
     pub(crate) fn name(&self) -> &str {
         self.folder.file_name().unwrap().to_str().unwrap()
     }

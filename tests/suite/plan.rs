@@ -16,7 +16,7 @@ use pentimento::{
     weights::{ModelFiles, Precision},
 };
 
-use crate::{common::Reference, engine::copy};
+use crate::common::Reference;
 
 const STREET: &str = "paint the house blue, take away the car and make it night";
 
@@ -286,7 +286,14 @@ fn what_is_kept_between_requests_changes_nothing() {
 #[test]
 fn a_planner_with_the_text_encoders_weights_is_loaded_once() {
     let folder = tempfile::tempdir().unwrap();
-    copy(&pack(), folder.path());
+    let ModelFiles::Embedded { files, .. } = ModelSource::Mini.files().unwrap() else {
+        panic!("the pack is part of the program")
+    };
+    for file in files {
+        let path = folder.path().join(file.path);
+        fs_err::create_dir_all(path.parent().unwrap()).unwrap();
+        fs_err::write(path, file.bytes).unwrap();
+    }
     let planner =
         |model: &Path| PlannerSource { model: Some(model.to_owned()), ..PlannerSource::default() };
     let notes = RefCell::new(Vec::new());

@@ -10,6 +10,7 @@ from transformers.models.qwen2_vl.video_processing_qwen2_vl import Qwen2VLVideoP
 
 import dit
 import lm
+import packed
 import train_lm
 import train_vae
 import words
@@ -64,6 +65,7 @@ def main(run, out):
     out, pipe = Path(out), pipeline(run)
     compare_with_stock(pipe)
     pipe.to(torch.bfloat16).save_pretrained(out)
+    packed.pack(out)
     (out / "pentimento.json").write_text(json.dumps(FACTS) + "\n")
     for path in sorted(out.glob("*/*.safetensors")):
         print(path.relative_to(out), path.stat().st_size)

@@ -14,6 +14,7 @@ for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS"):
 
 import check  # noqa: E402  (the thread limits above must come first)
 import export  # noqa: E402
+import packed  # noqa: E402
 import train_dit  # noqa: E402
 import train_lm  # noqa: E402
 import train_vae  # noqa: E402
@@ -54,6 +55,7 @@ def main():
         shutil.rmtree(args.run, ignore_errors=True)
         args.out = args.run / "pack"
     args.run.mkdir(parents=True, exist_ok=True)
+    packed.unpack(args.out)
     if args.from_pack:
         warm.from_pack(args.out, args.run)
     for stage in args.stages:

@@ -16,12 +16,10 @@ use super::{
     simd::{
         Arch,
         product::TileShape,
-        tiles::{Grid, Tile, par_tiles},
+        tiles::{Grid, Tile, par_tiles, tasks},
     },
 };
 
-/// Pieces of work for each thread, so that none waits long for the last.
-const TASKS_PER_THREAD: usize = 4;
 /// The fewest queries of a piece of work: each piece packs the keys and values it reads.
 const PIECE_QUERIES_MIN: usize = 192;
 /// Up to this many rows it does not pay to pack keys and values.
@@ -62,7 +60,7 @@ fn with_arch(q: &Tensor, k: &Tensor, v: &Tensor, softmax: Softmax<'_>) -> Result
         shape: TileShape::of(softmax.arch),
     };
     let mut out = buffers::of_len(b * n * h * d);
-    let pieces = (TASKS_PER_THREAD * rayon::current_num_threads()).div_ceil((b * h_kv).max(1));
+    let pieces = tasks().div_ceil((b * h_kv).max(1));
     let tile_rows = n.div_ceil(pieces).max(PIECE_QUERIES_MIN);
     let grid = Grid { rows: n, cols: h * d, tile_rows, tile_cols: (inputs.group * d).max(1) };
     par_tiles(&mut out, grid, Scratch::default, |scratch, tile| {

@@ -4,6 +4,14 @@ use std::{marker::PhantomData, ops::Range};
 
 use rayon::prelude::*;
 
+/// Pieces of work for each thread, so that none waits long for the last.
+const TASKS_PER_THREAD: usize = 4;
+
+/// How many pieces an operation's work is cut into.
+pub(crate) fn tasks() -> usize {
+    TASKS_PER_THREAD * rayon::current_num_threads()
+}
+
 /// How an output `[batch, rows, cols]` is cut into rectangles.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct Grid {

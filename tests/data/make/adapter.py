@@ -9,6 +9,7 @@ from PIL import Image
 from common import *
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
+from slim import normalised
 from transformers import GenerationConfig, Qwen2_5_VLForConditionalGeneration
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
@@ -39,7 +40,7 @@ def flat_inputs(folder, recorded, config):
 
 
 def recorded_inputs(recorded):
-    return dict(vl=dict(input_ids=recorded["vl.input_ids"], pixel_values=recorded["vl.pixel_values"], image_grid_thw=recorded["vl.image_grid_thw"][:1]))
+    return dict(vl=dict(input_ids=recorded["vl.input_ids"], pixel_values=normalised(recorded["vl.pixel_bytes"]), image_grid_thw=recorded["vl.image_grid_thw"][:1]))
 
 
 for variant, (base, dtype, seed, config) in VARIANTS.items():

@@ -12,12 +12,10 @@ use crate::ops::{
     joint::{JointOutput, JointShape, JointStream},
     simd::{
         bf16::{Head, Preparation, QUERIES},
-        tiles::{Grid, Tile, par_tiles},
+        tiles::{self, Grid, Tile, par_tiles},
     },
 };
 
-/// Pieces of work for each thread, so that none waits long for the last.
-const TASKS_PER_THREAD: usize = 4;
 /// The fewest queries of a piece of work: each piece packs the keys and values it reads.
 const PIECE_QUERIES_MIN: usize = 8 * QUERIES;
 
@@ -56,7 +54,7 @@ pub(in crate::ops) fn attention(
         head_dim: d,
     };
     let mut out = buffers::of_len(b * n * h * d);
-    let pieces = (TASKS_PER_THREAD * rayon::current_num_threads()).div_ceil((b * h).max(1));
+    let pieces = tiles::tasks().div_ceil((b * h).max(1));
     let tile_rows = n.div_ceil(pieces).max(PIECE_QUERIES_MIN);
     let grid = Grid { rows: n, cols: h * d, tile_rows, tile_cols: d };
     par_tiles(

@@ -30,7 +30,7 @@ use self::{
 use super::q4k;
 use super::{
     hugepage,
-    tiles::{Grid, Tile, par_tiles},
+    tiles::{Grid, Tile, par_tiles, tasks},
 };
 
 /// Activations that share a power of two; every format has a scale for each 32 weights or finer.
@@ -49,10 +49,8 @@ const ROWS: usize = 384;
 const GROUP: usize = 6;
 /// Rows of a register tile.
 const TILE_ROWS: usize = 6;
-/// Pieces of work for each thread, so that none waits long for the last.
-const TASKS_PER_THREAD: usize = 8;
-/// The same for one row, where a piece is short.
-const ROW_TASKS_PER_THREAD: usize = 4;
+/// Work on several rows is cut into so many times the usual number of pieces.
+const FINER: usize = 2;
 
 /// Sums of a tile of rows.
 type PanelRows<const R: usize> = [[f32; PANEL]; R];
@@ -285,8 +283,7 @@ impl PackedBlocks {
         out: &mut [f32],
     ) {
         let rows = out.len().div_euclid(self.out);
-        let per_thread = if R == 1 { ROW_TASKS_PER_THREAD } else { TASKS_PER_THREAD };
-        let tasks = per_thread * rayon::current_num_threads();
+        let tasks = if R == 1 { tasks() } else { FINER * tasks() };
         let row_blocks = rows.div_ceil(ROWS).max(1);
         let tile_rows = rows.div_ceil(row_blocks).next_multiple_of(R);
         let panels = self.out.div_ceil(PANEL);

@@ -23,8 +23,6 @@ const SUB_BLOCKS: usize = SUPER_BLOCK.div_euclid(SUB_BLOCK);
 const FOURS: usize = SUB_BLOCK.div_euclid(4);
 /// Outputs of a panel.
 const PANEL: usize = 32;
-/// Pieces of work for each thread, so that none waits long for the last.
-const TASKS_PER_THREAD: usize = 4;
 
 /// Four neighbouring weights or activations (two times four where they are nibbles).
 type Four<T> = [T; 4];
@@ -73,7 +71,7 @@ pub(super) fn multiply_row(x: &[f32], products: Vec<RowProduct<'_>>) {
     let mut row = vec![zero; depth];
     x86::quantize_row_avx512(x, &mut row);
     let panels: usize = products.iter().map(|product| product.out.len().div_ceil(PANEL)).sum();
-    let tasks = TASKS_PER_THREAD * rayon::current_num_threads();
+    let tasks = super::tiles::tasks();
     let group = panels.div_ceil(tasks.min(panels).max(1));
     let pieces = products.into_iter().flat_map(|RowProduct { blocks, bias, out }| {
         let blocks = blocks.chunks(group * depth);
