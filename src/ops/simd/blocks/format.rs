@@ -1,6 +1,6 @@
 //! The block formats of GGUF files, and how blocks are interleaved over the outputs of a panel.
 
-use super::{super::transpose::Square, BLOCK, PANEL};
+use super::{BLOCK, PANEL};
 
 /// Four neighbouring bytes of a block.
 pub(super) type Word = [u8; 4];
@@ -122,40 +122,10 @@ pub(super) fn interleave(format: BlockFormat, rows: &[u8], depth: usize, panel: 
             for (half, from) in halves.iter_mut().zip(from) {
                 half[output] = *from;
             }
-        }
-        let row_words = |row: usize| {
-            let row = rows.get(row * depth * bytes..).unwrap_or_default();
-            let words = row.get(place * bytes + parts.words.0..).unwrap_or_default();
-            words.as_chunks::<4>().0.get(..parts.words.1).unwrap_or_default()
-        };
-        for first in (0..PANEL).step_by(SQUARE) {
-            let rows: [&[Word]; SQUARE] = std::array::from_fn(|i| row_words(first + i));
-            interleave_words(rows, flip, first, words);
-        }
-    }
-}
-
-/// Words of so many outputs are transposed at a time.
-const SQUARE: usize = 4;
-
-/// Interleaves the words of four outputs, the first of which is `first`; those of an output that is
-/// not there are none, and stay as they are.
-#[inline(always)]
-fn interleave_words(rows: [&[Word]; SQUARE], flip: u32, first: usize, words: &mut [[u32; PANEL]]) {
-    let there = rows.map(|row| row.as_chunks::<SQUARE>());
-    let (squares, rest) = words.as_chunks_mut::<SQUARE>();
-    for (i, words) in squares.iter_mut().enumerate() {
-        let square = there.map(|(row, _)| match row.get(i) {
-            Some(row) => row.map(|word| u32::from_ne_bytes(word) ^ flip),
-            None => [0; SQUARE],
-        });
-        for (words, square) in words.iter_mut().zip(Square::transposed(square)) {
-            words[first..][..SQUARE].copy_from_slice(&square);
-        }
-    }
-    for (output, (_, row)) in there.iter().enumerate() {
-        for (words, word) in rest.iter_mut().zip(*row) {
-            words[first + output] = u32::from_ne_bytes(*word) ^ flip;
+            let from = stored[parts.words.0..].as_chunks().0;
+            for (word, from) in words.iter_mut().zip(from) {
+                word[output] = u32::from_ne_bytes(*from) ^ flip;
+            }
         }
     }
 }
