@@ -25,8 +25,11 @@ fn models(c: &mut Criterion) {
     }
     let mut group = c.benchmark_group("published");
     group.sample_size(10).measurement_time(Duration::from_secs(20));
-    let kept =
-        [("q8_0", Storage::Q8_0), ("bf16", Storage::Plain(DType::BF16)), ("f32", Storage::Compute)];
+    let kept = [
+        ("q8_0", Storage::Q8_0),
+        ("bf16", Storage::Plain(DType::BF16)),
+        ("f32", Storage::Plain(DType::F32)),
+    ];
     for (name, storage) in kept {
         let attention = AttentionType::LikeWeights;
         let precision = Precision { storage, attention, ..Precision::reference() };

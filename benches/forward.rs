@@ -23,7 +23,7 @@ fn main() {
     let arguments: Vec<String> = std::env::args().skip(1).filter(|a| a != "--bench").collect();
     let [folder, what, kept, repeats] = arguments.as_slice() else { return };
     let storage = match kept.as_str() {
-        "f32" => Storage::Compute,
+        "f32" => Storage::Plain(DType::F32),
         "bf16" => Storage::Plain(DType::BF16),
         "q8_0" => Storage::Q8_0,
         other => panic!("{other}: expected f32, bf16 or q8_0"),

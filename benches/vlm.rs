@@ -109,7 +109,7 @@ fn vlm(criterion: &mut Criterion) {
     let files = ModelFiles::Folder(folder.path().to_owned());
     let cancel = CancelToken::new();
     for (storage, name) in
-        [(Storage::Compute, "f32"), (Storage::Q8_0, "q8_0"), (Storage::Q4K, "q4_k")]
+        [(Storage::Plain(DType::F32), "f32"), (Storage::Q8_0, "q8_0"), (Storage::Q4K, "q4_k")]
     {
         let precision = Precision { storage, ..Precision::reference() };
         let model = VisionLanguageModel::load(&files, "text_encoder", &precision).unwrap();

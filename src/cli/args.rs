@@ -97,7 +97,7 @@ pub(crate) struct ModelArgs {
 /// Types of `--dtype`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
 pub(crate) enum DtypeArg {
-    /// f32 on the CPU, bf16 on a GPU
+    /// On the CPU as stored, computed in f32; bf16 on a GPU
     Auto,
     /// 4 bytes a weight
     F32,
@@ -187,9 +187,9 @@ pub(crate) struct WishArgs {
 #[derive(Debug, Args)]
 #[command(next_help_heading = "Planner")]
 pub(crate) struct PlannerArgs {
-    /// Folder of another vision-language model that plans; where its weights are the text
+    /// Folder or name of another vision-language model that plans; where its weights are the text
     /// encoder's, they are loaded once [default: the text encoder]
-    #[arg(long, value_name = "DIR")]
+    #[arg(long, value_name = "MODEL")]
     pub(crate) planner: Option<PathBuf>,
     /// Folder of a PEFT adapter for the decomposition agent
     #[arg(long, value_name = "DIR")]
@@ -379,9 +379,11 @@ pub(crate) struct AskArgs {
 /// `pentimento info`
 #[derive(Debug, Args)]
 pub(crate) struct InfoArgs {
-    /// A safetensors or GGUF file, a model folder or a picture
+    /// A safetensors or GGUF file, a model folder or a picture; models also by name
     #[arg(value_name = "FILE")]
     pub(crate) path: PathBuf,
+    #[command(flatten)]
+    pub(crate) places: PlacesArgs,
     /// Print as JSON
     #[arg(long)]
     pub(crate) json: bool,
@@ -390,12 +392,14 @@ pub(crate) struct InfoArgs {
 /// `pentimento doctor`
 #[derive(Debug, Args)]
 pub(crate) struct DoctorArgs {
-    /// Also look into this model folder
-    #[arg(long, value_name = "DIR", env = "PENTIMENTO_MODEL")]
+    /// Also look into this model: its folder or its name
+    #[arg(long, value_name = "MODEL", env = "PENTIMENTO_MODEL")]
     pub(crate) model: Option<PathBuf>,
     /// Tell whether this planner would share the text encoder's weights
-    #[arg(long, value_name = "DIR")]
+    #[arg(long, value_name = "MODEL")]
     pub(crate) planner: Option<PathBuf>,
+    #[command(flatten)]
+    pub(crate) places: PlacesArgs,
     /// Print as JSON
     #[arg(long)]
     pub(crate) json: bool,

@@ -1,9 +1,11 @@
 //! `pentimento doctor`: what this program sees.
 
+use std::path::PathBuf;
+
 use pentimento::{Device, ModelInfo, ModelSource, PlannerSource, Result, memory};
 use serde_json::{Value, json};
 
-use super::args::DoctorArgs;
+use super::{args::DoctorArgs, places};
 
 pub(crate) fn run(args: &DoctorArgs) -> Result<()> {
     let report = json!({
@@ -55,22 +57,27 @@ fn packs(args: &DoctorArgs) -> Result<Vec<Value>> {
     if cfg!(feature = "mini") {
         packs.push(pack("shipped with the program", &ModelInfo::read(&ModelSource::Mini)?));
     }
-    if let Some(folder) = &args.model {
+    if let Some(folder) = &model(args)? {
         let info = ModelInfo::read(&ModelSource::Folder(folder.clone()))?;
         packs.push(pack(&folder.display().to_string(), &info));
     }
     Ok(packs)
 }
 
+fn model(args: &DoctorArgs) -> Result<Option<PathBuf>> {
+    places::model_folder("--model", &args.model, &places::places(&args.places))
+}
+
 /// Whether planner and text encoder are one model in memory.
 fn planner(args: &DoctorArgs) -> Result<Value> {
-    let source = args.model.clone().map_or(ModelSource::Mini, ModelSource::Folder);
+    let source = model(args)?.map_or(ModelSource::Mini, ModelSource::Folder);
     if args.model.is_none() && !cfg!(feature = "mini") {
         return Ok(Value::Null);
     }
-    let planner = PlannerSource { model: args.planner.clone(), ..PlannerSource::default() };
+    let folder = places::planner_folder(&args.planner, &places::places(&args.places))?;
+    let planner = PlannerSource { model: folder.clone(), ..PlannerSource::default() };
     Ok(json!({
-        "folder": args.planner,
+        "folder": folder,
         "shares_text_encoder": planner.shares_text_encoder(&source)?,
     }))
 }

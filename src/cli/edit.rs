@@ -34,7 +34,7 @@ pub(crate) fn run(args: EditArgs) -> Result<()> {
         bar.note(note);
     }
     let mut options = model::editor_options(&args.model, &args.lora, &request.cancel)?;
-    options.planner = plan::source(&args.planner)?;
+    options.planner = plan::source(&args.planner, &args.model.places)?;
     options.loras.extend(tagged);
     let source = model::source(&args.model)?;
     if args.dry_run {

@@ -34,7 +34,7 @@ pub(crate) fn scenes(args: &ScenesArgs) -> Result<()> {
     measurement.check()?;
     let bar = Bar::new(args.report.quiet);
     let mut options = model::editor_options(&args.model, &args.lora, &measurement.cancel)?;
-    options.planner = plan::source(&args.planner)?;
+    options.planner = plan::source(&args.planner, &args.model.places)?;
     let start = Instant::now();
     let result = Engine::open(&model::source(&args.model)?, &options, &bar).and_then(|engine| {
         match &args.contact_sheet {

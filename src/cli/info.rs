@@ -3,13 +3,14 @@
 use std::{collections::BTreeMap, path::Path};
 
 use pentimento::{
-    EditVersion, ModelInfo, ModelSource, Result, library,
+    EditVersion, ModelInfo, ModelSource, Result,
+    library::{self, Want},
     pixels::{self, Limits},
     weights::{Checkpoint, Family, family, identify},
 };
 use serde_json::{Value, json};
 
-use super::args::InfoArgs;
+use super::{args::InfoArgs, places};
 
 /// How much of a value in the metadata is shown.
 const VALUE_CHARS: usize = 100;
@@ -17,14 +18,19 @@ const VALUE_CHARS: usize = 100;
 const START_BYTES: usize = 16;
 
 pub(crate) fn run(args: &InfoArgs) -> Result<()> {
-    let path = args.path.as_path();
+    let places = places::places(&args.places);
+    tell(&library::resolve("FILE", &args.path, Want::Any, &places)?, args.json)
+}
+
+/// Prints what is at `path`.
+pub(crate) fn tell(path: &Path, json: bool) -> Result<()> {
     if path.is_dir() && !path.join("model_index.json").is_file() && has_weights(path) {
         let checkpoint = library::part(path)?;
-        return show(&checkpoint, None, args.json);
+        return show(&checkpoint, None, json);
     }
     if path.is_dir() {
         let info = ModelInfo::read(&ModelSource::Folder(path.to_owned()))?;
-        return if args.json {
+        return if json {
             super::print_json(&info)
         } else {
             super::print(folder(&info).as_bytes())
@@ -39,9 +45,9 @@ pub(crate) fn run(args: &InfoArgs) -> Result<()> {
             Some(Family::Transformer) => EditVersion::of_file(path).ok(),
             _ => None,
         };
-        return show(&checkpoint, version.as_ref(), args.json);
+        return show(&checkpoint, version.as_ref(), json);
     }
-    picture(path, args.json)
+    picture(path, json)
 }
 
 fn show(checkpoint: &Checkpoint, version: Option<&EditVersion>, json: bool) -> Result<()> {

@@ -9,7 +9,6 @@ use pentimento::{
 use serde_json::json;
 
 use super::{
-    args::InfoArgs,
     places,
     progress::Bar,
     weights_args::{ListArgs, ModelInfoArgs, VerifyArgs},
@@ -64,7 +63,7 @@ fn types(types: &BTreeMap<String, usize>) -> String {
 pub(crate) fn info(args: &ModelInfoArgs) -> Result<()> {
     let places = places::places(&args.places);
     let path = resolve("NAME", &args.name, Want::Any, &places)?;
-    super::info::run(&InfoArgs { path, json: args.json })
+    super::info::tell(&path, args.json)
 }
 
 /// Prints a verdict on each; the exit code tells whether all are good.

@@ -47,6 +47,12 @@ pub(crate) fn model_folder(
     value.as_deref().map(|value| library::resolve(flag, value, Want::Folder, places)).transpose()
 }
 
+/// What the value of `--planner` stands for.
+pub(crate) fn planner_folder(value: &Option<PathBuf>, places: &Places) -> Result<Option<PathBuf>> {
+    let resolve = |value: &Path| library::resolve("--planner", value, Want::ModelOrPart, places);
+    value.as_deref().map(resolve).transpose()
+}
+
 /// What a flag's value stands for: a weight file of one of these families.
 pub(crate) fn weight_file(
     flag: &'static str,

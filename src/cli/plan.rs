@@ -10,8 +10,9 @@ use serde_json::json;
 
 use super::{
     args::{PlanArgs, PlannerArgs, PromptArgs},
-    lora_tags, memory, model,
+    lora_tags, memory, model, places,
     progress::Bar,
+    weights_args::PlacesArgs,
 };
 
 /// The largest plan that is read, in bytes; the library refuses it with the number.
@@ -35,7 +36,7 @@ pub(crate) fn run(args: &PlanArgs) -> Result<()> {
         );
     }
     let mut engine = model::options(&args.model, &request.cancel)?;
-    engine.planner = source(&args.planner)?;
+    engine.planner = source(&args.planner, &args.model.places)?;
     let observer = |event: &Event<'_>| {
         if !matches!(event, Event::Planned(_)) {
             bar.event(event); // the plan itself goes to stdout
@@ -99,13 +100,13 @@ pub(crate) fn options(args: &PlannerArgs) -> PlanOptions {
 }
 
 /// Which model plans.
-pub(crate) fn source(args: &PlannerArgs) -> Result<PlannerSource> {
+pub(crate) fn source(args: &PlannerArgs, places: &PlacesArgs) -> Result<PlannerSource> {
     let prompts = match &args.planner_prompt {
         Some(file) => Some(text_file("--planner-prompt", file)?),
         None => None,
     };
     Ok(PlannerSource {
-        model: args.planner.clone(),
+        model: places::planner_folder(&args.planner, &places::places(places))?,
         adapter: args.planner_adapter.clone(),
         prompts,
     })

@@ -151,7 +151,7 @@ impl Engine {
             observer.event(&Event::Step { stage: Stage::Measure, step, of: PARTS, elapsed });
         };
         tell(0);
-        let seen = vlm.look(&[resized(&edit.pictures[0].rgb, size)?])?;
+        let seen = vlm.look_unless(&[resized(&edit.pictures[0].rgb, size, cancel)?], cancel)?;
         let tokens = seen.grids().iter().map(|grid| grid.patches()).sum();
         let inputs = vlm.prepare_seen(&self.opened.pipeline.text(&request.prompt, 1), &seen)?;
         let vision = timed(|| vlm.embed_pictures(&inputs, cancel))?;

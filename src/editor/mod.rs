@@ -301,7 +301,7 @@ impl Engine {
     /// cancellation.
     pub fn decompose(&self, request: &PlanRequest, observer: &dyn Observer) -> Result<String> {
         let pictures = plan_pictures(&self.opened.pipeline, request)?;
-        let seen = self.opened.vlm.look(&pictures)?;
+        let seen = self.opened.vlm.look_unless(&pictures, &request.cancel)?;
         let work = PlanWork::of(request, &pictures, &seen);
         self.before_planning()?;
         self.opened.planner.decompose(&self.opened.vlm, &work, &mut Stages::new(observer))
@@ -408,7 +408,7 @@ impl Assistant {
     /// cancellation.
     pub fn plan(&self, request: &PlanRequest, observer: &dyn Observer) -> Result<PlanOutcome> {
         let pictures = plan_pictures(&self.pipeline, request)?;
-        let seen = self.vlm.look(&pictures)?;
+        let seen = self.vlm.look_unless(&pictures, &request.cancel)?;
         let work = PlanWork::of(request, &pictures, &seen);
         let mut stages = Stages::new(observer);
         let planning = self.planner.plan(&self.vlm, &work, &mut stages)?;
@@ -426,7 +426,7 @@ impl Assistant {
 /// A request's pictures in the size in which the planner sees them.
 fn plan_pictures(pipeline: &Pipeline, request: &PlanRequest) -> Result<Vec<RgbImage>> {
     let sized = request.pictures.iter().zip(plan_sizes(pipeline, request)?);
-    sized.map(|(picture, size)| pass::resized(&picture.rgb, size)).collect()
+    sized.map(|(picture, size)| pass::resized(&picture.rgb, size, &request.cancel)).collect()
 }
 
 fn plan_sizes(pipeline: &Pipeline, request: &PlanRequest) -> Result<Vec<Size>> {

@@ -18,7 +18,7 @@ use crate::{
     error::{Error, Result},
     memory::{Ladder, Lease, Rung},
     pixels::{self, Filter, Picture, Size},
-    progress::{Observer, Stage},
+    progress::{CancelToken, Observer, Stage},
     request::HandOver,
     vlm::Seen,
 };
@@ -176,8 +176,8 @@ impl<'a> Work<'a> {
     /// The picture so far, at the output's size and with the input's alpha and ICC profile.
     pub(super) fn picture(&self) -> Result<Picture> {
         let input = &self.checked.request.pictures[0];
-        let Size { width, height } = self.checked.sizes.output;
-        let rgb = pixels::resize(self.first(), width, height, Filter::Lanczos3)?;
+        let size @ Size { width, height } = self.checked.sizes.output;
+        let rgb = resized(self.first(), size, &self.checked.request.cancel)?;
         let mut picture = Picture::from_rgb(rgb);
         picture.alpha = match &input.alpha {
             Some(alpha) => Some(pixels::resize_gray(alpha, width, height, Filter::Lanczos3)?),
@@ -189,13 +189,15 @@ impl<'a> Work<'a> {
 
     /// The pictures as the vision-language model sees them now.
     pub(super) fn sight(&self) -> Result<Sight> {
+        let cancel = &self.checked.request.cancel;
         let pictures = self
             .pictures()
             .zip(&self.checked.sizes.vision)
-            .map(|(picture, &size)| resized(picture, size))
+            .map(|(picture, &size)| resized(picture, size, cancel))
             .collect::<Result<Vec<_>>>()?;
         let key = key_of_pictures(&pictures);
-        let seen = self.engine.memo.seen.get_or(key, || self.engine.opened.vlm.look(&pictures))?;
+        let look = || self.engine.opened.vlm.look_unless(&pictures, cancel);
+        let seen = self.engine.memo.seen.get_or(key, look)?;
         Ok(Sight { pictures, key, seen })
     }
 
@@ -248,7 +250,7 @@ impl<'a> Work<'a> {
             // The edited picture's grid is the denoised one's, so its latents fit as they are.
             let (of_picture, grid) = match (index, &self.latents) {
                 (0, Some(latents)) => (latents.clone(), working),
-                _ => self.latents_of(&resized(picture, size)?)?,
+                _ => self.latents_of(&resized(picture, size, &self.checked.request.cancel)?)?,
             };
             tokens.push(of_picture);
             grids.push(grid);
@@ -269,6 +271,6 @@ impl<'a> Work<'a> {
     }
 }
 
-pub(super) fn resized(picture: &RgbImage, size: Size) -> Result<RgbImage> {
-    pixels::resize(picture, size.width, size.height, Filter::Lanczos3)
+pub(super) fn resized(picture: &RgbImage, size: Size, cancel: &CancelToken) -> Result<RgbImage> {
+    pixels::resize_unless(picture, size, Filter::Lanczos3, cancel)
 }

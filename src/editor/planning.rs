@@ -196,7 +196,7 @@ impl PlannerParts {
         check_options(work.options)?;
         let model = self.model(encoder);
         let seen = match &self.own {
-            Some(own) => own.look(work.pictures)?,
+            Some(own) => own.look_unless(work.pictures, work.cancel)?,
             None => work.seen.clone(),
         };
         let call = Call { adapter: self.adapter.as_ref(), cancel: work.cancel };

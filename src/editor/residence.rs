@@ -156,8 +156,9 @@ impl Residence {
         Ok(())
     }
 
-    fn let_go(&self, owner: &'static str) {
-        self.leases.lock().unwrap_or_else(PoisonError::into_inner).remove(owner);
+    /// Returns whether `owner` held anything.
+    fn let_go(&self, owner: &'static str) -> bool {
+        self.leases.lock().unwrap_or_else(PoisonError::into_inner).remove(owner).is_some()
     }
 
     /// Memory for a piece of work, until the lease is dropped.
@@ -214,17 +215,24 @@ impl Engine {
 
     fn let_go_of_transformer(&self) {
         self.diffusion.transformer().release();
-        self.residence.let_go(TRANSFORMER);
+        self.dropped(TRANSFORMER);
     }
 
     fn let_go_of_encoder(&self) {
         self.opened.vlm.release();
-        self.residence.let_go(ENCODER);
+        self.dropped(ENCODER);
     }
 
     fn let_go_of_planner(&self) {
         self.opened.planner.release();
-        self.residence.let_go(PLANNER);
+        self.dropped(PLANNER);
+    }
+
+    /// What a model's weights took is the system's again before another model is read.
+    fn dropped(&self, owner: &'static str) {
+        if self.residence.let_go(owner) {
+            self.residence.memory().trim();
+        }
     }
 
     /// The text encoder has its turn.

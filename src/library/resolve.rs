@@ -13,6 +13,8 @@ use crate::{
 pub enum Want<'a> {
     /// A whole model's folder.
     Folder,
+    /// The folder of a whole model, or of one model alone with its config.
+    ModelOrPart,
     /// A weight file of one of these families.
     File(&'a [Family]),
     /// Anything.
@@ -75,6 +77,9 @@ fn fits(candidate: &Candidate, want: Want<'_>) -> bool {
     match want {
         Want::Any => true,
         Want::Folder => candidate.is_folder && is_model,
+        Want::ModelOrPart => {
+            candidate.is_folder && (is_model || candidate.path.join("config.json").is_file())
+        }
         Want::File(_) if candidate.is_folder => false,
         Want::File(families) => {
             let found = Checkpoint::open_file(&candidate.path).ok();
@@ -85,7 +90,7 @@ fn fits(candidate: &Candidate, want: Want<'_>) -> bool {
 
 fn missing(name: &str, want: Want<'_>, named: &[&Candidate], places: &Places) -> Error {
     let wanted = match want {
-        Want::Folder => "a model folder".to_owned(),
+        Want::Folder | Want::ModelOrPart => "a model folder".to_owned(),
         Want::Any => "a model or a weight file".to_owned(),
         Want::File(families) => {
             let labels: Vec<&str> = families.iter().map(|family| family.label()).collect();

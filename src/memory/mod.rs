@@ -5,6 +5,7 @@ mod budget;
 #[cfg(feature = "cuda")]
 mod cuda;
 mod device;
+mod heap;
 pub mod ladder;
 pub mod ledger;
 pub mod pool;

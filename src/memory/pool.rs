@@ -92,7 +92,9 @@ impl Pool for HostPool {
         if wanted > free { Err(PoolExhausted { wanted, free }) } else { Ok(()) }
     }
 
-    fn trim(&mut self) {}
+    fn trim(&mut self) {
+        super::heap::give_back();
+    }
 
     fn usage(&self) -> PoolUse {
         self.usage

@@ -2,6 +2,7 @@
 //! cleared by the system page by page, which costs a transformer step several percent.
 
 use std::{
+    collections::BTreeMap,
     mem,
     sync::{Mutex, MutexGuard, PoisonError},
 };
@@ -15,12 +16,16 @@ const KEPT_LEN_MIN: usize = 1 << 18;
 /// The most bytes that are kept.
 const KEPT_BYTES_MAX: usize = 1 << 30;
 
-static KEPT: Mutex<Kept> = Mutex::new(Kept { users: 0, buffers: Vec::new() });
+static KEPT: Mutex<Kept> =
+    Mutex::new(Kept { users: 0, buffers: Vec::new(), given: BTreeMap::new() });
 
 #[derive(Debug)]
 struct Kept {
     users: usize,
     buffers: Vec<Vec<f32>>,
+    /// By length: buffers that were given out, less those that came back. What comes back beyond
+    /// that was made elsewhere; nobody asks for it again, so it is not kept.
+    given: BTreeMap<usize, usize>,
 }
 
 fn kept() -> MutexGuard<'static, Kept> {
@@ -52,6 +57,7 @@ impl Drop for KeepBuffers {
         kept.users -= 1;
         if kept.users == 0 {
             let freed = mem::take(&mut kept.buffers);
+            kept.given.clear();
             drop(kept);
             drop(freed);
         }
@@ -75,6 +81,9 @@ pub fn recycle(tensor: Tensor) -> Result<()> {
 pub(super) fn of_len(len: usize) -> Vec<f32> {
     if len >= KEPT_LEN_MIN {
         let mut kept = kept();
+        if kept.users > 0 {
+            *kept.given.entry(len).or_default() += 1;
+        }
         if let Some(i) = kept.buffers.iter().rposition(|buffer| buffer.len() == len) {
             return kept.buffers.swap_remove(i);
         }
@@ -85,6 +94,8 @@ pub(super) fn of_len(len: usize) -> Vec<f32> {
 fn keep(buffer: Vec<f32>) {
     let mut kept = kept();
     let bytes: usize = kept.buffers.iter().map(|buffer| size_of_val(buffer.as_slice())).sum();
+    let Some(given) = kept.given.get_mut(&buffer.len()).filter(|given| **given > 0) else { return };
+    *given -= 1;
     if kept.users > 0 && bytes + size_of_val(buffer.as_slice()) <= KEPT_BYTES_MAX {
         kept.buffers.push(buffer);
     }
@@ -155,6 +166,13 @@ mod tests {
             assert_eq!(first(&buffer), 1.0_f32.to_bits(), "a buffer that was given back");
             assert_eq!(first(&of_len(LEN)), 0, "it is given out once");
             recycle(Tensor::from_vec(buffer, LEN, &Device::Cpu).unwrap()).unwrap();
+            // Three were given out by now and did not come back. Whatever else comes was made
+            // elsewhere.
+            let _two = (of_len(LEN), of_len(LEN));
+            for _ in 0..5 {
+                recycle(Tensor::zeros(LEN, DType::F32, &Device::Cpu).unwrap()).unwrap();
+            }
+            assert_eq!(kept().buffers.iter().filter(|buffer| buffer.len() == LEN).count(), 3);
         }
         let still = kept().users > 0;
         assert!(still || first(&of_len(LEN)) == 0, "freed with the last user");

@@ -3,7 +3,7 @@
 //! On the CPU a matrix is packed for the registers once, in its own type; bf16, f16 and fp8 are
 //! widened panel by panel inside the product, and blocks are unpacked there, never as a whole.
 
-use std::sync::Arc;
+use std::{borrow::Cow, sync::Arc};
 
 use candle_core::{
     DType, Device, Module, Result, Tensor, bail,
@@ -15,11 +15,13 @@ use super::{
     buffers,
     cpu::Floats,
     cuda::StoredMatrix,
-    matrix::{Float8, PackedMatrix},
+    matrix::PackedMatrix,
+    quantize,
     simd::{
         Arch,
         blocks::{BlockFormat, PackedBlocks},
     },
+    source::{Kept, MatrixBytes, Numbers},
 };
 
 /// Weights that one piece of work quantizes.
@@ -34,8 +36,8 @@ pub enum LinearWeight {
     Quantized(Arc<QTensor>),
     /// Blocks of quantized numbers in host memory, laid out for products.
     Blocks(Arc<PackedBlocks>),
-    /// Numbers of eight bits in host memory, laid out for products.
-    Float8(Arc<PackedMatrix>),
+    /// Plain numbers in host memory, laid out for products.
+    Packed(Arc<PackedMatrix>),
 }
 
 impl LinearWeight {
@@ -47,18 +49,29 @@ impl LinearWeight {
         Ok(Self::Quantized(Arc::new(quantized(weight, dtype)?)))
     }
 
-    /// The matrix `[out, width]` of these blocks in host memory; `None` where they are not that many.
-    #[must_use]
-    pub fn blocks(format: BlockFormat, bytes: &[u8], dims: [usize; 2]) -> Option<Self> {
-        PackedBlocks::new(format, bytes, dims).map(|weight| Self::Blocks(Arc::new(weight)))
-    }
-
-    /// The matrix `[out, width]` of these numbers of eight bits times `scale` in host memory; `None`
-    /// where they are not that many.
-    #[must_use]
-    pub fn float8(kind: Float8, bytes: &[u8], scale: f32, dims: [usize; 2]) -> Option<Self> {
-        let weight = PackedMatrix::float8(bytes, dims, (kind, scale), Arch::new());
-        weight.map(|weight| Self::Float8(Arc::new(weight)))
+    /// A file's matrix laid out for the CPU, from its bytes and without a copy in between; `None` for
+    /// blocks that are not to stay as they are stored.
+    ///
+    /// # Errors
+    /// A failure to quantize.
+    pub fn of_file(matrix: &MatrixBytes<'_>, kept: Kept) -> Result<Option<Self>> {
+        let ([_, width], numbers) = (matrix.dims(), matrix.numbers());
+        let whole = |dtype: GgmlDType| width.is_multiple_of(dtype.block_size());
+        let blocks = match (kept, numbers) {
+            (Kept::Stored | Kept::Q8_0 | Kept::Q4K, Numbers::Blocks(format)) => {
+                PackedBlocks::from_rows((format, matrix.dims()), |rows| matrix.rows(rows))
+            }
+            (_, Numbers::Blocks(_)) => None,
+            (Kept::Q4K, _) if whole(GgmlDType::Q4K) => quantize::by_panel(matrix, GgmlDType::Q4K)?,
+            (Kept::Q8_0 | Kept::Q4K, _) if whole(GgmlDType::Q8_0) => {
+                quantize::by_panel(matrix, GgmlDType::Q8_0)?
+            }
+            _ => {
+                let packed = PackedMatrix::of_file(matrix, kept, Arch::new());
+                return Ok(packed.map(|weight| Self::Packed(Arc::new(weight))));
+            }
+        };
+        Ok(blocks.map(|weight| Self::Blocks(Arc::new(weight))))
     }
 
     /// The rows `indices: [n]` of the matrix, `[n, width]`.
@@ -81,7 +94,7 @@ impl LinearWeight {
             Self::Dense(matrix) => matrix.index_select(indices, 0), // (n, width)
             Self::Quantized(matrix) => matrix.embedding(indices),   // (n, width)
             Self::Blocks(matrix) => pick(matrix.dims(), &|row| matrix.row(row)),
-            Self::Float8(matrix) => pick(matrix.dims(), &|row| matrix.row(row)),
+            Self::Packed(matrix) => pick(matrix.dims(), &|row| matrix.row(row)),
         }
     }
 
@@ -124,7 +137,7 @@ fn quantized(weight: &Tensor, dtype: GgmlDType) -> Result<QTensor> {
         let chunk = weight.narrow(0, start, rows.min(dims.0 - start))?;
         // Widened piece by piece: the whole in float32 would be the most that loading takes.
         let chunk = chunk.to_dtype(DType::F32)?.force_contiguous()?;
-        QTensor::quantize(&chunk, dtype)?.data().map(std::borrow::Cow::into_owned)
+        QTensor::quantize(&chunk, dtype)?.data().map(Cow::into_owned)
     });
     let bytes = chunks.collect::<Result<Vec<Vec<u8>>>>()?.concat();
     QTensor::new(QStorage::from_data(bytes.into(), &device, dtype)?, dims)
@@ -159,7 +172,7 @@ impl PackedLinear {
             }
             LinearWeight::Dense(weight) => Kernel::Dense(weight),
             LinearWeight::Blocks(weight) => Kernel::Blocks(weight),
-            LinearWeight::Float8(weight) => Kernel::Packed(weight),
+            LinearWeight::Packed(weight) => Kernel::Packed(weight),
             LinearWeight::Quantized(weight) => {
                 if let Some(stored) = StoredMatrix::quantized(&weight)? {
                     Kernel::Stored(stored, Some(weight))
@@ -304,26 +317,29 @@ fn packed(weight: &QTensor) -> Result<Option<Kernel>> {
         return Ok(None);
     }
     let (out, width) = weight.shape().dims2()?;
-    let Some(format) = format(weight.dtype()) else { return Ok(None) };
+    let Some(format) = BlockFormat::of(weight.dtype()) else { return Ok(None) };
     let packed = PackedBlocks::new(format, &weight.data()?, [out, width]);
     Ok(packed.map(|weight| Kernel::Blocks(Arc::new(weight))))
 }
 
-/// The format of candle's blocks; `None` for types that are no blocks of a file.
-fn format(dtype: GgmlDType) -> Option<BlockFormat> {
-    Some(match dtype {
-        GgmlDType::Q8_0 => BlockFormat::Q8_0,
-        GgmlDType::Q6K => BlockFormat::Q6K,
-        GgmlDType::Q5K => BlockFormat::Q5K,
-        GgmlDType::Q5_0 => BlockFormat::Q5_0,
-        GgmlDType::Q5_1 => BlockFormat::Q5_1,
-        GgmlDType::Q4K => BlockFormat::Q4K,
-        GgmlDType::Q4_0 => BlockFormat::Q4_0,
-        GgmlDType::Q4_1 => BlockFormat::Q4_1,
-        GgmlDType::Q3K => BlockFormat::Q3K,
-        GgmlDType::Q2K => BlockFormat::Q2K,
-        _ => return None,
-    })
+impl BlockFormat {
+    /// The format of candle's blocks; `None` for types that are no blocks of a file.
+    #[must_use]
+    pub fn of(dtype: GgmlDType) -> Option<Self> {
+        Some(match dtype {
+            GgmlDType::Q8_0 => Self::Q8_0,
+            GgmlDType::Q6K => Self::Q6K,
+            GgmlDType::Q5K => Self::Q5K,
+            GgmlDType::Q5_0 => Self::Q5_0,
+            GgmlDType::Q5_1 => Self::Q5_1,
+            GgmlDType::Q4K => Self::Q4K,
+            GgmlDType::Q4_0 => Self::Q4_0,
+            GgmlDType::Q4_1 => Self::Q4_1,
+            GgmlDType::Q3K => Self::Q3K,
+            GgmlDType::Q2K => Self::Q2K,
+            _ => return None,
+        })
+    }
 }
 
 /// The numbers of a matrix, row by row.

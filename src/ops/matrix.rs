@@ -1,14 +1,19 @@
 //! A weight matrix packed for the registers of this machine, and its product with activations.
 
+use std::ops::Range;
+
 use candle_core::{CpuStorage, DType, Device, Result, Storage, Tensor, bail};
 use half::{bf16, f16, slice::HalfFloatSliceExt};
 use pulp::{Simd, WithSimd};
-use rayon::prelude::*;
 
-use super::simd::{
-    Arch,
-    product::{self, TileShape},
-    tiles::{self, Grid, Tile, par_tiles},
+use super::{
+    simd::{
+        Arch, hugepage,
+        product::{self, TileShape},
+        tiles::{self, Grid, Tile, par_tiles},
+        transpose::{Square, transpose},
+    },
+    source::{Kept, MatrixBytes, Numbers},
 };
 
 /// Columns of the activations that are multiplied at a time: a panel of weights of this depth stays
@@ -27,6 +32,7 @@ pub struct PackedMatrix {
     width: usize,
     shape: TileShape,
     arch: Arch,
+    is_narrow: bool,
 }
 
 #[derive(Debug)]
@@ -50,7 +56,7 @@ pub enum Float8 {
 impl Float8 {
     /// `wide[i] = scale · x[i]`, exact but for the rounding of the product to f32.
     #[inline(always)]
-    fn widen(self, x: &[u8], scale: f32, wide: &mut [f32]) {
+    pub(super) fn widen(self, x: &[u8], scale: f32, wide: &mut [f32]) {
         // The bits in the places of an f32's, whose exponent has another bias.
         let (shift, bias, odd) = match self {
             Self::E4M3 => (20, 2_f32.powi(120), 0x7f),
@@ -80,28 +86,71 @@ impl PackedMatrix {
             bail!("a matrix to pack is not contiguous: {layout:?}");
         };
         let panels = match &*storage {
-            Storage::Cpu(CpuStorage::F32(x)) => Panels::F32(pack(&x[start..end], width, shape)),
-            Storage::Cpu(CpuStorage::BF16(x)) => Panels::Bf16(pack(&x[start..end], width, shape)),
-            Storage::Cpu(CpuStorage::F16(x)) => Panels::F16(pack(&x[start..end], width, shape)),
+            Storage::Cpu(CpuStorage::F32(x)) => {
+                Panels::F32(pack_slice(&x[start..end], width, shape))
+            }
+            Storage::Cpu(CpuStorage::BF16(x)) => {
+                Panels::Bf16(pack_slice(&x[start..end], width, shape))
+            }
+            Storage::Cpu(CpuStorage::F16(x)) => {
+                Panels::F16(pack_slice(&x[start..end], width, shape))
+            }
             _ => bail!("a matrix to pack is not f32, bf16 or f16 in host memory"),
         };
-        Ok(Self { panels, out, width, shape, arch })
+        Ok(Self { is_narrow: !matches!(panels, Panels::F32(_)), panels, out, width, shape, arch })
     }
 
-    /// Packs numbers of eight bits `[out, width]` that are multiplied with a scale; `None` where they
-    /// are not that many.
-    pub(super) fn float8(
-        bytes: &[u8],
-        [out, width]: [usize; 2],
-        (kind, scale): (Float8, f32),
-        arch: Arch,
-    ) -> Option<Self> {
-        if bytes.is_empty() || bytes.len() != out * width {
-            return None;
-        }
-        let shape = TileShape::of(arch);
-        let panels = Panels::Float8(pack(bytes, width, shape), kind, scale);
-        Some(Self { panels, out, width, shape, arch })
+    /// Packs a file's numbers in the type that they are `kept` in; `None` for blocks.
+    ///
+    /// Halves that stay as they are stored do not count as [narrow](Self::is_narrow): nobody asked for
+    /// fewer bits, and their products are those of the same numbers in single precision.
+    pub(super) fn of_file(matrix: &MatrixBytes<'_>, kept: Kept, arch: Arch) -> Option<Self> {
+        let ([out, width], shape) = (matrix.dims(), TileShape::of(arch));
+        let dims = [out, width];
+        let (as_stored, numbers) = (kept.is_as_stored(), matrix.numbers());
+        let wide = |row, columns, out: &mut [f32]| {
+            numbers.widen(matrix.part_of_row(row, columns), out);
+        };
+        let panels = match (kept, numbers) {
+            (_, Numbers::Blocks(_)) => return None,
+            (Kept::Bf16, Numbers::Bf16) => {
+                Panels::Bf16(pack(dims, shape, halves(matrix, bf16::from_le_bytes)))
+            }
+            (Kept::F16, Numbers::F16) => {
+                Panels::F16(pack(dims, shape, halves(matrix, f16::from_le_bytes)))
+            }
+            (Kept::Bf16, _) => Panels::Bf16(pack(dims, shape, |row, columns, out| {
+                let mut part = [0.0; PART];
+                let part = &mut part[..out.len()];
+                wide(row, columns, part);
+                out.convert_from_f32_slice(part);
+            })),
+            (Kept::F16, _) => Panels::F16(pack(dims, shape, |row, columns, out| {
+                let mut part = [0.0; PART];
+                let part = &mut part[..out.len()];
+                wide(row, columns, part);
+                out.convert_from_f32_slice(part);
+            })),
+            (_, Numbers::Bf16) if as_stored => {
+                Panels::Bf16(pack(dims, shape, halves(matrix, bf16::from_le_bytes)))
+            }
+            (_, Numbers::F16) if as_stored => {
+                Panels::F16(pack(dims, shape, halves(matrix, f16::from_le_bytes)))
+            }
+            (_, Numbers::Float8(kind, scale)) if as_stored => {
+                let panels = pack(dims, shape, |row, columns, out| {
+                    out.copy_from_slice(matrix.part_of_row(row, columns));
+                });
+                Panels::Float8(panels, kind, scale)
+            }
+            _ => Panels::F32(pack(dims, shape, wide)),
+        };
+        let is_narrow = match panels {
+            Panels::F32(_) => false,
+            Panels::Bf16(_) | Panels::F16(_) => !as_stored,
+            Panels::Float8(..) => true,
+        };
+        Some(Self { panels, out, width, shape, arch, is_narrow })
     }
 
     /// Whether `weight` can be packed.
@@ -109,8 +158,9 @@ impl PackedMatrix {
         weight.device().is_cpu() && matches!(weight.dtype(), DType::F32 | DType::BF16 | DType::F16)
     }
 
+    /// Whether the numbers were to be kept in fewer bits than float32.
     pub(super) fn is_narrow(&self) -> bool {
-        !matches!(self.panels, Panels::F32(_))
+        self.is_narrow
     }
 
     pub(super) fn dims(&self) -> (usize, usize) {
@@ -193,20 +243,51 @@ impl PackedMatrix {
     }
 }
 
-fn pack<T: Copy + Default + Send + Sync>(weight: &[T], width: usize, shape: TileShape) -> Vec<T> {
-    let out = weight.len().checked_div(width).unwrap_or(0);
-    let full = shape.columns();
-    let mut packed = vec![T::default(); out.next_multiple_of(shape.lanes) * width];
-    packed.par_chunks_mut((full * width).max(1)).enumerate().for_each(|(i, panel)| {
-        let rows = &weight[i * full * width..weight.len().min((i + 1) * full * width)];
-        let columns = panel.len().checked_div(width).unwrap_or(0);
-        for (j, row) in rows.chunks_exact(width).enumerate() {
-            for (k, x) in row.iter().enumerate() {
-                panel[k * columns + j] = *x;
+/// Depths that are packed at a time: such a part of a panel stays in the first-level cache.
+const PART: usize = 64;
+
+/// Packs a matrix `[out, width]`, of whose rows `read(row, columns, numbers)` reads parts of at most
+/// [`PART`] columns.
+fn pack<T: Default + Send + Sync + Square<N>, const N: usize>(
+    [out, width]: [usize; 2],
+    shape: TileShape,
+    read: impl Fn(usize, Range<usize>, &mut [T]) + Sync,
+) -> Vec<T> {
+    let (zero, full) = (T::default(), shape.columns());
+    let len = out.next_multiple_of(shape.lanes) * width;
+    hugepage::par_written(zero, len, full * width, |panel, numbers| {
+        let mut parts = vec![[zero; PART]; numbers.len().div_euclid(width)];
+        let first = panel * full;
+        for from in (0..width).step_by(PART) {
+            let depth = PART.min(width - from);
+            for (row, part) in (first..out).zip(&mut parts) {
+                read(row, from..from + depth, &mut part[..depth]);
             }
+            transpose(&parts, depth, numbers.next(depth * parts.len()));
         }
-    });
-    packed
+    })
+}
+
+fn pack_slice<T: Default + Send + Sync + Square<N>, const N: usize>(
+    weight: &[T],
+    width: usize,
+    shape: TileShape,
+) -> Vec<T> {
+    let out = weight.len().checked_div(width).unwrap_or(0);
+    pack([out, width], shape, |row, columns, numbers| {
+        numbers.copy_from_slice(&weight[row * width..][columns]);
+    })
+}
+
+/// Reads halves that stay what they are.
+fn halves<T>(
+    matrix: &MatrixBytes<'_>,
+    number: impl Fn([u8; 2]) -> T + Sync,
+) -> impl Fn(usize, Range<usize>, &mut [T]) + Sync {
+    move |row, columns, out| {
+        let bytes = matrix.part_of_row(row, columns).as_chunks().0;
+        out.iter_mut().zip(bytes).for_each(|(x, bytes)| *x = number(*bytes));
+    }
 }
 
 #[derive(Default)]
@@ -396,7 +477,11 @@ mod tests {
         for arch in super::super::simd::all_archs() {
             let cases = [(Float8::E4M3, &e4m3 as &dyn Fn(u8) -> f32), (Float8::E5M2, &e5m2)];
             for (kind, value) in cases {
-                let packed = |dims| PackedMatrix::float8(&bytes, dims, (kind, 0.5), arch).unwrap();
+                let numbers = Numbers::Float8(kind, 0.5);
+                let packed = |dims| {
+                    let matrix = MatrixBytes::new(numbers, vec![&bytes], dims).unwrap();
+                    PackedMatrix::of_file(&matrix, Kept::Stored, arch).unwrap()
+                };
                 for matrix in [[256, 1], [8, 32], [1, 256], [64, 4]].map(packed) {
                     let all = (0..matrix.out).flat_map(|row| matrix.row(row));
                     let expected = bytes.iter().map(|byte| 0.5 * value(*byte));
@@ -406,7 +491,5 @@ mod tests {
                 }
             }
         }
-        assert!(PackedMatrix::float8(&[], [0, 0], (Float8::E4M3, 1.0), Arch::new()).is_none());
-        assert!(PackedMatrix::float8(&[1], [1, 2], (Float8::E4M3, 1.0), Arch::new()).is_none());
     }
 }

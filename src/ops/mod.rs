@@ -13,10 +13,12 @@ pub mod joint;
 pub mod linear;
 mod matrix;
 pub mod norm;
+mod quantize;
 pub mod rope;
 mod rows;
 pub mod sampling;
 mod simd;
+mod source;
 
 pub use activation::{gelu_erf, gelu_tanh, gelu_tanh_owned, silu, swiglu};
 pub use attention::{Mask, attention};
@@ -33,3 +35,4 @@ pub use norm::{
 pub use rope::{rotate_halves, rotate_pairs};
 pub use sampling::{guided_step, rescaled_guidance};
 pub use simd::blocks::{BlockFormat, PackedBlocks};
+pub use source::{Kept, MatrixBytes, Numbers};

@@ -59,7 +59,7 @@ pub use metadata::{
     RECORD_VERSION, TextEntry, read_metadata,
 };
 pub use picture::Picture;
-pub use resize::{Filter, resize, resize_gray};
+pub use resize::{Filter, resize, resize_gray, resize_unless};
 pub use sizes::{AREA_PX_MAX, GRID_PX, Size, WORKING_SIDE_PX_MAX};
 pub use tensor::{rgb_from_tensor, tensor_from_rgb};
 pub use write::{Overwrite, check_output, save, write_file};

@@ -9,7 +9,10 @@ use image::{GrayImage, ImageBuffer, Pixel, RgbImage};
 use rayon::prelude::*;
 
 use super::sizes::Size;
-use crate::error::{Error, Result};
+use crate::{
+    error::{Error, Result},
+    progress::CancelToken,
+};
 
 /// How a picture is resampled.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
@@ -39,7 +42,21 @@ const SIDE_PX_MAX: u32 = 1 << 20;
 /// # Errors
 /// A side of zero or of more than 2²⁰ px.
 pub fn resize(picture: &RgbImage, width: u32, height: u32, filter: Filter) -> Result<RgbImage> {
-    resize_channels::<image::Rgb<u8>, 3>(picture, Size { width, height }, filter)
+    resize_unless(picture, Size { width, height }, filter, &CancelToken::new())
+}
+
+/// [`resize`], which stops between two rows when `cancel` says so; no memory is taken before it is
+/// first looked at.
+///
+/// # Errors
+/// As [`resize`], and cancellation.
+pub fn resize_unless(
+    picture: &RgbImage,
+    to: Size,
+    filter: Filter,
+    cancel: &CancelToken,
+) -> Result<RgbImage> {
+    resize_channels::<image::Rgb<u8>, 3>(picture, to, filter, cancel)
 }
 
 /// Resamples a mask or an alpha channel like [`resize`].
@@ -52,7 +69,8 @@ pub fn resize_gray(
     height: u32,
     filter: Filter,
 ) -> Result<GrayImage> {
-    resize_channels::<image::Luma<u8>, 1>(picture, Size { width, height }, filter)
+    let to = Size { width, height };
+    resize_channels::<image::Luma<u8>, 1>(picture, to, filter, &CancelToken::new())
 }
 
 type Buffer<P> = ImageBuffer<P, Vec<u8>>;
@@ -61,6 +79,7 @@ fn resize_channels<P: Pixel<Subpixel = u8>, const C: usize>(
     picture: &Buffer<P>,
     to: Size,
     filter: Filter,
+    cancel: &CancelToken,
 ) -> Result<Buffer<P>> {
     let from = Size { width: picture.width(), height: picture.height() };
     for size in [from, to] {
@@ -68,26 +87,29 @@ fn resize_channels<P: Pixel<Subpixel = u8>, const C: usize>(
             return Err(Error::field("size", size, format!("sides of 1 to {SIDE_PX_MAX} px")));
         }
     }
+    cancel.check()?;
     let rows = |pixels: Vec<u8>| match from.width == to.width {
         true => pixels,
         false => {
             let weights = Weights::new(from.width, to.width, filter);
-            along_rows::<C>(&pixels, from.width as usize, &weights)
+            along_rows::<C>(&pixels, from.width as usize, &weights, cancel)
         }
     };
     let columns = |pixels: Vec<u8>, width: u32| match from.height == to.height {
         true => pixels,
         false => {
             let weights = Weights::new(from.height, to.height, filter);
-            along_columns(&pixels, width as usize * C, &weights)
+            along_columns(&pixels, width as usize * C, &weights, cancel)
         }
     };
     let pixels = picture.as_raw().clone();
+    let between = |pixels: Vec<u8>| cancel.check().map(|()| pixels);
     let pixels = if columns_first(from, to, filter) {
-        rows(columns(pixels, from.width))
+        rows(between(columns(pixels, from.width))?)
     } else {
-        columns(rows(pixels), to.width)
+        columns(between(rows(pixels))?, to.width)
     };
+    cancel.check()?;
     ImageBuffer::from_raw(to.width, to.height, pixels)
         .ok_or_else(|| Error::field("size", to, "a picture that fits into memory"))
 }
@@ -174,13 +196,18 @@ fn fixed(weight: f64) -> i32 {
     (weight + 0.5_f64.copysign(weight)) as i32
 }
 
-/// `[rows, from, C]` → `[rows, to, C]`
-fn along_rows<const C: usize>(pixels: &[u8], from_px: usize, weights: &Weights) -> Vec<u8> {
+/// `[rows, from, C]` → `[rows, to, C]`; rows that come after a cancellation are left black.
+fn along_rows<const C: usize>(
+    pixels: &[u8],
+    from_px: usize,
+    weights: &Weights,
+    cancel: &CancelToken,
+) -> Vec<u8> {
     let to_px = weights.spans.len();
     let rows = pixels.len().checked_div(from_px * C).unwrap_or(0);
     let mut out = vec![0; rows * to_px * C];
     let rows = out.par_chunks_exact_mut(to_px * C).zip(pixels.par_chunks_exact(from_px * C));
-    rows.for_each(|(out_row, row)| {
+    rows.filter(|_| !cancel.is_cancelled()).for_each(|(out_row, row)| {
         let outputs = out_row.as_chunks_mut::<C>().0.iter_mut();
         let inputs = row.as_chunks::<C>().0;
         for (output, (first, span)) in outputs.zip(&weights.spans) {
@@ -196,10 +223,11 @@ fn along_rows<const C: usize>(pixels: &[u8], from_px: usize, weights: &Weights) 
     out
 }
 
-/// `[from, row]` → `[to, row]`
-fn along_columns(pixels: &[u8], row: usize, weights: &Weights) -> Vec<u8> {
+/// `[from, row]` → `[to, row]`; rows that come after a cancellation are left black.
+fn along_columns(pixels: &[u8], row: usize, weights: &Weights, cancel: &CancelToken) -> Vec<u8> {
     let mut out = vec![0; weights.spans.len() * row];
-    out.par_chunks_exact_mut(row).zip(weights.each()).for_each_init(
+    let rows = out.par_chunks_exact_mut(row).zip(weights.each());
+    rows.filter(|_| !cancel.is_cancelled()).for_each_init(
         || vec![0_i32; row],
         |sums, (out_row, (first, values))| {
             sums.fill(weights.half());
@@ -242,5 +270,45 @@ fn bicubic(x: f64) -> f64 {
         (((x - 5.0) * x + 8.0) * x - 4.0) * A
     } else {
         0.0
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::{Arc, atomic::AtomicBool};
+
+    use super::*;
+
+    /// A picture of another size each way, in whichever order the passes come.
+    const WAYS: [(Size, Filter); 3] = [
+        (Size { width: 40, height: 3 }, Filter::Lanczos3),
+        (Size { width: 3, height: 40 }, Filter::Bicubic),
+        (Size { width: 40, height: 40 }, Filter::BicubicTorch),
+    ];
+
+    #[test]
+    fn a_cancelled_resize_is_an_error_and_takes_no_memory() {
+        let picture = RgbImage::new(16, 16);
+        let cancel = CancelToken::from_flag(Arc::new(AtomicBool::new(true)));
+        for (to, filter) in WAYS {
+            let stopped = resize_unless(&picture, to, filter, &cancel);
+            assert!(matches!(stopped, Err(Error::Cancelled)));
+        }
+        // A terabyte: room for it would be asked for before the first row.
+        let huge = Size { width: SIDE_PX_MAX, height: SIDE_PX_MAX };
+        let stopped = resize_unless(&picture, huge, Filter::Lanczos3, &cancel);
+        assert!(matches!(stopped, Err(Error::Cancelled)));
+    }
+
+    #[test]
+    fn rows_after_a_cancellation_are_not_computed() {
+        let white = vec![255; 16 * 16 * 3];
+        let weights = Weights::new(16, 32, Filter::Bicubic);
+        let cancel = CancelToken::new();
+        assert!(along_rows::<3>(&white, 16, &weights, &cancel).iter().all(|x| *x == 255));
+        assert!(along_columns(&white, 48, &weights, &cancel).iter().all(|x| *x == 255));
+        cancel.cancel();
+        assert!(along_rows::<3>(&white, 16, &weights, &cancel).iter().all(|x| *x == 0));
+        assert!(along_columns(&white, 48, &weights, &cancel).iter().all(|x| *x == 0));
     }
 }

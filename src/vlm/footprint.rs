@@ -37,7 +37,8 @@ impl VisionLanguageModel {
         let bytes = weights.checkpoint().tensors().map(|(name, entry)| match name {
             EMBEDDING => {
                 let head = if tied && writes { entry.kept_bytes(precision) } else { 0 };
-                entry.kept_bytes(&rows) + head
+                let in_file = precision.device.is_cpu() && entry.has_rows_in_file();
+                head + if in_file { 0 } else { entry.kept_bytes(&rows) }
             }
             HEAD if !writes => 0,
             _ => entry.kept_bytes(precision),

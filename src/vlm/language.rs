@@ -16,14 +16,14 @@ use crate::{
     error::Result,
     layers::{Linear, LowRank, RmsNorm},
     ops::{self, LinearWeight, Mask},
-    weights::{Storage, Weights},
+    weights::{FileRows, Storage, Weights},
 };
 
 /// The decoder with its weights, without the head that makes logits.
 #[derive(Debug)]
 pub(super) struct LanguageModel {
     config: TextConfig,
-    embedding: LinearWeight,
+    embedding: Embedding,
     layers: Vec<Layer>,
     norm: RmsNorm,
     frequencies: Vec<f32>,
@@ -38,7 +38,7 @@ impl LanguageModel {
         let layers: Result<Vec<Layer>> =
             (0..config.layers).map(|index| Layer::load(config, &layers.pp(index))).collect();
         Ok(Self {
-            embedding: embedding(config, &weights.pp("embed_tokens"))?,
+            embedding: Embedding::load(config, &weights.pp("embed_tokens"))?,
             layers: layers?,
             norm: RmsNorm::load(&weights.pp("norm"), config.hidden_size, config.rms_norm_eps)?,
             frequencies: inverse_frequencies(config.rope_theta, config.head_dim),
@@ -50,8 +50,10 @@ impl LanguageModel {
 
     /// Embeddings `[1, n, hidden]` of tokens, which must be below the vocabulary's size.
     pub(super) fn embed(&self, tokens: &[u32]) -> Result<Tensor> {
-        let tokens = Tensor::new(tokens, &self.device)?;
-        let rows = self.embedding.rows(&tokens)?; // (n, hidden)
+        let rows = match &self.embedding {
+            Embedding::InFile(rows) => rows.pick(tokens)?, // (n, hidden)
+            Embedding::Read(matrix) => matrix.rows(&Tensor::new(tokens, &self.device)?)?, // (n, hidden)
+        };
         Ok(rows.to_dtype(self.dtype)?.unsqueeze(0)?)
     }
 
@@ -112,17 +114,28 @@ impl LanguageModel {
     }
 }
 
-/// The embedding matrix: rows are picked from it, so a plain one stays plain where matrices are
-/// quantized.
-fn embedding(config: &TextConfig, weights: &Weights) -> Result<LinearWeight> {
-    let storage = match weights.precision().storage {
-        Storage::Q8_0 | Storage::Q4K if !weights.is_quantized("weight") => {
-            Storage::Plain(DType::BF16)
+/// The embedding matrix, from which rows are picked.
+#[derive(Debug)]
+enum Embedding {
+    InFile(FileRows),
+    Read(LinearWeight),
+}
+
+impl Embedding {
+    /// A plain one stays plain where matrices are quantized.
+    fn load(config: &TextConfig, weights: &Weights) -> Result<Self> {
+        let shape = [config.vocab_size, config.hidden_size];
+        if let Some(rows) = weights.file_rows("weight", shape)? {
+            return Ok(Self::InFile(rows));
         }
-        other => other,
-    };
-    let shape = [config.vocab_size, config.hidden_size];
-    weights.with_storage(storage).linear_weight("weight", shape)
+        let storage = match weights.precision().storage {
+            Storage::Q8_0 | Storage::Q4K if !weights.is_quantized("weight") => {
+                Storage::Plain(DType::BF16)
+            }
+            other => other,
+        };
+        Ok(Self::Read(weights.with_storage(storage).linear_weight("weight", shape)?))
+    }
 }
 
 /// What a layer knows of earlier tokens.

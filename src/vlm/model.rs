@@ -239,6 +239,14 @@ impl VisionLanguageModel {
     /// # Errors
     /// A picture that cannot be resized.
     pub fn look(&self, pictures: &[RgbImage]) -> Result<Seen> {
+        self.look_unless(pictures, &CancelToken::new())
+    }
+
+    /// [`Self::look`], which stops when `cancel` says so.
+    ///
+    /// # Errors
+    /// As [`Self::look`], and cancellation.
+    pub fn look_unless(&self, pictures: &[RgbImage], cancel: &CancelToken) -> Result<Seen> {
         let merge = self.config.vision.merge_size;
         let grids: Result<Vec<PatchGrid>> = pictures
             .iter()
@@ -247,7 +255,7 @@ impl VisionLanguageModel {
                 Ok(grid.merged(merge))
             })
             .collect();
-        Ok(Seen::new(&self.identity, grids?, self.preprocessor.patches(pictures)?))
+        Ok(Seen::new(&self.identity, grids?, self.preprocessor.patches_unless(pictures, cancel)?))
     }
 
     /// Tokenizes `text` and cuts `pictures` into patches. Each [`IMAGE_PLACEHOLDER`] in `text`

@@ -10,7 +10,8 @@ use serde_json::{Map, Value};
 use super::{config::VisionConfig, positions::small};
 use crate::{
     error::{Error, Result},
-    pixels::{self, Filter},
+    pixels::{self, Filter, Size},
+    progress::CancelToken,
     weights::ModelFiles,
 };
 
@@ -161,6 +162,18 @@ impl Preprocessor {
     /// # Errors
     /// As [`resized_size`](Self::resized_size).
     pub fn patches(&self, pictures: &[RgbImage]) -> Result<Option<Patches>> {
+        self.patches_unless(pictures, &CancelToken::new())
+    }
+
+    /// [`Self::patches`], which stops when `cancel` says so.
+    ///
+    /// # Errors
+    /// As [`Self::patches`], and cancellation.
+    pub fn patches_unless(
+        &self,
+        pictures: &[RgbImage],
+        cancel: &CancelToken,
+    ) -> Result<Option<Patches>> {
         if pictures.is_empty() {
             return Ok(None);
         }
@@ -169,7 +182,8 @@ impl Preprocessor {
         for picture in pictures {
             let grid = self.grid(picture.width(), picture.height())?;
             let (width, height) = self.resized_size(picture.width(), picture.height())?;
-            let resized = pixels::resize(picture, width, height, Filter::BicubicTorch)?;
+            let to = Size { width, height };
+            let resized = pixels::resize_unless(picture, to, Filter::BicubicTorch, cancel)?;
             self.cut(resized.as_raw(), grid, &mut values);
             grids.push(grid);
         }

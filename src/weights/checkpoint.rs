@@ -18,15 +18,15 @@ use safetensors::Dtype;
 use sha2::{Digest, Sha256};
 
 use super::{
-    cursor::{Precision, Storage},
+    cursor::Precision,
     gguf::{self, Metadata, Value},
     mmap::Bytes,
     safetensors_header, scaled,
-    stored::{self, Packed, SUPPORTED, StoredType},
+    stored::{self, SUPPORTED, StoredType},
 };
 use crate::{
     error::{ModelError, Result},
-    ops::LinearWeight,
+    ops::{LinearWeight, MatrixBytes},
 };
 
 /// Where a tensor is and what it holds.
@@ -71,6 +71,10 @@ impl TensorEntry {
     /// Whether a GPU's kernel multiplies the bytes of the file.
     pub(super) fn is_e4m3(&self) -> bool {
         self.kind == StoredType::Plain(Dtype::F8_E4M3)
+    }
+
+    pub(super) fn is_float8(&self) -> bool {
+        matches!(self.kind, StoredType::Plain(dtype) if dtype.bitsize() == 8)
     }
 
     /// Whether this is a matrix whose rows are whole blocks of so many numbers.
@@ -319,8 +323,8 @@ impl Checkpoint {
         Ok(Some(tensor))
     }
 
-    /// The matrix `[out, in]` as the CPU multiplies it and the note that it was read; `None` where
-    /// candle has products for its type, or `precision` asks for another one.
+    /// The matrix `[out, in]` laid out for the CPU from the bytes of its file, and the note that it was
+    /// read; `None` where it is not stored as whole rows of one type, or its blocks are to be widened.
     pub(super) fn load_packed(
         &self,
         name: &str,
@@ -328,28 +332,25 @@ impl Checkpoint {
         precision: &Precision,
     ) -> Result<Option<LinearWeight>> {
         let Some(entry) = self.entries.get(name) else { return Err(self.missing(name)) };
-        let wanted = match entry.kind {
-            StoredType::Plain(_) => precision.storage == Storage::Compute,
-            StoredType::Blocks(_) => !matches!(precision.storage, Storage::Plain(_)),
+        let Some(kept) = entry.kept_as(precision) else { return Ok(None) };
+        let pieces = match &entry.data {
+            Data::Bytes { .. } => vec![self.raw(entry)],
+            Data::Rows(parts) => {
+                let alike = |part: &TensorEntry| part.kind == entry.kind && part.scale.is_none();
+                if !parts.iter().all(alike) {
+                    return Ok(None);
+                }
+                parts.iter().map(|part| self.raw(part)).collect()
+            }
+            Data::Stack { .. } => return Ok(None),
         };
-        let Some(packed) = entry.kind.packed().filter(|_| wanted && precision.device.is_cpu())
+        let numbers = entry.kind.numbers(entry.scale);
+        let Some(matrix) = numbers.and_then(|numbers| MatrixBytes::new(numbers, pieces, shape))
         else {
             return Ok(None);
         };
         self.about_to_read(name)?;
-        let bytes = match &entry.data {
-            Data::Bytes { file, range } => Cow::Borrowed(&self.files[*file].bytes[range.clone()]),
-            Data::Rows(parts) if parts.iter().all(|part| part.kind == entry.kind) => {
-                Cow::Owned(parts.iter().map(|part| self.raw(part)).collect::<Vec<_>>().concat())
-            }
-            _ => return Ok(None),
-        };
-        let weight = match packed {
-            Packed::Blocks(format) => LinearWeight::blocks(format, &bytes, shape),
-            Packed::Float8(kind) => {
-                LinearWeight::float8(kind, &bytes, entry.scale.unwrap_or(1.0), shape)
-            }
-        };
+        let weight = LinearWeight::of_file(&matrix, kept)?;
         if weight.is_some() {
             self.mark_read(name);
         }

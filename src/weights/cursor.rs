@@ -140,6 +140,10 @@ impl Weights {
         &self.checkpoint
     }
 
+    pub(super) fn shared_checkpoint(&self) -> &Arc<Checkpoint> {
+        &self.checkpoint
+    }
+
     /// Whether `name` is there below this place.
     #[must_use]
     pub fn contains(&self, name: &str) -> bool {
@@ -233,7 +237,7 @@ impl Weights {
         self.checkpoint.load(&name, &self.precision.device)
     }
 
-    /// A matrix of a type that candle does not multiply, laid out for the CPU.
+    /// A matrix laid out for the CPU from the bytes of its file.
     fn packed(&self, name: &str, shape: [usize; 2]) -> Result<Option<LinearWeight>> {
         let name = self.check(name, &shape)?;
         self.checkpoint.load_packed(&name, shape, &self.precision)

@@ -13,7 +13,7 @@ use super::{
     float8::Float8,
     gguf::{BlockType, IQ4_NL, IQ4_XS},
 };
-use crate::ops::{self, BlockFormat};
+use crate::ops::{self, BlockFormat, Numbers};
 
 /// Types that are read, as messages list them.
 pub(super) const SUPPORTED: &str = "F32, F16, BF16, F8_E4M3, F8_E5M2, Q8_0, Q6_K, Q5_K, Q5_0, \
@@ -74,23 +74,22 @@ impl StoredType {
     }
 }
 
-/// A type whose matrices the CPU multiplies as they are, and candle does not.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) enum Packed {
-    Blocks(BlockFormat),
-    Float8(ops::Float8),
-}
-
 impl StoredType {
-    /// How the CPU multiplies matrices of this type, where candle has no product for them.
-    pub(super) fn packed(self) -> Option<Packed> {
-        match self {
-            Self::Blocks(IQ4_NL) => Some(Packed::Blocks(BlockFormat::Iq4Nl)),
-            Self::Blocks(IQ4_XS) => Some(Packed::Blocks(BlockFormat::Iq4Xs)),
-            Self::Plain(Dtype::F8_E4M3) => Some(Packed::Float8(ops::Float8::E4M3)),
-            Self::Plain(Dtype::F8_E5M2) => Some(Packed::Float8(ops::Float8::E5M2)),
-            _ => None,
-        }
+    /// The type of the numbers, times `scale`, as operations know it; `None` for types that the CPU
+    /// does not multiply as they are stored.
+    pub(super) fn numbers(self, scale: Option<f32>) -> Option<Numbers> {
+        let float8 = |kind| Numbers::Float8(kind, scale.unwrap_or(1.0));
+        Some(match self {
+            Self::Blocks(IQ4_NL) => Numbers::Blocks(BlockFormat::Iq4Nl),
+            Self::Blocks(IQ4_XS) => Numbers::Blocks(BlockFormat::Iq4Xs),
+            Self::Blocks(kind) => Numbers::Blocks(BlockFormat::of(kind.computed()?)?),
+            Self::Plain(Dtype::F8_E4M3) => float8(ops::Float8::E4M3),
+            Self::Plain(Dtype::F8_E5M2) => float8(ops::Float8::E5M2),
+            Self::Plain(Dtype::F32) => Numbers::F32,
+            Self::Plain(Dtype::F16) => Numbers::F16,
+            Self::Plain(Dtype::BF16) => Numbers::Bf16,
+            Self::Plain(_) => return None,
+        })
     }
 }
 

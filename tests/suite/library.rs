@@ -297,6 +297,20 @@ fn the_program_lists_checks_and_takes_names() {
     let with = |model: &'static str, code| run(&[&edit[..], &[model]].concat(), code);
     with("Qwen/Qwen-Image-Edit-2511", 0);
     assert!(image::open(&out).is_ok());
+    let (info, _) = run(&["info", "qwen-image-edit-2511"], 0);
+    assert!(info.contains("Qwen-Image-Edit"), "{info}");
+    run(&["info", "few", "--json"], 0);
+    let (_, missing) = run(&["info", "nothing.png"], 3);
+    assert!(missing.contains("nothing.png") && missing.contains("models list"), "{missing}");
+    let planned = |planner: &'static str, code| {
+        let planned = ["Qwen/Qwen-Image-Edit-2511", "--dry-run", "--planner", planner];
+        run(&[&edit[..], &planned].concat(), code)
+    };
+    planned("qwen-image-edit-2511", 0);
+    let (_, missing) = planned("Qwen/Nothing", 3);
+    assert!(missing.contains("Qwen/Nothing") && missing.contains("models list"), "{missing}");
+    let (doctor, _) = run(&["doctor", "--json", "--planner", "qwen-image-edit-2511"], 0);
+    assert!(doctor.contains("\"shares_text_encoder\": false"), "{doctor}");
     let (_, missing) = with("Qwen/Nothing", 3);
     assert!(missing.contains("Qwen/Nothing") && missing.contains("models list"), "{missing}");
 }

@@ -321,7 +321,8 @@ fn a_planner_with_the_text_encoders_weights_is_loaded_once() {
     let parts = |engine: &Engine| engine.weights().iter().map(|w| w.part).collect::<Vec<_>>();
     assert_eq!(parts(&shared), ["transformer", "text_encoder", "vae"]);
     assert_eq!(parts(&apart), ["transformer", "text_encoder", "vae", "planner"]);
-    assert_eq!(apart.weights()[1].bytes, apart.weights()[3].bytes);
+    // Matrices stay as wide as they are stored.
+    assert!(apart.weights()[1].bytes < apart.weights()[3].bytes);
     let mut request = EditRequest::new(street(), STREET);
     request.seed = Some(1);
     let (a, b) = (shared.edit(&request, &()).unwrap(), apart.edit(&request, &()).unwrap());

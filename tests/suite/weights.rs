@@ -280,3 +280,26 @@ fn the_version_comes_from_the_folder() {
     assert_eq!(version("tiny-qwen-plus"), "Qwen-Image-Edit-2509");
     assert_eq!(version("tiny-qwen-2511"), "Qwen-Image-Edit-2511");
 }
+
+#[test]
+fn rows_are_read_where_they_lie() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("rows.safetensors");
+    let numbers = Tensor::arange(0_f32, 40.0, &Device::Cpu).unwrap().reshape((10, 4)).unwrap();
+    let halves = numbers.to_dtype(DType::BF16).unwrap();
+    let tensors = [("wide.weight", numbers.clone()), ("half.weight", halves)];
+    candle_core::safetensors::save(&tensors.into_iter().collect(), &path).unwrap();
+    let weights = Weights::new(Checkpoint::open_file(&path).unwrap(), Precision::reference());
+    for name in ["wide", "half"] {
+        let rows = weights.pp(name).file_rows("weight", [10, 4]).unwrap().unwrap();
+        let picked = rows.pick(&[9, 0, 9]).unwrap().to_dtype(DType::F32).unwrap();
+        let expected = [36., 37., 38., 39., 0., 1., 2., 3., 36., 37., 38., 39.];
+        assert_eq!(picked.flatten_all().unwrap().to_vec1::<f32>().unwrap(), expected);
+        assert_eq!(rows.pick(&[]).unwrap().dims(), [0, 4]);
+        let beyond = rows.pick(&[1, 10]).unwrap_err().to_string();
+        assert!(beyond.contains("row 10 of a matrix of 10"), "{beyond}");
+    }
+    assert!(weights.pp("wide").file_rows("weight", [4, 10]).is_err());
+    assert!(weights.pp("none").file_rows("weight", [10, 4]).is_err());
+    weights.finish(&[]).unwrap();
+}

@@ -9,6 +9,7 @@ pub(super) mod math;
 pub(super) mod product;
 mod q4k;
 pub(super) mod tiles;
+pub(super) mod transpose;
 
 pub(super) use pulp::Arch;
 

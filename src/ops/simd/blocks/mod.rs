@@ -15,9 +15,7 @@ mod unpack;
 #[cfg(target_arch = "x86_64")]
 mod x86;
 
-use std::ops::Range;
-
-use rayon::prelude::*;
+use std::{borrow::Cow, ops::Range};
 
 pub use self::format::BlockFormat;
 #[cfg(target_arch = "x86_64")]
@@ -194,16 +192,41 @@ impl PackedBlocks {
         instructions: Instructions,
     ) -> Option<Self> {
         let depth = width.div_euclid(format.numbers());
-        let whole = out > 0 && depth > 0 && width.is_multiple_of(format.numbers());
-        if !whole || bytes.len() != out * depth * format.bytes() {
+        let row_bytes = depth * format.bytes();
+        if bytes.len() != out * row_bytes {
             return None;
         }
-        let row_bytes = depth * format.bytes();
-        let panel_lines = (PANEL * row_bytes).div_euclid(size_of::<Line>());
-        let mut lines = hugepage::filled(Line([0; 64]), out.div_ceil(PANEL) * panel_lines);
-        let rows = bytes.par_chunks(PANEL * row_bytes);
-        lines.par_chunks_mut(panel_lines).zip(rows).for_each(|(panel, rows)| {
-            format::interleave(format, rows, depth, bytemuck::cast_slice_mut(panel));
+        let rows = |rows: Range<usize>| {
+            Cow::Borrowed(&bytes[rows.start * row_bytes..rows.end * row_bytes])
+        };
+        Self::of_rows((format, [out, width]), instructions, rows)
+    }
+
+    /// From the blocks `rows(range)` of the rows in `range`, asked for panel by panel, on all
+    /// threads; `None` where rows are not whole blocks, or there are none.
+    pub(crate) fn from_rows<'a>(
+        matrix: (BlockFormat, [usize; 2]),
+        rows: impl Fn(Range<usize>) -> Cow<'a, [u8]> + Sync,
+    ) -> Option<Self> {
+        Self::of_rows(matrix, Instructions::available().into_iter().next()?, rows)
+    }
+
+    fn of_rows<'a>(
+        (format, [out, width]): (BlockFormat, [usize; 2]),
+        instructions: Instructions,
+        rows: impl Fn(Range<usize>) -> Cow<'a, [u8]> + Sync,
+    ) -> Option<Self> {
+        let depth = width.div_euclid(format.numbers());
+        if out == 0 || depth == 0 || !width.is_multiple_of(format.numbers()) {
+            return None;
+        }
+        let panel_lines = (PANEL * depth * format.bytes()).div_euclid(size_of::<Line>());
+        let len = out.div_ceil(PANEL) * panel_lines;
+        let lines = hugepage::par_written(Line([0; 64]), len, panel_lines, |panel, lines| {
+            let first = panel * PANEL;
+            let rows = rows(first..out.min(first + PANEL));
+            let lines = lines.next(panel_lines);
+            format::interleave(format, &rows, depth, bytemuck::cast_slice_mut(lines));
         });
         Some(Self { lines, format, out, depth, instructions })
     }
