@@ -5,6 +5,7 @@ mod budget;
 #[cfg(feature = "cuda")]
 mod cuda;
 mod device;
+mod fault;
 pub mod ladder;
 pub mod ledger;
 pub mod pool;
@@ -14,6 +15,7 @@ pub use budget::{Budget, Limit};
 #[cfg(feature = "cuda")]
 pub use cuda::CudaPool;
 pub use device::Device;
+pub use fault::DeviceFault;
 pub use ladder::{Ladder, Rung};
 pub use ledger::{DeviceMemory, Holding, Lease};
 pub use pool::{HostPool, Pool, PoolUse, SimulatedDevice};
