@@ -155,6 +155,8 @@ pub(super) fn is_planned(request: &EditRequest) -> bool {
 
 /// Threads' scratch, tables, tokens and texts, which no formula counts one by one.
 const SMALL_BYTES: u64 = 1 << 20;
+/// What the libraries of a GPU work in, once a process.
+const GPU_LIBRARIES_BYTES: u64 = 64 << 20;
 /// Tokens that a plan's prompt may have beyond the request's.
 const PLAN_TOKENS: usize = 32;
 
@@ -241,7 +243,9 @@ impl Models<'_> {
             false => (base + resting, base + encoder + own),
         };
         let kept = self.vlm.kept_bytes(facts.encode);
-        let held = SMALL_BYTES + facts.pictures + kept * facts.kept[0].max(facts.kept[1]);
+        let libraries = if self.precision.device.is_cuda() { GPU_LIBRARIES_BYTES } else { 0 };
+        let held =
+            SMALL_BYTES + libraries + facts.pictures + kept * facts.kept[0].max(facts.kept[1]);
         let tiling = tiling(placement, autoencoder.pixels_per_latent());
         let sides = |size: Size| [size.height as usize, size.width as usize];
         let encoding =

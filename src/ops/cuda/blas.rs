@@ -262,7 +262,7 @@ mod device {
             let found = found.to_device(&Device::Cpu)?.to_dtype(DType::F32)?;
             let largest = |x: &Tensor| x.abs()?.max_all()?.to_scalar::<f32>();
             let (error, size) = (largest(&(&found - &expected)?)?, largest(&expected)?);
-            /// Rounding to bf16, and that of activations to fp8.
+            // Rounding to bf16, and that of activations to fp8.
             let tolerance = if float8 { 1.0 / 16.0 } else { 1.0 / 100.0 };
             // Written so that NaN is wrong.
             let right = error <= tolerance * size;
