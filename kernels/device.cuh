@@ -92,4 +92,15 @@ DEVICE float sum_block(float x, float* scratch) {
   return sum;
 }
 
+// The largest over all threads of the block, as sum_block.
+DEVICE float max_block(float x, float* scratch) {
+  x = max_lanes(x, 32);
+  block_barrier();
+  if (lane() == 0) scratch[warp()] = x;
+  block_barrier();
+  float largest = scratch[0];
+  for (int i = 1; i < block_threads() / 32; ++i) largest = fmaxf(largest, scratch[i]);
+  return largest;
+}
+
 DEVICE int64_t min64(int64_t a, int64_t b) { return a < b ? a : b; }

@@ -4,5 +4,6 @@
 #include "elementwise.cu"
 #include "hopper.cu"
 #include "joint_attention.cu"
+#include "latents.cu"
 #include "linear.cu"
 #include "rows.cu"

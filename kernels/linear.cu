@@ -7,6 +7,13 @@
 // linear_many_F: tiles of 128 rows by 128 outputs, see product.cuh; a tile of weights is widened to
 //   bf16 in shared memory. Grid: (row tiles, out tiles, 1); 256 threads.
 // F: q8_0, q4_k, q5_k, q6_k, f8_e4m3 (with one scale for the matrix), bf16.
+//
+// float8_rows: each bf16 row [depth] as e4m3 bytes and a float32 scale, with the row's largest number at
+//   448; for products by cuBLASLt. Bound by reading x. Grid: (rows, 1, 1); 128 threads; shared memory: a
+//   float for each warp.
+// Tried: reading the row twice, the second time from the cache of the second level; a row of 12288 numbers
+//   would fill half of a multiprocessor's shared memory. The rounding is done in integers, since the
+//   instruction for it comes with compute capability 8.9.
 #include "product.cuh"
 #include "quantized.cuh"
 
@@ -132,3 +139,53 @@ KERNEL(linear_many_q5_k, LinearArgs, 256, 2) { linear_many<Q5K>(args); }
 KERNEL(linear_many_q6_k, LinearArgs, 256, 2) { linear_many<Q6K>(args); }
 KERNEL(linear_many_f8_e4m3, LinearArgs, 256, 2) { linear_many<Float8>(args); }
 KERNEL(linear_many_bf16, LinearArgs, 256, 2) { linear_many<Plain>(args); }
+
+struct Float8RowsArgs {
+  const bf16* x;  // [rows][depth], depth: a multiple of 8
+  uint8_t* out;   // [rows][depth]
+  float* scales;  // [rows]
+  int64_t rows, depth;
+};
+
+// The nearest number of e4m3, ties to even; beyond its range the largest.
+DEVICE uint32_t to_e4m3(float x) {
+  const uint32_t bits = float_to_bits(x), sign = bits >> 24 & 0x80u, size = bits & 0x7fffffffu;
+  if (size > 0x7f800000u) return sign | 0x7fu;  // NaN
+  if (size < 0x3c800000u) {  // 1/64: multiples of 1/512, rounded where a float has no more bits
+    return sign | (float_to_bits(bits_to_float(size) * 512.0f + 8388608.0f) & 0xffu);
+  }
+  const uint32_t code = ((size + 0x7ffffu + (size >> 20 & 1u)) >> 20) - (120u << 3);
+  return sign | (code < 0x7eu ? code : 0x7eu);
+}
+
+KERNEL(float8_rows, Float8RowsArgs, 128, 1) {
+  float* scratch = reinterpret_cast<float*>(shared_memory());
+  const bf16* x = args.x + block_x() * args.depth;
+  float largest = 0.0f;
+  for (int64_t i = 8 * thread_index(); i < args.depth; i += 8 * block_threads()) {
+    const Words words = load_words(x + i);
+    UNROLL
+    for (int j = 0; j < 4; ++j) {
+      // NaN is no maximum, and stays NaN below.
+      largest = fmaxf(largest, fmaxf(fabsf(low_float(words.at[j])), fabsf(high_float(words.at[j]))));
+    }
+  }
+  largest = max_block(largest, scratch);
+  const float factor = largest == 0.0f ? 1.0f : 448.0f / largest;
+  if (thread_index() == 0) {
+    args.scales[block_x()] = largest == 0.0f ? 1.0f : largest / 448.0f;
+  }
+  for (int64_t i = 8 * thread_index(); i < args.depth; i += 8 * block_threads()) {
+    const Words words = load_words(x + i);
+    uint32_t bytes[2] = {0, 0};
+    UNROLL
+    for (int j = 0; j < 4; ++j) {
+      const uint32_t pair = to_e4m3(low_float(words.at[j]) * factor) |
+                            to_e4m3(high_float(words.at[j]) * factor) << 8;
+      bytes[j / 2] |= pair << (16 * (j & 1));
+    }
+    uint32_t* out = reinterpret_cast<uint32_t*>(args.out + block_x() * args.depth + i);
+    out[0] = bytes[0];
+    out[1] = bytes[1];
+  }
+}

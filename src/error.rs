@@ -52,7 +52,15 @@ pub enum Error {
     Io(#[from] std::io::Error),
     /// A tensor operation failed inside the engine or its device.
     #[error("tensor operation failed: {0}")]
-    Tensor(#[from] candle_core::Error),
+    Tensor(#[source] candle_core::Error),
+    /// The GPU failed while it computed; this process cannot use it any more.
+    #[error("the GPU failed: {reason}\nhint: {hint}")]
+    Device {
+        /// What the driver said.
+        reason: String,
+        /// What to do.
+        hint: &'static str,
+    },
 }
 
 /// What is wrong with a request.

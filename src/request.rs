@@ -5,7 +5,7 @@ use std::time::Duration;
 use serde::Serialize;
 
 use crate::{
-    diffusion::{Residency, StepCache, noise::CudaGrid},
+    diffusion::{GuidancePass, Residency, StepCache, noise::CudaGrid},
     memory::Rung,
     pixels::{Picture, Size},
     plan::{Plan, PlanOptions, PlannedBy},
@@ -179,6 +179,8 @@ pub struct Placement {
     pub take_turns: bool,
     /// Which of the transformer's weights stay while it has its turn.
     pub transformer: Residency,
+    /// How the two predictions of guidance go through the transformer, where there are two.
+    pub guidance: GuidancePass,
     /// Side of the tiles that the autoencoder works in, in pixels; `None` leaves it to
     /// [`Tiling::default`](crate::diffusion::vae::Tiling).
     pub tile_px: Option<usize>,
@@ -186,8 +188,12 @@ pub struct Placement {
 
 impl Placement {
     /// Everything stays.
-    pub const RESIDENT: Self =
-        Self { take_turns: false, transformer: Residency::Resident, tile_px: None };
+    pub const RESIDENT: Self = Self {
+        take_turns: false,
+        transformer: Residency::Resident,
+        guidance: GuidancePass::InTurn,
+        tile_px: None,
+    };
 }
 
 /// Memory that one stage of a request takes at most, in bytes, where the computation runs.

@@ -60,6 +60,9 @@ pub fn run(device: &Device, options: &Options, progress: &mut dyn FnMut(&Row)) -
     }
     add(&mut report, on_kernels(device, || large::check(device, options.shrink)));
     add(&mut report, pool::check(device));
+    let blas = parity::run_blas(device, &[0]);
+    let blas = blas.iter().map(Row::of_outcome).map(|row| Row { part: "cublaslt", ..row });
+    add(&mut report, blas.collect());
     if !options.correctness_only {
         for part in times::PARTS {
             let rows =

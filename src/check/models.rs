@@ -7,8 +7,8 @@ use candle_core::{DType, Device, Tensor};
 use super::report::{Finding, Row};
 use crate::{
     diffusion::{
-        Conditioning, Grid, Transformer,
-        qwen_image::{ModelInput, Outputs},
+        Conditioning, Grid, GuidancePass, Transformer,
+        qwen_image::{Branch, ModelInput, Outputs},
         vae::{Autoencoder, Tiling},
     },
     error::{Error, Result},
@@ -29,8 +29,9 @@ struct Computed {
 
 /// Each with a recorded tensor that it needs. A checkpoint that shares a model and its numbers with
 /// another does not record them again.
-const MODELS: [(&str, &str, Model); 4] = [
+const MODELS: [(&str, &str, Model); 5] = [
     ("transformer", "dit.out.0.37", transformer),
+    ("transformer, padded in a batch of two,", "dit.out.0.37", transformer_in_batch),
     ("encoder of pictures", "vae.image", encoder),
     ("decoder of pictures", "vae.image", decoder),
     ("language model", "vl.hidden_last", language_model),
@@ -113,6 +114,15 @@ fn facts(folder: &Path) -> Result<serde_json::Value> {
 }
 
 fn transformer(device: &Device, folder: &Path, storage: Storage) -> Result<Computed> {
+    predicted(device, folder, storage, false)
+}
+
+/// Beside a request that is twice as long.
+fn transformer_in_batch(device: &Device, folder: &Path, storage: Storage) -> Result<Computed> {
+    predicted(device, folder, storage, true)
+}
+
+fn predicted(device: &Device, folder: &Path, storage: Storage, batch: bool) -> Result<Computed> {
     let cases = Cases::open(folder)?;
     let grids = grids(&facts(folder)?)
         .ok_or_else(|| Error::field("cases.json", "dit.img_shapes", "grids of pictures"))?;
@@ -126,8 +136,16 @@ fn transformer(device: &Device, folder: &Path, storage: Storage) -> Result<Compu
     let Some(context) = contexts.first() else {
         return Err(Error::field("timesteps", 0, "one context"));
     };
-    let found = model.forward(&input, context, Outputs::All, &cancel)?;
-    Ok(Computed { found, expected: cases.get("dit.out.0.37")? })
+    let mut branches = vec![Branch { input, cache: None }];
+    let states = &conditioning.hidden_states;
+    let longer = Conditioning { hidden_states: Tensor::cat(&[states, states], 1)? };
+    if batch {
+        model.set_guidance(GuidancePass::OneBatch);
+        let input = ModelInput { conditioning: &longer, ..input };
+        branches.push(Branch { input, cache: None });
+    }
+    let found = model.forward_each(&mut branches, context, Outputs::All, &cancel)?;
+    Ok(Computed { found: found[0].clone(), expected: cases.get("dit.out.0.37")? })
 }
 
 fn encoder(device: &Device, folder: &Path, storage: Storage) -> Result<Computed> {

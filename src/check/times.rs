@@ -18,7 +18,8 @@ use crate::{
     error::Result,
     ops::{
         self, Conv2dShape, JointShape, JointStream, Mask, PackedConv2d, PackedLinear, Padding,
-        cuda::{Format, StoredMatrix},
+        Sinusoids,
+        cuda::{Format, StoredMatrix, use_blas_lt, use_float8_products},
     },
     progress::CancelToken,
     weights::{ModelFiles, Precision, Storage},
@@ -28,7 +29,7 @@ use crate::{
 pub(super) type Part = fn(&Device, &Path, usize) -> Vec<Row>;
 
 /// In this order.
-pub(super) const PARTS: &[Part] = &[operations, products, transformer];
+pub(super) const PARTS: &[Part] = &[operations, products, epilogues, transformer];
 
 /// A 1024 × 1024 picture with one reference, and a long request.
 const IMAGE_TOKENS: usize = 8192;
@@ -93,7 +94,8 @@ fn operations(device: &Device, _scratch: &Path, shrink: usize) -> Vec<Row> {
     let mut timer = Timer { device, part, runs: 20_usize.div_ceil(shrink), rows: Vec::new() };
     let done = joint(&mut timer, shrink)
         .and_then(|()| causal(&mut timer, shrink))
-        .and_then(|()| rows(&mut timer, shrink));
+        .and_then(|()| rows(&mut timer, shrink))
+        .and_then(|()| latents(&mut timer, shrink));
     or_failed(part, done.map(|()| timer.rows))
 }
 
@@ -215,6 +217,40 @@ fn rows(timer: &mut Timer<'_>, shrink: usize) -> Result<()> {
     Ok(())
 }
 
+/// What stands at the ends of the transformer: once an edit or once a schedule.
+fn latents(timer: &mut Timer<'_>, shrink: usize) -> Result<()> {
+    const CHANNELS: usize = 16;
+    const STEPS: usize = 50;
+    let device = timer.device;
+    let side = 64_usize.div_ceil(shrink);
+    let x = Tensor::randn(0.0_f32, 1.0, (1, CHANNELS, 2 * side, 2 * side), device)?;
+    let work = (amount(&[2, CHANNELS, 4, side, side, 4]) / 1e9, "GB/s");
+    timer.time(format!("pack patches, {side} × {side} tokens in f32"), work, || {
+        ops::pack_patches(&x)?;
+        Ok(())
+    });
+    let tokens = ops::pack_patches(&x)?.to_dtype(DType::BF16)?;
+    let work = (work.0 / 2.0, work.1);
+    timer.time(format!("unpack patches, {side} × {side} tokens in bf16"), work, || {
+        ops::unpack_patches(&tokens, (side, side))?;
+        Ok(())
+    });
+    let times = Tensor::ones(STEPS, DType::F32, device)?;
+    let shape = Sinusoids {
+        width: 256,
+        flip_sin_to_cos: true,
+        downscale_freq_shift: 0.0,
+        scale: 1000.0,
+        max_period: 1e4,
+    };
+    let work = (amount(&[STEPS, shape.width]) / 1e9, "G numbers/s");
+    timer.time(format!("timestep embedding, {STEPS} steps"), work, || {
+        ops::timestep_embedding(&times, shape, DType::BF16)?;
+        Ok(())
+    });
+    Ok(())
+}
+
 fn products(device: &Device, _scratch: &Path, shrink: usize) -> Vec<Row> {
     let part = "products";
     let mut timer = Timer { device, part, runs: 20_usize.div_ceil(shrink), rows: Vec::new() };
@@ -238,10 +274,13 @@ fn all_products(timer: &mut Timer<'_>, shrink: usize) -> Result<()> {
             _ => (amount(&[2, rows, depth, outs]) / 1e12, "TFLOP/s"),
         };
         let plain = PackedLinear::new(ops::LinearWeight::Dense(weight.clone()), None)?;
-        timer.time(format!("product bf16 of the library, {size}"), work(2.0), || {
-            plain.forward(&x)?;
-            Ok(())
-        });
+        for (name, on) in [("the library", false), ("cuBLASLt", true)] {
+            use_blas_lt(on);
+            timer.time(format!("product bf16 of {name}, {size}"), work(2.0), || {
+                plain.forward(&x)?;
+                Ok(())
+            });
+        }
         for (format, dtype, bytes) in [
             (Format::Q8_0, GgmlDType::Q8_0, 34.0 / 32.0),
             (Format::Q4K, GgmlDType::Q4K, 144.0 / 256.0),
@@ -262,6 +301,50 @@ fn all_products(timer: &mut Timer<'_>, shrink: usize) -> Result<()> {
             });
         }
     }
+    Ok(())
+}
+
+/// Products with what follows them, in one and in several.
+fn epilogues(device: &Device, _scratch: &Path, shrink: usize) -> Vec<Row> {
+    let part = "epilogues";
+    let mut timer = Timer { device, part, runs: 20_usize.div_ceil(shrink), rows: Vec::new() };
+    let done = all_epilogues(&mut timer, shrink);
+    use_blas_lt(true);
+    use_float8_products(false);
+    or_failed(part, done.map(|()| timer.rows))
+}
+
+fn all_epilogues(timer: &mut Timer<'_>, shrink: usize) -> Result<()> {
+    let device = timer.device;
+    let small = |n: usize| n.div_ceil(256 * shrink) * 256;
+    let [rows, depth, outs] = [small(IMAGE_TOKENS), small(3072), small(12_288)];
+    let (x, bias) = (random(device, &[rows, depth])?, random(device, &[outs])?);
+    let weight = ops::LinearWeight::Dense(random(device, &[outs, depth])?);
+    let plain = PackedLinear::new(weight, Some(bias.clone()))?;
+    let blocks = Tensor::ones(depth * outs, DType::U8, device)?;
+    let float8 = StoredMatrix::new(blocks, Format::F8E4M3, (outs, depth), 1.0)?;
+    let float8 = PackedLinear::stored(float8, Some(bias));
+    let work = (amount(&[2, rows, depth, outs]) / 1e12, "TFLOP/s");
+    let size = format!("{rows} rows, {depth} to {outs}, bias and GELU");
+    for (name, on) in [("bf16 of the library", false), ("bf16 of cuBLASLt", true)] {
+        use_blas_lt(on);
+        timer.time(format!("{name}, {size}"), work, || {
+            plain.forward_gelu_tanh(&x)?;
+            Ok(())
+        });
+    }
+    for (name, on) in [("fp8 widened", false), ("fp8 of cuBLASLt", true)] {
+        use_float8_products(on);
+        timer.time(format!("{name}, {size}"), work, || {
+            float8.forward_gelu_tanh(&x)?;
+            Ok(())
+        });
+    }
+    let bytes = (amount(&[3, rows, depth]) / 1e9, "GB/s");
+    timer.time(format!("fp8 rows, {rows} rows of {depth}"), bytes, || {
+        ops::float8_rows(&x)?;
+        Ok(())
+    });
     Ok(())
 }
 

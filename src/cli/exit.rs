@@ -24,6 +24,7 @@ fn kind(error: &Error) -> &'static str {
         Error::OutOfMemory { .. } => "out_of_memory",
         Error::Cancelled => "cancelled",
         Error::NotFinite { .. } => "not_finite",
+        Error::Device { .. } => "device",
         Error::Io(_) => "io",
         _ => "internal",
     }

@@ -1,6 +1,9 @@
 //! What `--dry-run` prints: memory, stage by stage.
 
-use pentimento::{MemoryPlan, Result, diffusion::Residency};
+use pentimento::{
+    MemoryPlan, Result,
+    diffusion::{GuidancePass, Residency},
+};
 use serde_json::json;
 
 /// Prints a plan of memory as a table or as JSON.
@@ -35,6 +38,9 @@ fn table(plan: &MemoryPlan) -> String {
             format!("transformer           {blocks} blocks stay, the others are streamed\n")
         }
     };
+    if placement.guidance == GuidancePass::OneBatch {
+        text += "guidance              both predictions in one batch\n";
+    }
     if let Some(tile_px) = placement.tile_px {
         text += &format!("autoencoder           in tiles of {tile_px} pixels\n");
     }

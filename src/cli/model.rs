@@ -96,6 +96,7 @@ fn placement(args: &MemoryArgs) -> PlacementOptions {
         take_turns: args.offload,
         stream_blocks: args.stream_layers,
         tiles: (args.vae_tiling || tile_px.is_some()).then_some(tile_px),
+        guidance: None,
     }
 }
 

@@ -61,7 +61,7 @@ use vae::{Autoencoder, Tiling};
 
 pub use denoise::{Denoise, Denoised};
 pub(crate) use finite::require_finite;
-pub use qwen_image::{Conditioning, Grid, Residency, StepCache, Transformer};
+pub use qwen_image::{Conditioning, Grid, GuidancePass, Residency, StepCache, Transformer};
 
 /// Side of a token in latent pixels.
 pub(crate) const LATENTS_PER_TOKEN: usize = 2;

@@ -2,6 +2,7 @@
 
 use super::{
     Engine,
+    beside::beside,
     checked::{Checked, check_length},
     pass::Work,
     placement,
@@ -12,7 +13,7 @@ use crate::{
     diffusion::StepCache,
     error::Result,
     plan::{Plan, PlannedBy},
-    progress::{Event, Observer, Stage},
+    progress::{CancelToken, Event, Observer, Stage},
     request::{EditOutcome, EditRequest, Strategy},
 };
 
@@ -124,17 +125,26 @@ fn course(
         (None, Strategy::Direct) => return Ok(Course::direct(request, None, None)),
         (None, _) => {
             let sight = work.sight()?;
-            let plan_work = PlanWork {
-                request: &request.prompt,
-                pictures: &sight.pictures,
-                seen: &sight.seen,
-                options: &request.planner,
-                cancel: &request.cancel,
-            };
             let planning = work.climb(|work| {
                 engine.before_planning()?;
                 let _room = work.room_for(Stage::Plan)?;
-                engine.opened.planner.plan(&engine.opened.vlm, &plan_work, stages)
+                let mut plan = |cancel: &CancelToken| {
+                    let plan_work = PlanWork {
+                        request: &request.prompt,
+                        pictures: &sight.pictures,
+                        seen: &sight.seen,
+                        options: &request.planner,
+                        cancel,
+                    };
+                    engine.opened.planner.plan(&engine.opened.vlm, &plan_work, stages)
+                };
+                if !engine.has_blocks_to_read() {
+                    return plan(&request.cancel);
+                }
+                let load = |cancel: &CancelToken| engine.read_blocks(cancel);
+                let (elapsed, planning) = beside(&request.cancel, load, plan)?;
+                stages.add(Stage::Load, elapsed);
+                Ok(planning)
             })?;
             (planning.plan, Some(planning.planned_by))
         }

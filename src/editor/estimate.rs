@@ -85,6 +85,8 @@ pub(super) struct Facts {
     plan: Option<Load>,
     encode: Load,
     steps: usize,
+    /// Whether the predictions of a step can be one batch.
+    can_batch: bool,
     /// Bytes of pictures that are held throughout.
     pictures: u64,
     /// Sets of pictures that the vision-language model looks at, and prompts about them.
@@ -103,7 +105,7 @@ impl Facts {
         for text in prompts(request).chain(request.negative_prompt.clone()) {
             read = read.max(count(&pipeline.text(&text, pictures))?);
         }
-        let planned = request.plan.is_none() && request.strategy != Strategy::Direct;
+        let planned = is_planned(request);
         if planned {
             // What the planner makes of the request is not known yet; it says no more than that.
             read += tokens(vlm, &request.prompt, 0, 0)? + PLAN_TOKENS;
@@ -128,10 +130,16 @@ impl Facts {
             plan,
             encode: Load { patches: seen.patches, prompt_tokens: read, answer_tokens: 0 },
             steps: request.steps.unwrap_or(pipeline.steps),
+            can_batch: request.negative_prompt.is_some() && request.step_cache.is_none(),
             pictures: request.pictures.iter().map(|picture| held(&picture.rgb)).sum(),
             kept: [1 + several, prompts * (1 + several)],
             sizes,
         })
+    }
+
+    /// Whether the predictions of a step can be one batch: there are two, and none ends early.
+    pub(super) fn can_batch(&self) -> bool {
+        self.can_batch
     }
 
     /// Most passes' working size.
@@ -140,8 +148,15 @@ impl Facts {
     }
 }
 
+/// Whether the planner runs before anything is edited.
+pub(super) fn is_planned(request: &EditRequest) -> bool {
+    request.plan.is_none() && request.strategy != Strategy::Direct
+}
+
 /// Threads' scratch, tables, tokens and texts, which no formula counts one by one.
 const SMALL_BYTES: u64 = 1 << 20;
+/// What the libraries of a GPU work in, once a process.
+const GPU_LIBRARIES_BYTES: u64 = 64 << 20;
 /// Tokens that a plan's prompt may have beyond the request's.
 const PLAN_TOKENS: usize = 32;
 
@@ -228,7 +243,9 @@ impl Models<'_> {
             false => (base + resting, base + encoder + own),
         };
         let kept = self.vlm.kept_bytes(facts.encode);
-        let held = SMALL_BYTES + facts.pictures + kept * facts.kept[0].max(facts.kept[1]);
+        let libraries = if self.precision.device.is_cuda() { GPU_LIBRARIES_BYTES } else { 0 };
+        let held =
+            SMALL_BYTES + libraries + facts.pictures + kept * facts.kept[0].max(facts.kept[1]);
         let tiling = tiling(placement, autoencoder.pixels_per_latent());
         let sides = |size: Size| [size.height as usize, size.width as usize];
         let encoding =
@@ -249,7 +266,9 @@ impl Models<'_> {
                 (true, own) => read + own,
             };
             let work = model.activation_bytes(load) + model.kept_bytes(load);
-            let work = work + if turns { model.loading_bytes(self.precision) } else { 0 };
+            // Meanwhile the blocks may still be read.
+            let loading = model.loading_bytes(self.precision);
+            let work = work + if turns { loading } else { transformer.loading() };
             stages.push(stage(Stage::Plan, weights, work));
         }
         let others = if placement.take_turns { 0 } else { own };
@@ -260,7 +279,9 @@ impl Models<'_> {
         stages.push(stage(Stage::EncodePicture, made + waiting, encoding.max().unwrap_or(0)));
         let reads = turns || placement.transformer != Residency::Resident;
         let loading = if reads { transformer.loading() } else { 0 };
-        let step = transformer.activations(facts.tokens, threads) + modulation + loading;
+        let step = transformer.activations(facts.tokens, placement.guidance, threads)
+            + modulation
+            + loading;
         stages.push(stage(Stage::Denoise, made + working, step));
         stages.push(stage(Stage::Decode, made + resting, decoding + modulation));
         stages

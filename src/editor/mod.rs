@@ -3,6 +3,7 @@
 mod ask;
 mod assemble;
 mod bench;
+mod beside;
 mod checked;
 mod convert;
 mod edit;
@@ -84,8 +85,11 @@ pub struct EngineOptions {
 }
 
 impl EngineOptions {
-    fn precision(&self) -> Result<Precision> {
-        let device = self.device.open()?;
+    fn precision(&self, observer: &dyn Observer) -> Result<Precision> {
+        let (device, note) = self.device.open_noting()?;
+        if let Some(note) = note {
+            observer.event(&Event::Note(&note));
+        }
         let compute = Device::compute_type(&device);
         let storage = self.storage.unwrap_or_default();
         let attention = AttentionType::default();
@@ -138,7 +142,9 @@ impl Engine {
         Self::open_placed(source, options, None, observer)
     }
 
-    /// As [`Self::open`], for `request` to come first: what stays in memory is chosen for it.
+    /// As [`Self::open`], for `request` to come first: what stays in memory is chosen for it. Where it
+    /// is to be planned, the transformer's blocks are left for [`Self::edit`], which reads them while
+    /// the planner writes.
     ///
     /// # Errors
     /// As [`Self::open`]; a request that cannot be carried out.
@@ -164,7 +170,7 @@ impl Engine {
     ) -> Result<MemoryPlan> {
         let files = source.files()?;
         let loras = Loras::open(&options.loras, !options.no_lightning_defaults)?;
-        let precision = options.precision()?;
+        let precision = options.precision(observer)?;
         open_models(&files, options, &loras, precision, observer)?.place(Some(request), options)
     }
 
@@ -177,7 +183,7 @@ impl Engine {
         let files = source.files()?;
         let loras = Loras::open(&options.loras, !options.no_lightning_defaults)?;
         let lightning = loras.lightning_steps().is_some();
-        let precision = options.precision()?;
+        let precision = options.precision(observer)?;
         let opened = open_models(&files, options, &loras, precision, observer)?;
         let info = ModelInfo::from_pipeline(&files, &opened.pipeline)?;
         if info.untrained {
@@ -217,7 +223,9 @@ impl Engine {
                 planner.fill(&precision.cancel)?;
                 let working = known.transformer.working(residency) - known.transformer.outside();
                 residence.hold(residence::TRANSFORMER, working)?;
-                diffusion.transformer().fill(&precision.cancel)?;
+                if !request.is_some_and(estimate::is_planned) {
+                    diffusion.transformer().fill(&precision.cancel)?;
+                }
             }
             Ok((diffusion, loras))
         })?;
@@ -350,7 +358,7 @@ impl Assistant {
     ) -> Result<Self> {
         let files = source.files()?;
         let pipeline = Pipeline::read(&files)?;
-        let precision = options.precision()?;
+        let precision = options.precision(observer)?;
         let (vlm, planner) = open_readers(&files, options, &precision, observer)?;
         let own = planner.own_weight_bytes(&precision);
         let bytes = own.unwrap_or(0) + vlm.weight_bytes(&precision, own.is_none());
@@ -375,7 +383,7 @@ impl Assistant {
     ) -> Result<MemoryPlan> {
         let files = source.files()?;
         let pipeline = Pipeline::read(&files)?;
-        let precision = options.precision()?;
+        let precision = options.precision(observer)?;
         let (vlm, planner) = open_readers(&files, options, &precision, observer)?;
         let sizes = plan_sizes(&pipeline, request)?;
         let work = (request.prompt.as_str(), sizes.as_slice(), &request.planner);

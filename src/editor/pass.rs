@@ -14,7 +14,9 @@ use super::{
     stages::Stages,
 };
 use crate::{
-    diffusion::{Conditioning, Denoise, Denoised, Grid, Residency, require_finite, vae::Tiling},
+    diffusion::{
+        Conditioning, Denoise, Denoised, Grid, GuidancePass, Residency, require_finite, vae::Tiling,
+    },
     error::{Error, Result},
     memory::{Ladder, Lease, Rung},
     pixels::{self, Filter, Picture, Size},
@@ -84,6 +86,12 @@ impl<'a> Work<'a> {
                 self.engine.forget();
                 residence.memory().trim();
                 return true;
+            }
+            Rung::SplitGuidance => {
+                if placement.guidance == GuidancePass::InTurn {
+                    return false;
+                }
+                placement.guidance = GuidancePass::InTurn;
             }
             Rung::TileAutoencoder => {
                 let unit_px = diffusion.autoencoder().config().pixels_per_latent();

@@ -2,7 +2,7 @@
 
 use super::estimate::{Facts, Models};
 use crate::{
-    diffusion::Residency,
+    diffusion::{GuidancePass, Residency},
     error::{Error, Result},
     memory::Limit,
     pixels::Size,
@@ -26,6 +26,9 @@ pub struct PlacementOptions {
     /// Let the autoencoder work in tiles, of the largest side that makes a difference or of this
     /// one in pixels.
     pub tiles: Option<Option<usize>>,
+    /// How the two predictions of guidance are made; `None` is one batch on a GPU where that fits
+    /// without saving elsewhere, and one after the other anywhere else.
+    pub guidance: Option<GuidancePass>,
 }
 
 /// Who asks for memory, and what is left of it.
@@ -37,6 +40,8 @@ pub(super) struct Room {
     pub(super) bytes: Option<u64>,
     /// The flag of the limit.
     pub(super) flag: &'static str,
+    /// Whether guidance in one batch is the faster way.
+    pub(super) prefers_batch: bool,
 }
 
 /// The ways to place a request's work, in the order in which they are tried: everything stays; the
@@ -63,6 +68,7 @@ fn candidates(models: Models<'_>, facts: &Facts, options: PlacementOptions) -> V
             std::iter::once(Residency::Resident).chain(streamed).collect()
         }
     };
+    let guidance = options.guidance.filter(|_| facts.can_batch()).unwrap_or_default();
     let stays = (!options.take_turns).then_some(false);
     let mut all = Vec::new();
     for take_turns in stays.into_iter().chain([true]) {
@@ -74,7 +80,7 @@ fn candidates(models: Models<'_>, facts: &Facts, options: PlacementOptions) -> V
             for &tile_px in &tiles {
                 // With all weights in memory, turns come before tiles, too.
                 if take_turns || tile_px == tiles[0] {
-                    all.push(Placement { take_turns, transformer, tile_px });
+                    all.push(Placement { take_turns, transformer, guidance, tile_px });
                 }
             }
         }
@@ -112,14 +118,19 @@ fn plan_of(models: Models<'_>, facts: &Facts, placement: Placement) -> MemoryPla
 fn first_fit(
     models: Models<'_>,
     facts: &Facts,
-    options: PlacementOptions,
-    bytes: Option<u64>,
+    Room { options, bytes, prefers_batch, .. }: Room,
 ) -> (MemoryPlan, bool) {
     let mut smallest: Option<MemoryPlan> = None;
+    let fits = |plan: &MemoryPlan| bytes.is_none_or(|bytes| plan.peak_bytes <= bytes);
+    let may_batch = options.guidance.is_none() && prefers_batch && facts.can_batch();
     for placement in candidates(models, facts, options) {
         let plan = plan_of(models, facts, placement);
-        if bytes.is_none_or(|bytes| plan.peak_bytes <= bytes) {
-            return (plan, true);
+        if fits(&plan) {
+            let guidance = GuidancePass::OneBatch;
+            let batch = may_batch
+                .then(|| plan_of(models, facts, Placement { guidance, ..placement }))
+                .filter(fits);
+            return (batch.unwrap_or(plan), true);
         }
         if smallest.as_ref().is_none_or(|smallest| plan.peak_bytes < smallest.peak_bytes) {
             smallest = Some(plan);
@@ -132,7 +143,7 @@ fn first_fit(
 /// Places a request's work; what does not fit carries a hint at what would.
 pub(super) fn place(models: Models<'_>, request: &EditRequest, room: Room) -> Result<MemoryPlan> {
     let facts = Facts::of(models, request)?;
-    let (mut plan, fits) = first_fit(models, &facts, room.options, room.bytes);
+    let (mut plan, fits) = first_fit(models, &facts, room);
     plan.available_bytes = room.bytes;
     if !fits {
         plan.hint = Some(nearest(models, request, &plan, room)?);
@@ -168,7 +179,7 @@ fn nearest(
         let precision = Precision { storage, ..models.precision.clone() };
         let known = models.known.as_kept(&precision);
         let other = Models { known: &known, precision: &precision, ..models };
-        let (other, fits) = first_fit(other, &facts, room.options, Some(bytes));
+        let (other, fits) = first_fit(other, &facts, room);
         if fits && other.peak_bytes < plan.peak_bytes {
             ways.push(format!("--dtype {name}"));
             break;
@@ -179,7 +190,7 @@ fn nearest(
         let smaller =
             EditRequest { area: Some(side * side), width: None, height: None, ..request.clone() };
         let facts = Facts::of(models, &smaller)?;
-        if first_fit(models, &facts, room.options, Some(bytes)).1 {
+        if first_fit(models, &facts, room).1 {
             ways.push(format!("--area {side}x{side}"));
             break;
         }
@@ -218,4 +229,60 @@ pub(super) fn note(placement: Placement, layers: usize) -> Option<String> {
         parts.push(format!("the autoencoder works in tiles of {tile_px} pixels"));
     }
     (!parts.is_empty()).then(|| format!("to save memory, {}", parts.join(", ")))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::{
+        diffusion::StepCache,
+        editor::{EngineOptions, ModelSource, lora::Loras, open_models},
+        memory::Device,
+        pixels::Picture,
+    };
+
+    #[test]
+    fn guidance_is_one_batch_where_that_is_faster_and_fits() {
+        let options = EngineOptions { device: Device::Cpu, ..EngineOptions::default() };
+        let files = ModelSource::Mini.files().unwrap();
+        let loras = Loras::open(&[], false).unwrap();
+        let precision = options.precision(&()).unwrap();
+        let opened = open_models(&files, &options, &loras, precision, &()).unwrap();
+        let picture = Picture::from_rgb(image::RgbImage::new(64, 64));
+        let mut request = EditRequest::new(picture, "make it night");
+        // Denoising takes the most.
+        (request.width, request.height) = (Some(1024), Some(1024));
+        request.strategy = crate::request::Strategy::Direct;
+        let tiles = Some(Some(128));
+        let room = |prefers_batch, bytes, guidance| Room {
+            options: PlacementOptions { tiles, guidance, ..PlacementOptions::default() },
+            limit: Limit::Free,
+            bytes,
+            flag: "--max-vram",
+            prefers_batch,
+        };
+        let placed = |request: &EditRequest, room| {
+            let plan = place(opened.models(), request, room).unwrap();
+            (plan.placement, plan.peak_bytes)
+        };
+        let (in_turn, one_batch) = (GuidancePass::InTurn, GuidancePass::OneBatch);
+        assert_eq!(placed(&request, room(true, None, None)).0.guidance, in_turn);
+        request.negative_prompt = Some("blurry".to_owned());
+        assert_eq!(placed(&request, room(false, None, None)).0.guidance, in_turn);
+        let (alone, small) = placed(&request, room(false, None, None));
+        let (together, large) = placed(&request, room(true, None, None));
+        assert_eq!(together, Placement { guidance: one_batch, ..alone });
+        assert!(large > small, "{large} {small}");
+        // It is not worth any other way of saving memory.
+        assert_eq!(placed(&request, room(true, Some(large), None)).0, together);
+        assert_eq!(placed(&request, room(true, Some(large - 1), None)).0, alone);
+        // What is asked for counts.
+        assert_eq!(placed(&request, room(true, None, Some(in_turn))).0, alone);
+        assert_eq!(placed(&request, room(false, None, Some(one_batch))).0, together);
+        let saved = placed(&request, room(false, Some(large - 1), Some(one_batch))).0;
+        assert!(saved.take_turns && saved.guidance == one_batch, "{saved:?}");
+        // A prediction that may end early is no batch.
+        request.step_cache = Some(StepCache::new(0.1).unwrap());
+        assert_eq!(placed(&request, room(true, None, Some(one_batch))).0, alone);
+    }
 }

@@ -3,6 +3,7 @@
 use std::{
     collections::BTreeMap,
     sync::{Mutex, PoisonError},
+    time::{Duration, Instant},
 };
 
 use super::{
@@ -14,9 +15,9 @@ use super::{
 };
 use crate::{
     error::{Error, Result},
-    memory::{Budget, DeviceMemory, Lease},
+    memory::{Budget, DeviceMemory, Lease, ladder::is_out_of_memory},
     pixels::{Picture, Size},
-    progress::Stage,
+    progress::{CancelToken, Stage},
     request::{EditRequest, MemoryPlan, Placement, StageMemory},
     vlm::VisionLanguageModel,
     weights::Precision,
@@ -78,6 +79,8 @@ fn room(budget: Budget, options: PlacementOptions, precision: &Precision, held: 
         limit: budget.limit(device),
         bytes: budget.room(device).map(|bytes| bytes.saturating_add(held)),
         flag: if device.is_cpu() { "--max-ram" } else { "--max-vram" },
+        // Larger operations are what a GPU wants. On a CPU they leave the caches sooner.
+        prefers_batch: device.is_cuda(),
     }
 }
 
@@ -208,6 +211,7 @@ impl Engine {
     pub(super) fn follow(&self, placement: Placement) {
         self.residence.set_placement(placement);
         self.diffusion.transformer().set_residency(placement.transformer);
+        self.diffusion.transformer().set_guidance(placement.guidance);
         if placement.take_turns && self.opened.vlm.is_in_memory() {
             self.let_go_of_transformer();
         }
@@ -262,6 +266,27 @@ impl Engine {
             self.let_go_of_encoder();
         }
         self.residence.hold(PLANNER, own)
+    }
+
+    /// Whether the transformer's blocks are to be in memory beside the vision-language models and
+    /// are not all there yet. Their place is held from the time the engine was opened.
+    pub(super) fn has_blocks_to_read(&self) -> bool {
+        !self.residence.placement().take_turns && !self.diffusion.transformer().is_filled()
+    }
+
+    /// Reads the blocks that are to stay; returns how long it took. Where memory runs out, those that
+    /// were read are dropped: room is made when they are used.
+    ///
+    /// # Errors
+    /// Cancellation, or a failure of the device.
+    pub(super) fn read_blocks(&self, cancel: &CancelToken) -> Result<Duration> {
+        let begin = Instant::now();
+        let transformer = self.diffusion.transformer();
+        match transformer.fill_on_readers(cancel) {
+            Err(error) if is_out_of_memory(&error) => transformer.release(),
+            result => result?,
+        }
+        Ok(begin.elapsed())
     }
 
     /// The turn of the vision-language models is over.

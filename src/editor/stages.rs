@@ -42,6 +42,13 @@ impl<'a> Stages<'a> {
         Ok(result)
     }
 
+    /// Adds a stage that ran beside another one.
+    pub(super) fn add(&mut self, stage: Stage, elapsed: Duration) {
+        let peak_resident_bytes = memory::peak_resident_bytes();
+        tracing::debug!(?stage, ?elapsed, ?peak_resident_bytes, "stage done beside another");
+        self.reports.push(StageReport { stage, elapsed, peak_resident_bytes });
+    }
+
     pub(super) fn finish(self) -> Vec<StageReport> {
         self.reports
     }

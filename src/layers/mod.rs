@@ -65,6 +65,19 @@ impl Linear {
     }
 }
 
+impl Linear {
+    /// [`Self::forward`] and [`gelu_tanh`](ops::gelu_tanh()) after it.
+    ///
+    /// # Errors
+    /// As [`Self::forward`].
+    pub fn forward_gelu_tanh(&self, x: &Tensor) -> TensorResult<Tensor> {
+        match self.changes.is_empty() {
+            true => self.matrix.forward_gelu_tanh(x),
+            false => ops::gelu_tanh_owned(self.forward(x)?),
+        }
+    }
+}
+
 /// RMS norm over the last axis.
 #[derive(Debug, Clone)]
 pub struct RmsNorm {

@@ -154,3 +154,13 @@ pub(super) fn device_use(device: &TensorDevice) -> Option<DeviceUse> {
     let (used, free) = (pool.driver_usage().used, pool.free_bytes()?);
     Some(DeviceUse { used, free })
 }
+
+/// The newest CUDA that the driver supports; `None` where it does not say.
+pub(super) fn driver_version() -> Option<(i32, i32)> {
+    let mut version = 0;
+    #[expect(unsafe_code, reason = "a call of the driver")]
+    // SAFETY: `version` is a place for the number.
+    let asked = unsafe { sys::cuDriverGetVersion(&raw mut version) };
+    let (major, minor) = (version.div_euclid(1000), version.rem_euclid(1000).div_euclid(10));
+    (asked.result().is_ok() && version > 0).then_some((major, minor))
+}

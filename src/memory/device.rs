@@ -4,6 +4,7 @@ use std::{fmt, str::FromStr};
 
 use candle_core::{DType, Device as TensorDevice};
 
+use super::DeviceFault;
 use crate::error::{Error, RequestError, Result};
 
 /// The device of the computation.
@@ -54,10 +55,27 @@ impl Device {
     /// # Errors
     /// A CUDA device in a build without CUDA, or one that cannot be opened.
     pub fn open(self) -> Result<TensorDevice> {
+        Ok(self.open_noting()?.0)
+    }
+
+    /// As [`Self::open`], and why [`Device::Auto`] is not a GPU in a build that could use one.
+    ///
+    /// # Errors
+    /// As [`Self::open`].
+    pub fn open_noting(self) -> Result<(TensorDevice, Option<String>)> {
         match self {
-            Self::Cpu => Ok(TensorDevice::Cpu),
-            Self::Auto => Ok(open_cuda(0).unwrap_or(TensorDevice::Cpu)),
-            Self::Cuda(index) => open_cuda(index),
+            Self::Cpu => Ok((TensorDevice::Cpu, None)),
+            Self::Cuda(index) => Ok((open_cuda(index)?, None)),
+            Self::Auto if !Self::CUDA_BUILT => Ok((TensorDevice::Cpu, None)),
+            Self::Auto => match open_cuda(0) {
+                Ok(device) => Ok((device, None)),
+                Err(error) => {
+                    let error = error.to_string();
+                    let reason = error.lines().next().unwrap_or_default();
+                    let note = format!("the CPU computes: {reason}");
+                    Ok((TensorDevice::Cpu, Some(note)))
+                }
+            },
         }
     }
 
@@ -82,8 +100,18 @@ fn open_cuda(index: usize) -> Result<TensorDevice> {
     opened.map_err(|error| {
         let reason = error.to_string();
         let reason = reason.lines().next().unwrap_or_default();
-        unsupported(format!("device cuda:{index}: {reason}"), hint(reason))
+        let what = format!("device cuda:{index}: {reason}{}", driver());
+        unsupported(what, DeviceFault::of(reason).hint())
     })
+}
+
+/// Which CUDA the driver is for, where there is a driver that says so.
+fn driver() -> String {
+    #[cfg(feature = "cuda")]
+    if let Some((major, minor)) = super::cuda::driver_version() {
+        return format!(" (the driver is for CUDA {major}.{minor})");
+    }
+    String::new()
 }
 
 /// Computes something, since a device opens whether or not this build has code for it.
@@ -93,21 +121,6 @@ fn probe(device: &TensorDevice) -> candle_core::Result<()> {
     match two.as_slice() {
         [sum] if (sum - 2.0).abs() < f32::EPSILON => Ok(()),
         other => candle_core::bail!("it computes 1 + 1 = {other:?}"),
-    }
-}
-
-/// What to do about a device that cannot be used, by the driver's words.
-fn hint(reason: &str) -> &'static str {
-    let reason = reason.to_ascii_lowercase();
-    let says = |words: &[&str]| words.iter().any(|word| reason.contains(word));
-    if says(&["no_device", "no cuda-capable", "invalid_device", "invalid device"]) {
-        "no such GPU is visible: check nvidia-smi and CUDA_VISIBLE_DEVICES, or use --device cpu"
-    } else if says(&["no_binary", "no kernel image", "ptx", "invalid_image", "not_found"]) {
-        "this build has no code for that GPU: build with its CUDA_COMPUTE_CAP, or use --device cpu"
-    } else if says(&["out_of_memory", "out of memory"]) {
-        "other programs hold the GPU's memory: see nvidia-smi, or use --device cpu"
-    } else {
-        "check the driver with nvidia-smi, or use --device cpu"
     }
 }
 
@@ -127,23 +140,11 @@ mod tests {
     }
 
     #[test]
-    fn the_drivers_words_lead_to_a_way_out() {
-        for (reason, word) in [
-            ("DriverError(CUDA_ERROR_NO_DEVICE, \"no CUDA-capable device\")", "VISIBLE"),
-            ("DriverError(CUDA_ERROR_INVALID_DEVICE)", "VISIBLE"),
-            ("CUDA_ERROR_NO_BINARY_FOR_GPU", "COMPUTE_CAP"),
-            ("the provided PTX was compiled with an unsupported toolchain", "COMPUTE_CAP"),
-            ("CUDA_ERROR_OUT_OF_MEMORY", "other programs"),
-            ("CUDA_ERROR_SYSTEM_DRIVER_MISMATCH", "driver"),
-        ] {
-            assert!(hint(reason).contains(word) && hint(reason).contains("--device cpu"));
-        }
-        assert!(probe(&TensorDevice::Cpu).is_ok());
-    }
-
-    #[test]
     fn a_device_that_cannot_be_opened_says_why() {
         assert!(Device::Cpu.open().unwrap().is_cpu());
+        assert!(probe(&TensorDevice::Cpu).is_ok());
+        let (device, note) = Device::Auto.open_noting().unwrap();
+        assert_eq!(note.is_some(), Device::CUDA_BUILT && device.is_cpu());
         if !Device::CUDA_BUILT {
             let message = Device::Cuda(1).open().unwrap_err().to_string();
             assert!(message.contains("cuda:1") && message.contains("--device cpu"), "{message}");

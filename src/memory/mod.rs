@@ -5,6 +5,7 @@ mod budget;
 #[cfg(feature = "cuda")]
 mod cuda;
 mod device;
+mod fault;
 mod heap;
 pub mod ladder;
 pub mod ledger;
@@ -15,6 +16,7 @@ pub use budget::{Budget, Limit};
 #[cfg(feature = "cuda")]
 pub use cuda::CudaPool;
 pub use device::Device;
+pub use fault::DeviceFault;
 pub use ladder::{Ladder, Rung};
 pub use ledger::{DeviceMemory, Holding, Lease};
 pub use pool::{HostPool, Pool, PoolUse, SimulatedDevice};

@@ -12,9 +12,9 @@ use candle_core::{
 use rayon::prelude::*;
 
 use super::{
-    buffers,
+    activation, buffers,
     cpu::Floats,
-    cuda::StoredMatrix,
+    cuda::{self, Epilogue, StoredMatrix},
     matrix::PackedMatrix,
     quantize,
     simd::{
@@ -212,6 +212,9 @@ impl PackedLinear {
     /// # Errors
     /// Another width, or a failure of the device.
     pub fn forward(&self, x: &Tensor) -> Result<Tensor> {
+        if let Some(y) = self.on_blas(x, false)? {
+            return Ok(y);
+        }
         let y = match &self.weight {
             Kernel::Packed(weight) if is_host(x) => {
                 return by_rows(x, self.bias.as_ref(), weight.dims(), |x, bias, y| {
@@ -240,6 +243,29 @@ impl PackedLinear {
         match &self.bias {
             Some(bias) => y.broadcast_add(bias),
             None => Ok(y),
+        }
+    }
+}
+
+impl PackedLinear {
+    /// [`Self::forward`] and [`gelu_tanh`](super::gelu_tanh()) after it.
+    ///
+    /// # Errors
+    /// As [`Self::forward`].
+    pub fn forward_gelu_tanh(&self, x: &Tensor) -> Result<Tensor> {
+        match self.on_blas(x, true)? {
+            Some(y) => Ok(y),
+            None => activation::gelu_tanh_owned(self.forward(x)?),
+        }
+    }
+
+    /// The product by cuBLASLt, with bias and GELU within it; `None` where it does not do it.
+    fn on_blas(&self, x: &Tensor, gelu_tanh: bool) -> Result<Option<Tensor>> {
+        let epilogue = Epilogue { bias: self.bias.as_ref(), gelu_tanh };
+        match &self.weight {
+            Kernel::Dense(weight) => cuda::blas_linear(x, weight, epilogue),
+            Kernel::Stored(weight, _) => weight.on_blas(x, epilogue),
+            Kernel::Packed(_) | Kernel::Blocks(_) | Kernel::Quantized(_) => Ok(None),
         }
     }
 }

@@ -9,22 +9,26 @@ mod cpu;
 pub mod cuda;
 mod direct;
 mod flash;
+pub mod float8;
 pub mod joint;
 pub mod linear;
 mod matrix;
 pub mod norm;
+pub mod patches;
 mod quantize;
 pub mod rope;
 mod rows;
 pub mod sampling;
 mod simd;
 mod source;
+pub mod timestep;
 
 pub use activation::{gelu_erf, gelu_tanh, gelu_tanh_owned, silu, swiglu};
 pub use attention::{Mask, attention};
 pub use buffers::{KeepBuffers, recycle};
 pub use conv::{Conv2dShape, PackedConv2d, Padding, upsample_nearest_2x};
 pub use cpu::on_worker;
+pub use float8::float8_rows;
 pub use joint::{JointOutput, JointShape, JointStream, joint_attention, joint_attention_bf16};
 pub use linear::{LinearWeight, PackedLinear, forward_each};
 pub use matrix::{Float8, PackedMatrix};
@@ -32,7 +36,9 @@ pub use norm::{
     channel_rms_norm, channel_rms_norm_silu, gated_add, gated_add_norm, layer_norm,
     modulated_layer_norm, rms_norm,
 };
+pub use patches::{pack_patches, unpack_patches};
 pub use rope::{rotate_halves, rotate_pairs};
 pub use sampling::{guided_step, rescaled_guidance};
 pub use simd::blocks::{BlockFormat, PackedBlocks};
 pub use source::{Kept, MatrixBytes, Numbers};
+pub use timestep::{Sinusoids, timestep_embedding};

@@ -39,8 +39,8 @@ pub fn layer_norm(x: &Tensor, eps: f64) -> Result<Tensor> {
     centred.broadcast_div(&(variance + eps)?.sqrt()?)
 }
 
-/// `layer_norm(x) · (1 + scale) + shift`. `x: [b, n, dim]`; `scale, shift: [b, 1, dim]` or
-/// `[b, n, dim]`.
+/// `layer_norm(x) · (1 + scale) + shift`. `x: [b, n, dim]`; `scale, shift: [1, 1, dim]`,
+/// `[b, 1, dim]` or `[b, n, dim]`.
 ///
 /// # Errors
 /// Shapes that do not fit.
@@ -61,7 +61,8 @@ pub fn modulated_layer_norm(
     layer_norm(x, eps)?.broadcast_mul(&(scale + 1.0)?)?.broadcast_add(shift)
 }
 
-/// `residual + gate · x`. `residual, x: [b, n, dim]`; `gate: [b, 1, dim]` or `[b, n, dim]`.
+/// `residual + gate · x`. `residual, x: [b, n, dim]`; `gate: [1, 1, dim]`, `[b, 1, dim]` or
+/// `[b, n, dim]`.
 ///
 /// # Errors
 /// Shapes that do not fit.

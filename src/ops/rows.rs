@@ -19,7 +19,8 @@ const CHUNK: usize = 1 << 14;
 /// Pixels whose channels one piece of work covers.
 const PIXELS: usize = 512;
 
-/// Numbers that scale (and shift) the rows of `[b, n, dim]`: one row a batch or one a token.
+/// Numbers that scale (and shift) the rows of `[b, n, dim]`: one row for all, one a batch entry or
+/// one a token.
 pub(super) struct Modulation {
     scale: Tensor,
     shift: Option<Tensor>,
@@ -28,7 +29,7 @@ pub(super) struct Modulation {
 }
 
 impl Modulation {
-    /// `None` where the shapes are not `[b, 1, dim]` or `[b, n, dim]`.
+    /// `None` where the shapes are not `[1, 1, dim]`, `[b, 1, dim]` or `[b, n, dim]`.
     ///
     /// # Errors
     /// A failure to copy.
@@ -40,6 +41,7 @@ impl Modulation {
         let rows = match scale.dims() {
             dims if dims == [b, n, dim] => 1,
             dims if dims == [b, 1, dim] => n,
+            dims if dims == [1, 1, dim] => b * n,
             _ => return Ok(None),
         };
         let shift = shift.map(Tensor::contiguous).transpose()?;

@@ -23,6 +23,7 @@ fn require(outcomes: &[Outcome], at_least: usize) {
 fn emulated_kernels_follow_the_rule_in_every_order_of_threads() {
     require(&parity::run(&Device::Cpu, &[0, 1, 77]), 300);
     require(&parity::run_hopper(&Device::Cpu, &[0, 1, 77]), 40);
+    require(&parity::run_blas(&Device::Cpu, &[0, 1, 77]), 50);
 }
 
 /// Everything that `pentimento-gpu-check` does, small.
@@ -41,11 +42,72 @@ fn the_check_of_a_gpu_passes_in_the_emulation() {
     let report = check::run(&Device::Cpu, &options, &mut |row| lines.push(row.line())).unwrap();
     let failed: Vec<&String> = lines.iter().filter(|line| line.starts_with("FAIL")).collect();
     assert!(report.passed() && failed.is_empty(), "{failed:#?}");
-    for part in
-        ["parity", "models", "large", "memory", "operations", "products", "transformer", "hopper"]
-    {
+    for part in [
+        "parity",
+        "models",
+        "large",
+        "memory",
+        "cublaslt",
+        "operations",
+        "products",
+        "epilogues",
+        "transformer",
+        "hopper",
+    ] {
         assert!(report.rows.iter().any(|row| row.part == part), "no {part}: {lines:#?}");
     }
+}
+
+/// Memory that runs out in the middle of a pass is told as such wherever it does, and the model computes
+/// afterwards what it did before.
+#[cfg(feature = "cuda-emulation")]
+#[test]
+fn a_pass_that_runs_out_of_memory_says_so_and_can_be_repeated() {
+    use candle_core::DType;
+    use pentimento::{
+        CancelToken, Error,
+        diffusion::{
+            GuidancePass, Transformer,
+            qwen_image::{Branch, ModelInput, Outputs},
+        },
+        memory::ladder::is_out_of_memory,
+        ops::cuda::emulated_with_room_for,
+        weights::{ModelFiles, Precision},
+    };
+
+    use crate::{
+        common::Reference,
+        diffusion::{conditioning, grids},
+    };
+
+    let reference = Reference::open("tiny-qwen-2511");
+    let files = ModelFiles::Folder(reference.folder.clone());
+    let precision = Precision { compute: DType::BF16, ..Precision::reference() };
+    let model = Transformer::load(&files, &precision).unwrap();
+    model.set_guidance(GuidancePass::OneBatch);
+    let (tokens, grids) = (reference.tensor("dit.hidden_states"), grids(&reference));
+    let conditioning = conditioning(&reference);
+    let cancel = CancelToken::new();
+    let pass = |allocations| {
+        emulated_with_room_for(allocations, || {
+            let contexts = model.contexts(&[0.37], &cancel)?;
+            let input = ModelInput { tokens, grids: &grids, conditioning: &conditioning };
+            let mut branches = [(); 2].map(|()| Branch { input, cache: None });
+            let both = model.forward_each(&mut branches, &contexts[0], Outputs::Target, &cancel)?;
+            Ok::<Vec<f32>, Error>(both[1].flatten_all()?.to_vec1()?)
+        })
+    };
+    let (expected, all) = pass(u64::MAX);
+    let expected = expected.unwrap();
+    assert!(all > 30, "{all} allocations");
+    let some = (0..all).step_by(usize::try_from(all).unwrap() / 9);
+    for allocations in some.chain([1, 2, all - 1]) {
+        let (result, taken) = pass(allocations);
+        let error = result.unwrap_err();
+        assert!(is_out_of_memory(&error), "{allocations}: {error}");
+        assert_eq!(taken, allocations);
+    }
+    assert_eq!(pass(all).0.unwrap(), expected);
 }
 
 /// fp8 e4m3 stays as it is in the file, with its scale, and gives what the widened matrix gives.
@@ -96,5 +158,6 @@ fn fp8_matrices_are_multiplied_as_they_are_stored() {
 fn kernels_follow_the_rule_on_a_device() {
     if let Ok(device) = Device::new_cuda(0) {
         require(&parity::run(&device, &[0]), 100);
+        require(&parity::run_blas(&device, &[0]), 15);
     }
 }

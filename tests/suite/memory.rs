@@ -3,10 +3,10 @@
 use candle_core::{DType, Device, Tensor};
 use image::RgbImage;
 use pentimento::{
-    CancelToken, EditOutcome, EditRequest, Engine, EngineOptions, Error, ModelError, ModelSource,
-    Placement, PlacementOptions, Strategy,
+    CancelToken, EditOutcome, EditRequest, Engine, EngineOptions, Error, Event, ModelError,
+    ModelSource, Placement, PlacementOptions, Stage, Strategy,
     diffusion::{
-        Residency, Transformer,
+        GuidancePass, Residency, Transformer,
         qwen_image::{ModelInput, Outputs},
     },
     memory::{Budget, DeviceMemory, Limit, Rung, SimulatedDevice, pool::Injected},
@@ -163,7 +163,8 @@ fn every_placement_gives_the_same_picture() {
         for (take_turns, stream_blocks) in
             [(true, None), (false, Some(0)), (true, Some(0)), (true, Some(3))]
         {
-            let placement = PlacementOptions { take_turns, stream_blocks, tiles: None };
+            let placement =
+                PlacementOptions { take_turns, stream_blocks, ..PlacementOptions::default() };
             let outcome = edited(placement, &request);
             assert_eq!(outcome.picture.rgb, resident.picture.rgb, "{placement:?}");
             assert_eq!(outcome.plan, resident.plan);
@@ -329,4 +330,70 @@ fn planner_and_editor_share_a_device_without_growth() {
     assert!(memory.usage().used_high < weights + holdings["vae"].high + (64 << 20));
     assert_eq!(holdings["text_encoder"].now, 0);
     assert!(holdings["transformer"].now > 0);
+}
+
+#[test]
+fn blocks_are_read_while_the_planner_writes() {
+    let options = options(PlacementOptions::default());
+    let mut request = EditRequest::new(sample(), "paint the house blue and make it night");
+    (request.seed, request.steps) = (Some(5), Some(2));
+    let loads = |outcome: &EditOutcome| {
+        outcome.stages.iter().filter(|report| report.stage == Stage::Load).count()
+    };
+    let before = Engine::open(&ModelSource::Mini, &options, &()).unwrap();
+    let expected = before.edit(&request, &()).unwrap();
+    assert_eq!(loads(&expected), 0);
+    let engine = Engine::open_for(&ModelSource::Mini, &options, &request, &()).unwrap();
+    // Their place is held from the beginning.
+    let held = |engine: &Engine| engine.holdings()["transformer"].now;
+    assert_eq!(held(&engine), held(&before));
+    // Stopped as planning begins: nothing is lost that a second try would need.
+    let stop = |event: &Event<'_>| {
+        if matches!(event, Event::Step { stage: Stage::Plan, .. }) {
+            request.cancel.cancel();
+        }
+    };
+    assert!(matches!(engine.edit(&request, &stop), Err(Error::Cancelled)));
+    let request = EditRequest { cancel: CancelToken::new(), ..request.clone() };
+    let outcome = engine.edit(&request, &()).unwrap();
+    assert_eq!((outcome.picture.rgb, outcome.plan), (expected.picture.rgb, expected.plan));
+    // What the first try read is there.
+    let engine = Engine::open_for(&ModelSource::Mini, &options, &request, &()).unwrap();
+    assert_eq!(loads(&engine.edit(&request, &()).unwrap()), 1);
+    assert_eq!(loads(&engine.edit(&request, &()).unwrap()), 0);
+}
+
+#[test]
+fn guidance_in_one_batch_gives_the_same_picture() {
+    let reference = Reference::open("tiny-qwen-2511");
+    let source = ModelSource::Folder(reference.folder.clone());
+    let request = request(&reference, "pipe.two");
+    let edited = |guidance| {
+        let placement = PlacementOptions { guidance, ..PlacementOptions::default() };
+        let engine = Engine::open(&source, &options(placement), &()).unwrap();
+        engine.edit(&request, &()).unwrap()
+    };
+    let in_turn = edited(None);
+    assert_eq!(in_turn.memory.placement, Placement::RESIDENT);
+    let together = edited(Some(GuidancePass::OneBatch));
+    assert_eq!(together.memory.placement.guidance, GuidancePass::OneBatch);
+    let pairs = in_turn.picture.rgb.as_raw().iter().zip(together.picture.rgb.as_raw());
+    assert!(pairs.into_iter().all(|(a, b)| a.abs_diff(*b) <= 1));
+    let step = |outcome: &EditOutcome| {
+        let denoise = outcome.memory.stages.iter().find(|stage| stage.stage == Stage::Denoise);
+        denoise.unwrap().activation_bytes
+    };
+    assert!(step(&together) > step(&in_turn));
+    // Where memory runs out, the batch is split before anything slower is tried.
+    let memory = DeviceMemory::new(
+        SimulatedDevice::new(1 << 40).failing(Injected::Above(step(&together) - 1)),
+        Limit::Free,
+    );
+    let placement =
+        PlacementOptions { guidance: Some(GuidancePass::OneBatch), ..PlacementOptions::default() };
+    let options = EngineOptions { memory: Some(memory), ..options(placement) };
+    let engine = Engine::open(&source, &options, &()).unwrap();
+    let outcome = engine.edit(&request, &()).unwrap();
+    assert_eq!(outcome.memory.made_room, [Rung::DropCaches, Rung::SplitGuidance]);
+    assert_eq!(outcome.picture.rgb, in_turn.picture.rgb);
 }

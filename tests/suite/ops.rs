@@ -441,6 +441,43 @@ fn enlarging_repeats_each_pixel() {
 }
 
 #[test]
+fn timesteps_become_sinusoids_in_the_order_that_is_asked_for() {
+    let shape = ops::Sinusoids {
+        width: 4,
+        flip_sin_to_cos: false,
+        downscale_freq_shift: 1.0,
+        scale: 2.0,
+        max_period: 100.0,
+    };
+    let times = Tensor::new(&[0.0_f32, 0.5], &Device::Cpu).unwrap();
+    let embedding =
+        |shape, times: &Tensor, dtype| ops::timestep_embedding(times, shape, dtype).unwrap();
+    // Frequencies 1 and 1/100: angles 1 and 0.01.
+    let (one, small) = (1.0_f64, 0.01_f64);
+    let expected = [0.0, 0.0, 1.0, 1.0, one.sin(), small.sin(), one.cos(), small.cos()];
+    let found = embedding(shape, &times, DType::F32);
+    assert_eq!(found.dims(), [2, 4]);
+    for (found, expected) in values(&found).iter().zip(expected) {
+        assert!((found - expected).abs() < 1e-7, "{found} {expected}");
+    }
+    let flipped = ops::Sinusoids { flip_sin_to_cos: true, ..shape };
+    let expected = [1.0, 1.0, 0.0, 0.0, one.cos(), small.cos(), one.sin(), small.sin()];
+    for (found, expected) in values(&embedding(flipped, &times, DType::F32)).iter().zip(expected) {
+        assert!((found - expected).abs() < 1e-7, "{found} {expected}");
+    }
+    let wide = embedding(shape, &times.to_dtype(DType::F64).unwrap(), DType::F64);
+    assert!(
+        (wide.get(1).unwrap().get(0).unwrap().to_scalar::<f64>().unwrap() - one.sin()).abs()
+            < 1e-15
+    );
+    assert!(
+        ops::timestep_embedding(&times, ops::Sinusoids { width: 3, ..shape }, DType::F32).is_err()
+    );
+    assert!(ops::pack_patches(&random(&[1, 1, 3, 2])).is_err());
+    assert!(ops::unpack_patches(&random(&[1, 4, 6]), (2, 2)).is_err());
+}
+
+#[test]
 fn nan_stays_visible() {
     let x = with_value(&random(&[1, 4, 2, 8]), 11, f32::NAN);
     let rows = x.reshape((8, 8)).unwrap();

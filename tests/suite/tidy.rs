@@ -21,11 +21,13 @@ const MAY_USE: &[(&str, &[&str])] = &[
 ];
 const LINES_MAX: usize = 600;
 /// Where `unsafe` may stand: the map of files, the inner loops of the CPU's operations, the start of
-/// CUDA kernels, which get bare addresses, and calls of a GPU's driver and of the C library's allocator.
+/// CUDA kernels and of products in cuBLASLt, which get bare addresses, and calls of a GPU's driver and of
+/// the C library's allocator.
 const UNSAFE_ALLOWED: &[&str] = &[
     "src/weights/mmap.rs",
     "src/ops/simd/",
     "src/ops/cuda/ffi.rs",
+    "src/ops/cuda/blas_lt.rs",
     "src/memory/cuda.rs",
     "src/memory/heap.rs",
 ];

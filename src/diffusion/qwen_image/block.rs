@@ -24,6 +24,8 @@ pub(super) struct Layout {
     pub(super) text: Rotation,
     /// Tokens of the picture that is denoised; the references follow.
     pub(super) target_tokens: usize,
+    /// Text tokens of each entry of a batch, where they differ; the rest of its rows is padding.
+    pub(super) text_lengths: Option<Vec<usize>>,
 }
 
 /// Both streams: `image: [b, n_image, dim]`, `text: [b, n_text, dim]`.
@@ -168,7 +170,9 @@ impl Block {
         step: &BlockContext,
     ) -> TensorResult<Streams> {
         let text = modulated(&streams.text, &step.text.attention)?;
-        let image = by_kind([&streams.image], layout, step, |[x], m| modulated(x, &m.attention))?;
+        let [image] = by_kind([&streams.image], layout, step, |[x], modulation| {
+            Ok([modulated(x, &modulation.attention)?])
+        })?;
         Ok(Streams { image, text })
     }
 
@@ -195,7 +199,7 @@ impl Block {
     ) -> TensorResult<JointOutput> {
         #[expect(clippy::cast_precision_loss, reason = "the width of a head is small")]
         let scale = (self.head_dim as f32).sqrt().recip();
-        let shape = JointShape { scale, eps: EPS, text_lengths: None };
+        let shape = JointShape { scale, eps: EPS, text_lengths: layout.text_lengths.as_deref() };
         let text_stream = text.stream(&self.text_attention, &layout.text);
         let image_stream = image.stream(&self.image_attention, &layout.image);
         let attended = match self.attention_in_bf16 {
@@ -221,9 +225,9 @@ impl Block {
         attended: Tensor,
         step: &BlockContext,
     ) -> TensorResult<Tensor> {
-        let text = ops::gated_add(residual, &attended, &step.text.attention.gate)?;
+        let [text, normed] = joined(residual, &attended, &step.text)?;
         recycle([attended])?;
-        let inner = self.text_mlp.forward(modulated(&text, &step.text.mlp)?)?;
+        let inner = self.text_mlp.forward(normed)?;
         let out = in_range(ops::gated_add(&text, &inner, &step.text.mlp.gate)?)?;
         recycle([text, inner])?;
         Ok(out)
@@ -237,14 +241,13 @@ impl Block {
         layout: &Layout,
         step: &BlockContext,
     ) -> TensorResult<Tensor> {
-        let image = by_kind([residual, &attended], layout, step, |[residual, x], modulation| {
-            ops::gated_add(residual, x, &modulation.attention.gate)
+        let [image, normed] = by_kind([residual, &attended], layout, step, |[residual, x], m| {
+            joined(residual, x, m)
         })?;
         recycle([attended])?;
-        let inner = by_kind([&image], layout, step, |[x], m| modulated(x, &m.mlp))?;
-        let inner = self.image_mlp.forward(inner)?;
-        let out = by_kind([&image, &inner], layout, step, |[residual, x], modulation| {
-            in_range(ops::gated_add(residual, x, &modulation.mlp.gate)?)
+        let inner = self.image_mlp.forward(normed)?;
+        let [out] = by_kind([&image, &inner], layout, step, |[residual, x], modulation| {
+            Ok([in_range(ops::gated_add(residual, x, &modulation.mlp.gate)?)?])
         })?;
         recycle([image, inner])?;
         Ok(out)
@@ -264,12 +267,12 @@ fn in_range(x: Tensor) -> TensorResult<Tensor> {
 
 /// Applies `f` to the image tokens that are modulated alike: all of them, or the picture that is
 /// denoised and the references one after the other. `tensors: [b, n_image, dim]` each.
-fn by_kind<const N: usize>(
+fn by_kind<const N: usize, const M: usize>(
     tensors: [&Tensor; N],
     layout: &Layout,
     step: &BlockContext,
-    f: impl Fn([&Tensor; N], &BlockModulation) -> TensorResult<Tensor>,
-) -> TensorResult<Tensor> {
+    f: impl Fn([&Tensor; N], &BlockModulation) -> TensorResult<[Tensor; M]>,
+) -> TensorResult<[Tensor; M]> {
     let target_tokens = layout.target_tokens;
     let reference_tokens = tensors[0].dim(1)? - target_tokens;
     let Some(reference) = step.reference.as_ref().filter(|_| reference_tokens > 0) else {
@@ -282,9 +285,24 @@ fn by_kind<const N: usize>(
             .collect::<TensorResult<_>>()?;
         f(std::array::from_fn(|i| &parts[i]), modulation)
     };
-    let target = part(0, target_tokens, &step.target)?;
+    let mut all = part(0, target_tokens, &step.target)?;
     let reference = part(target_tokens, reference_tokens, reference)?;
-    Tensor::cat(&[target, reference], 1) // (b, n_image, dim)
+    for (all, reference) in all.iter_mut().zip(reference) {
+        *all = Tensor::cat(&[&*all, &reference], 1)?; // (b, n_image, dim)
+    }
+    Ok(all)
+}
+
+/// The stream with the attention's output added, and that normalised and modulated for the MLP.
+fn joined(
+    residual: &Tensor,
+    attended: &Tensor,
+    modulation: &BlockModulation,
+) -> TensorResult<[Tensor; 2]> {
+    let BlockModulation { attention, mlp } = modulation;
+    let next = [&mlp.scale, &mlp.shift];
+    let (sum, normed) = ops::gated_add_norm(residual, attended, &attention.gate, next, EPS)?;
+    Ok([sum, normed])
 }
 
 fn modulated(x: &Tensor, modulation: &Modulation) -> TensorResult<Tensor> {
@@ -338,9 +356,8 @@ impl Mlp {
     }
 
     fn forward(&self, x: Tensor) -> TensorResult<Tensor> {
-        let inner = self.up.forward(&x)?;
+        let inner = self.up.forward_gelu_tanh(&x)?;
         ops::recycle(x)?;
-        let inner = ops::gelu_tanh_owned(inner)?;
         let out = self.down.forward(&inner)?;
         ops::recycle(inner)?;
         Ok(out)

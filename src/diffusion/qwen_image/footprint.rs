@@ -3,6 +3,7 @@
 use std::sync::Arc;
 
 use super::{
+    batch::GuidancePass,
     config::Config,
     model::{KEPT_BYTES_MAX, Residency, checkpoint, ends_storage},
 };
@@ -139,7 +140,7 @@ impl Footprint {
 
     /// The most bytes of activations in one step on so many threads.
     #[must_use]
-    pub fn activations(&self, tokens: TokenCounts, threads: usize) -> u64 {
+    pub fn activations(&self, tokens: TokenCounts, pass: GuidancePass, threads: usize) -> u64 {
         let number = self.precision.compute.size_in_bytes() as u64;
         let TokenCounts { target, references, text, branches } = tokens;
         let (image, text) = ((target + references) as u64, text as u64);
@@ -149,12 +150,17 @@ impl Footprint {
         // or kept to be used again (streams, queries, keys, values and their forms for attention,
         // outputs; counted, see tests/memory), and the hidden layer
         // of the image's MLP of four rows, which its product quantizes beside it. Each branch of
-        // guidance has streams of its own. While the tokens attend, each thread holds one head's
+        // guidance has streams of its own: a batch of them has everything for each, in turn they
+        // share all but the streams. While the tokens attend, each thread holds one head's
         // keys and values.
+        let (batch, others) = match pass {
+            GuidancePass::OneBatch => (branches as u64, 0),
+            GuidancePass::InTurn => (1, branches.saturating_sub(1) as u64),
+        };
         let row = dim * number;
         let scratch = 2 * threads as u64 * all * self.config.head_dim as u64 * 4;
-        let rows = (11 + branches as u64 - 1) * all * row + 4 * image * row + image * dim * 5;
-        let rows = rows.max(8 * all * row + scratch);
+        let rows = (11 * batch + others) * all * row + batch * (4 * image * row + image * dim * 5);
+        let rows = rows.max(8 * batch * all * row + scratch);
         let latents = 4 * image * self.config.latent_dim as u64 * 4;
         let conditioning = 2 * text * self.config.conditioning_dim as u64 * number;
         let rotations = 2 * all * self.config.head_dim as u64 * 4;

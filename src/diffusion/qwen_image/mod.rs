@@ -1,5 +1,6 @@
 //! The Qwen-Image transformer: predicts the velocity of the noisy picture's tokens.
 
+mod batch;
 mod block;
 mod cache;
 mod config;
@@ -12,6 +13,7 @@ pub mod pack;
 mod rope;
 mod store;
 
+pub use batch::GuidancePass;
 pub use cache::{BlockCache, StepCache};
 pub(crate) use config::CLASS;
 pub use config::Config;

@@ -2,19 +2,23 @@
 
 use std::{
     ops::ControlFlow,
-    sync::{Arc, Mutex, PoisonError},
+    sync::{
+        Arc, Mutex, PoisonError,
+        atomic::{AtomicBool, Ordering},
+    },
 };
 
-use candle_core::{DType, Tensor};
+use candle_core::Tensor;
 
 use super::{
+    batch::{self, GuidancePass},
     block::{Block, Layout, Streams, recycle},
     cache::BlockCache,
     config::{self, Config},
     modulation::{BlockContext, BlockProjections, StepContext, TimeEmbedding},
     pack::Grid,
     rope::rotations,
-    store::Store,
+    store::{Store, readers},
 };
 use crate::{
     error::{Error, Result},
@@ -86,6 +90,8 @@ pub struct Transformer {
     norm_out: Linear,
     proj_out: Linear,
     kept: Mutex<Vec<Kept>>,
+    /// Whether inputs that fit together go through the blocks as one batch.
+    in_batches: AtomicBool,
 }
 
 /// Which of the transformer's weights stay in memory.
@@ -179,6 +185,7 @@ impl Transformer {
             precision: precision.clone(),
             config,
             kept: Mutex::new(Vec::new()),
+            in_batches: AtomicBool::new(false),
         };
         // The mark carries no numbers: that it is there is all it says.
         weights.finish(&[config::ZERO_COND_MARK])?;
@@ -205,12 +212,34 @@ impl Transformer {
         self.projections.fill(cancel)
     }
 
+    /// [`Self::fill`] on threads of its own, so that it takes none from a computation beside it and
+    /// does not wait for one.
+    ///
+    /// # Errors
+    /// As [`Self::fill`].
+    pub fn fill_on_readers(&self, cancel: &CancelToken) -> Result<()> {
+        readers().install(|| self.fill(cancel))
+    }
+
     /// Lets more or fewer weights stay in memory from now on. What the model computes is the same,
     /// bit for bit.
     pub fn set_residency(&self, residency: Residency) {
         let (blocks, projections) = residency.counts(self.config.layers);
         self.blocks.set_stay(blocks);
         self.projections.set_stay(projections);
+    }
+
+    /// Whether all weights that are to stay are in memory.
+    #[must_use]
+    pub fn is_filled(&self) -> bool {
+        self.blocks.is_filled() && self.projections.is_filled()
+    }
+
+    /// Lets the predictions of guidance go through the blocks in this way from now on. In one batch
+    /// they are those of two passes but for rounding, since products of more rows may sum in another
+    /// order.
+    pub fn set_guidance(&self, pass: GuidancePass) {
+        self.in_batches.store(pass == GuidancePass::OneBatch, Ordering::Relaxed);
     }
 
     /// Drops the blocks from memory, for another model's sake; they are read again when they are
@@ -329,9 +358,10 @@ impl Transformer {
         Ok(velocities.swap_remove(0)) // one for each branch
     }
 
-    /// [`Self::forward`] for several inputs of one step, block by block: each block's weights are
-    /// looked at once for all of them. The results are those of as many calls, bit for bit, unless
-    /// a branch has a cache that lets it end early.
+    /// [`Self::forward`] for several inputs of one step: each block's weights are looked at once for
+    /// all of them. The results are those of as many calls: bit for bit in turn, but for rounding in
+    /// one batch (see [`Self::set_guidance`]), which inputs with caches or with pictures of other sizes
+    /// never are. A branch with a cache may end early.
     ///
     /// # Errors
     /// As [`Self::forward`].
@@ -343,8 +373,16 @@ impl Transformer {
         cancel: &CancelToken,
     ) -> Result<Vec<Tensor>> {
         let _buffers = ops::KeepBuffers::new();
-        let passes = branches.iter().map(|branch| self.begin(branch));
-        let mut passes: Vec<Pass> = passes.collect::<Result<_>>()?;
+        let inputs: Vec<ModelInput<'_>> = branches.iter().map(|branch| branch.input).collect();
+        let mut passes = if self.in_batches.load(Ordering::Relaxed) && batch::fit_together(branches)
+        {
+            vec![self.begin(&inputs, true)?] // its caches are the first branch's, which has none
+        } else {
+            let begun = branches.iter().map(|branch| {
+                self.begin(std::slice::from_ref(&branch.input), branch.cache.is_none())
+            });
+            begun.collect::<Result<_>>()?
+        };
         let last = self.config.layers.saturating_sub(1);
         self.blocks.each(cancel, |index, block| {
             let context = &step.blocks[index];
@@ -364,31 +402,50 @@ impl Transformer {
             let all_finished = passes.iter().all(|pass| pass.finished.is_some());
             Ok(if all_finished { ControlFlow::Break(()) } else { ControlFlow::Continue(()) })
         })?;
-        passes.into_iter().map(|pass| self.velocity(pass, step)).collect()
+        let mut velocities = Vec::with_capacity(inputs.len());
+        for pass in passes {
+            velocities.extend(batch::entries(&self.velocity(pass, step)?)?);
+        }
+        Ok(velocities)
     }
 
-    fn begin(&self, branch: &Branch<'_>) -> Result<Pass> {
-        let input = &branch.input;
-        let layout = self.layout(input)?;
+    /// Begins a pass of all `inputs` as one batch.
+    fn begin(&self, inputs: &[ModelInput<'_>], recycles: bool) -> Result<Pass> {
+        let layout = self.layout(inputs)?;
         let Precision { device, compute, .. } = &self.precision;
-        let text = input.conditioning.hidden_states.to_device(device)?.to_dtype(*compute)?;
-        let image = input.tokens.to_device(device)?.to_dtype(*compute)?;
+        let text = batch::texts(inputs, layout.text.tokens()?)?;
+        let text = text.to_device(device)?.to_dtype(*compute)?;
+        let image = batch::images(inputs)?.to_device(device)?.to_dtype(*compute)?;
         let streams = Streams {
             image: self.image_in.forward(&image)?,
             text: self.text_in.forward(&self.text_norm.forward(&text)?)?,
         };
-        let recycles = branch.cache.is_none();
         Ok(Pass { layout, streams, recycles, after_first: None, finished: None })
     }
 
+    /// `[inputs, n, latent_dim]`.
     fn velocity(&self, pass: Pass, step: &StepContext) -> Result<Tensor> {
         let image = pass.finished.unwrap_or(pass.streams.image);
         let image = ops::modulated_layer_norm(&image, &step.scale_out, &step.shift_out, EPS)?;
-        Ok(self.proj_out.forward(&image)?.to_dtype(DType::F32)?)
+        Ok(self.proj_out.forward(&image)?)
     }
 
-    /// Checks the input's shapes and places its tokens.
-    fn layout(&self, input: &ModelInput<'_>) -> Result<Layout> {
+    /// Checks the inputs' shapes and places their tokens; their grids are the same.
+    fn layout(&self, inputs: &[ModelInput<'_>]) -> Result<Layout> {
+        let mut text_tokens = 0;
+        for input in inputs {
+            text_tokens = text_tokens.max(self.check(input)?);
+        }
+        let grids = inputs.first().map_or(&[][..], |input| input.grids);
+        let device = &self.precision.device;
+        let (image, text) = rotations(&self.config, grids, text_tokens, device)?;
+        let target_tokens = grids.first().map_or(0, |grid| grid.tokens());
+        let text_lengths = batch::text_lengths(inputs)?;
+        Ok(Layout { image, text, target_tokens, text_lengths })
+    }
+
+    /// Checks the input's shapes; returns the number of its text tokens.
+    fn check(&self, input: &ModelInput<'_>) -> Result<usize> {
         let tokens: usize = input.grids.iter().map(|grid| grid.tokens()).sum();
         let expected = [1, tokens, self.config.latent_dim];
         if input.tokens.dims() != expected || tokens == 0 {
@@ -403,10 +460,7 @@ impl Transformer {
             let expected = format!("[1, at least 1, {}]", self.config.conditioning_dim);
             return Err(Error::field("conditioning", format!("{text:?}"), expected));
         }
-        let device = &self.precision.device;
-        let (image, text) = rotations(&self.config, input.grids, text_tokens, device)?;
-        let target_tokens = input.grids.first().map_or(0, |grid| grid.tokens());
-        Ok(Layout { image, text, target_tokens })
+        Ok(text_tokens)
     }
 }
 
@@ -443,7 +497,7 @@ impl Pass {
         Ok(())
     }
 
-    /// The tokens that are denoised: `[1, n, dim]`.
+    /// The tokens that are denoised: `[b, n, dim]`.
     fn target(&self) -> Result<Tensor> {
         Ok(self.streams.image.narrow(1, 0, self.layout.target_tokens)?)
     }

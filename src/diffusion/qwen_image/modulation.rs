@@ -3,13 +3,23 @@
 use candle_core::{DType, Device, Result as TensorResult, Tensor};
 
 use super::config::Config;
-use crate::{error::Result, layers::Linear, ops, weights::Weights};
+use crate::{
+    error::Result,
+    layers::Linear,
+    ops::{self, Sinusoids},
+    weights::Weights,
+};
 
-/// Width of the sinusoids that a timestep becomes.
-const SINUSOIDS: usize = 256;
-const MAX_PERIOD: f64 = 10_000.0;
-/// The model sees timesteps on a scale of 1 and multiplies them again.
-const TIME_SCALE: f32 = 1000.0;
+/// What a timestep becomes. The model sees timesteps on a scale of 1 and multiplies them again.
+///
+/// Reference: <https://github.com/huggingface/diffusers/blob/v0.42.1/src/diffusers/models/transformers/transformer_qwenimage.py#L43-L89>.
+const SINUSOIDS: Sinusoids = Sinusoids {
+    width: 256,
+    flip_sin_to_cos: true,
+    downscale_freq_shift: 0.0,
+    scale: 1000.0,
+    max_period: 10_000.0,
+};
 
 /// Shift, scale and gate of one half of a block, each `[1, 1, dim]`.
 #[derive(Debug, Clone)]
@@ -55,7 +65,7 @@ pub(super) struct TimeEmbedding {
 impl TimeEmbedding {
     pub(super) fn load(weights: &Weights, dim: usize) -> Result<Self> {
         Ok(Self {
-            linear_1: Linear::load(&weights.pp("linear_1"), SINUSOIDS, dim)?,
+            linear_1: Linear::load(&weights.pp("linear_1"), SINUSOIDS.width, dim)?,
             linear_2: Linear::load(&weights.pp("linear_2"), dim, dim)?,
         })
     }
@@ -67,28 +77,10 @@ impl TimeEmbedding {
         dtype: DType,
         device: &Device,
     ) -> TensorResult<Tensor> {
-        let sinusoids = sinusoids(timesteps, device)?.to_dtype(dtype)?;
+        let timesteps = Tensor::from_slice(timesteps, timesteps.len(), device)?;
+        let sinusoids = ops::timestep_embedding(&timesteps, SINUSOIDS, dtype)?; // (timesteps, 256)
         self.linear_2.forward(&ops::silu(&self.linear_1.forward(&sinusoids)?)?)
     }
-}
-
-/// `[timesteps, 256]`: cosines, then sines.
-///
-/// Reference: `get_timestep_embedding` with `flip_sin_to_cos` and no frequency shift at
-/// <https://github.com/huggingface/diffusers/blob/v0.42.1/src/diffusers/models/transformers/transformer_qwenimage.py#L43-L89>.
-#[expect(clippy::cast_possible_truncation, reason = "the reference computes in float32")]
-fn sinusoids(timesteps: &[f32], device: &Device) -> TensorResult<Tensor> {
-    const HALF: usize = SINUSOIDS >> 1;
-    let frequency = |i: usize| {
-        let exponent = -MAX_PERIOD.ln() as f32 * i as f32 / HALF as f32;
-        f64::from(exponent).exp() as f32
-    };
-    let angles = |&t: &f32| (0..HALF).map(move |i| TIME_SCALE * (t * frequency(i)));
-    let values: Vec<f32> = timesteps
-        .iter()
-        .flat_map(|t| angles(t).map(f32::cos).chain(angles(t).map(f32::sin)))
-        .collect();
-    Tensor::from_vec(values, (timesteps.len(), SINUSOIDS), device)
 }
 
 /// The projections of the time embedding that one block owns.

@@ -1,6 +1,6 @@
 //! Rotary positions: pictures are centred on the origin, text follows on the diagonal.
 
-use candle_core::{Device, Tensor};
+use candle_core::{Device, Result as TensorResult, Tensor};
 
 use super::{config::Config, pack::Grid};
 use crate::error::{Error, Result};
@@ -14,6 +14,13 @@ const POSITIONS_MAX: usize = 4096;
 pub(super) struct Rotation {
     pub(super) cos: Tensor,
     pub(super) sin: Tensor,
+}
+
+impl Rotation {
+    /// The number of tokens.
+    pub(super) fn tokens(&self) -> TensorResult<usize> {
+        self.cos.dim(0)
+    }
 }
 
 /// The rotations of all pictures' tokens, in their order, and of `text_tokens` text tokens.

@@ -66,6 +66,12 @@ impl<T: Send + Sync> Store<T> {
         self.lock().iter().flatten().count()
     }
 
+    /// Whether all parts that are to stay are in memory.
+    pub(super) fn is_filled(&self) -> bool {
+        let stay = self.stay.load(Ordering::Relaxed);
+        self.lock().iter().take(stay).all(Option::is_some)
+    }
+
     /// Reads the parts that are to stay.
     pub(super) fn fill(&self, cancel: &CancelToken) -> Result<()> {
         let count = self.stay.load(Ordering::Relaxed).min(self.lock().len());
@@ -142,7 +148,7 @@ impl<T: Send + Sync> Store<T> {
 
 /// Threads that read ahead. They are not those of the computation: a thread that waits for a part
 /// may be the only one of its pool, which the reading must not depend on.
-fn readers() -> &'static ThreadPool {
+pub(super) fn readers() -> &'static ThreadPool {
     static READERS: OnceLock<ThreadPool> = OnceLock::new();
     READERS.get_or_init(|| {
         const MOST: usize = 4;

@@ -66,18 +66,23 @@ pub(super) struct Output {
 enum Memory {
     Bf16(Vec<bf16>),
     F32(Vec<f32>),
+    U8(Vec<u8>),
     #[cfg(feature = "cuda")]
     Cuda(candle_core::CudaStorage),
 }
 
 impl Output {
-    /// Room for `dims` numbers of bf16 or float32. On a device they start as anything, in host memory
-    /// as NaN, so that what a kernel leaves out is seen.
+    /// Room for `dims` numbers of bf16, float32 or eight bits. On a device they start as anything, in
+    /// host memory as NaN, so that what a kernel leaves out is seen.
     pub(super) fn new(device: &Device, dims: &[usize], dtype: DType) -> Result<Self> {
         let count = dims.iter().product();
+        if device.is_cpu() {
+            super::allocated_on_host()?;
+        }
         let memory = match (device, dtype) {
             (Device::Cpu, DType::BF16) => Memory::Bf16(vec![bf16::NAN; count]),
             (Device::Cpu, DType::F32) => Memory::F32(vec![f32::NAN; count]),
+            (Device::Cpu, DType::U8) => Memory::U8(vec![u8::MAX; count]), // NaN of e4m3
             #[cfg(feature = "cuda")]
             (Device::Cuda(device), _) => Memory::Cuda(device::allocate(device, count, dtype)?),
             _ => bail!("a kernel does not write {dtype:?} on {device:?}"),
@@ -90,6 +95,7 @@ impl Output {
         match &self.memory {
             Memory::Bf16(numbers) => host_address(numbers),
             Memory::F32(numbers) => host_address(numbers),
+            Memory::U8(numbers) => host_address(numbers),
             #[cfg(feature = "cuda")]
             Memory::Cuda(storage) => device::address(storage, 0).unwrap_or(0),
         }
@@ -100,6 +106,7 @@ impl Output {
         match self.memory {
             Memory::Bf16(numbers) => Tensor::from_vec(numbers, self.dims, &self.device),
             Memory::F32(numbers) => Tensor::from_vec(numbers, self.dims, &self.device),
+            Memory::U8(numbers) => Tensor::from_vec(numbers, self.dims, &self.device),
             #[cfg(feature = "cuda")]
             Memory::Cuda(storage) => {
                 let none = candle_core::op::BackpropOp::none();
@@ -261,6 +268,9 @@ mod device {
                 }
                 DType::F32 => {
                     Ok(CudaStorage::wrap_cuda_slice(device.alloc::<f32>(count)?, device.clone()))
+                }
+                DType::U8 => {
+                    Ok(CudaStorage::wrap_cuda_slice(device.alloc::<u8>(count)?, device.clone()))
                 }
                 other => bail!("a kernel does not write {other:?}"),
             }

@@ -8,6 +8,7 @@ use candle_core::{
 };
 
 use super::{
+    blas::{self, Epilogue},
     ffi::{Output, address, blocks_address, launch},
     launch::{Args, Launch},
     takes,
@@ -138,6 +139,21 @@ impl StoredMatrix {
         (self.outs, self.depth)
     }
 
+    /// The product by cuBLASLt, with activations rounded to fp8; `None` where that is not wanted or
+    /// not possible.
+    pub(in crate::ops) fn on_blas(
+        &self,
+        x: &Tensor,
+        epilogue: Epilogue<'_>,
+    ) -> Result<Option<Tensor>> {
+        match (&self.blocks, self.format) {
+            (Blocks::Bytes(bytes), Format::F8E4M3) => {
+                blas::linear_float8(x, (bytes, (self.outs, self.depth), self.scale), epilogue)
+            }
+            _ => Ok(None),
+        }
+    }
+
     /// `x · weightᵀ + bias`: `[.., depth]` → `[.., outs]` in bf16, or `None` where no kernel fits.
     ///
     /// # Errors
@@ -185,4 +201,31 @@ impl StoredMatrix {
         launch(x.device(), &start)?;
         out.into_tensor().map(Some)
     }
+}
+
+/// [`crate::ops::float8_rows`], or `None` where there is no kernel for the type and width.
+pub(in crate::ops) fn float8_rows(x: &Tensor) -> Result<Option<(Tensor, Tensor)>> {
+    const ROW_THREADS: usize = 128;
+    let depth = x.dims().last().copied().unwrap_or(0);
+    if !takes(&[x]) || x.elem_count() == 0 || !depth.is_multiple_of(8) {
+        return Ok(None);
+    }
+    let x = super::rows::aligned(x)?;
+    let rows = x.elem_count().checked_div(depth).unwrap_or(0);
+    let bytes = Output::new(x.device(), &[rows, depth], DType::U8)?;
+    let scales = Output::new(x.device(), &[rows], DType::F32)?;
+    let mut args = Args::default();
+    args.tensor(Some(&x))?.address(bytes.address()).address(scales.address());
+    args.counts([rows, depth]);
+    launch(
+        x.device(),
+        &Launch {
+            kernel: "float8_rows".to_owned(),
+            grid: [rows, 1, 1],
+            threads: ROW_THREADS,
+            shared_bytes: (ROW_THREADS >> 5) * DType::F32.size_in_bytes(),
+            args,
+        },
+    )?;
+    Ok(Some((bytes.into_tensor()?, scales.into_tensor()?)))
 }

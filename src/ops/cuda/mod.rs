@@ -5,9 +5,13 @@
 //! memory. `parity` holds one suite of checks for both.
 
 mod attention;
+mod blas;
+#[cfg(feature = "cuda")]
+mod blas_lt;
 mod conv;
 mod ffi;
 mod joint;
+mod latents;
 mod launch;
 mod linear;
 #[cfg(any(feature = "cuda", feature = "cuda-emulation"))]
@@ -22,9 +26,13 @@ use std::{
 use candle_core::{DType, Device, Error, Result, Tensor};
 
 pub(super) use attention::attention;
+pub(super) use blas::{Epilogue, linear as blas_linear};
+pub use blas::{use_blas_lt, use_float8_products};
 pub(super) use conv::StoredKernel;
 pub use ffi::launches;
 pub(super) use joint::joint_attention;
+pub(super) use latents::{pack_patches, timestep_embedding, unpack_patches};
+pub(super) use linear::float8_rows;
 pub use linear::{Format, StoredMatrix};
 pub(super) use rows::{
     Activation, activate, channel_rms_norm, gated_add, gated_add_norm, guided_step, layer_norm,
@@ -33,6 +41,8 @@ pub(super) use rows::{
 
 thread_local! {
     static EMULATED: Cell<Option<u32>> = const { Cell::new(None) };
+    /// Allocations for kernels' results that still succeed in the emulation.
+    static ALLOCATIONS: Cell<u64> = const { Cell::new(u64::MAX) };
 }
 
 /// Runs `work` with the kernels in place of the plain versions for bf16 tensors in host memory, in
@@ -41,6 +51,36 @@ thread_local! {
 #[cfg(feature = "cuda-emulation")]
 pub fn emulated<T>(order: u32, work: impl FnOnce() -> T) -> T {
     with_order(Some(order), work)
+}
+
+/// Runs `work` in the emulation on a device whose memory is used up after so many allocations of kernels.
+/// Returns what came of it and how many there were.
+#[cfg(feature = "cuda-emulation")]
+pub fn emulated_with_room_for<T>(allocations: u64, work: impl FnOnce() -> T) -> (T, u64) {
+    struct Reset;
+    impl Drop for Reset {
+        fn drop(&mut self) {
+            ALLOCATIONS.set(u64::MAX);
+        }
+    }
+    ALLOCATIONS.set(allocations);
+    let _reset = Reset;
+    let result = emulated(0, work);
+    (result, allocations - ALLOCATIONS.get())
+}
+
+/// Counts an allocation in host memory for a kernel.
+///
+/// # Errors
+/// In the words of CUDA's driver, where the emulated memory is used up.
+fn allocated_on_host() -> Result<()> {
+    match ALLOCATIONS.get().checked_sub(1) {
+        Some(left) => {
+            ALLOCATIONS.set(left);
+            Ok(())
+        }
+        None => Err(Error::msg("DriverError(CUDA_ERROR_OUT_OF_MEMORY, \"emulated\")")),
+    }
 }
 
 /// Runs `work` without the emulation, even within [`emulated`].

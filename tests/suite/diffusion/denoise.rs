@@ -6,7 +6,7 @@ use candle_core::Tensor;
 use pentimento::{
     CancelToken, Error, Event, RequestError, Stage,
     diffusion::{
-        Conditioning, Denoise, Denoised, DiffusionModel, StepCache, Transformer,
+        Conditioning, Denoise, Denoised, DiffusionModel, GuidancePass, StepCache, Transformer,
         noise::NoiseSource,
         qwen_image::{Branch, ModelInput, Outputs},
         schedule::ScheduleConfig,
@@ -20,11 +20,16 @@ use crate::common::{Tolerance, assert_close};
 
 #[test]
 fn the_loop_equals_the_pipeline() {
-    for (checkpoint, tag) in
-        [("tiny-qwen-2511", "pipe.two"), ("edit-23", "pipe.cfg"), ("tiny-qwen-plus", "pipe.nocfg")]
-    {
+    for (checkpoint, tag, guidance) in [
+        ("tiny-qwen-2511", "pipe.two", GuidancePass::InTurn),
+        ("tiny-qwen-2511", "pipe.two", GuidancePass::OneBatch),
+        ("edit-23", "pipe.cfg", GuidancePass::InTurn),
+        ("edit-23", "pipe.cfg", GuidancePass::OneBatch),
+        ("tiny-qwen-plus", "pipe.nocfg", GuidancePass::InTurn),
+    ] {
         let run = Run::open(checkpoint, tag);
         let model = DiffusionModel::load(&files(&run.reference), &Precision::reference()).unwrap();
+        model.transformer().set_guidance(guidance);
         let (grids, cancel) = (run.grids(), CancelToken::new());
         let height = usize::try_from(run.number("height")).unwrap();
         let width = usize::try_from(run.number("width")).unwrap();

@@ -4,13 +4,13 @@ use candle_core::{DType, Device, Tensor};
 use pentimento::{
     CancelToken, Error, RequestError,
     diffusion::{
-        Conditioning, Grid, Transformer,
-        qwen_image::{ModelInput, Outputs},
+        Conditioning, Grid, GuidancePass, Transformer,
+        qwen_image::{Branch, ModelInput, Outputs},
     },
     weights::{AttentionType, Precision, Storage},
 };
 
-use super::{conditioning, files, grids};
+use super::{conditioning, files, grids, largest_difference};
 use crate::common::{Reference, Tolerance, assert_close};
 
 #[test]
@@ -74,6 +74,48 @@ fn attention_in_bf16_changes_little() {
         let exact = forward(Storage::Compute, AttentionType::Compute);
         let same = forward(Storage::Compute, AttentionType::LikeWeights);
         assert_close(reference.name(), &same, &exact, Tolerance::Relative(1e-7));
+    }
+}
+
+/// Two prompts of different lengths, so that one of them is padded, in either order, and two of one
+/// length.
+#[test]
+fn predictions_in_one_batch_equal_those_of_two_passes() {
+    for reference in Reference::all() {
+        let (grids, long) = (grids(&reference), conditioning(&reference));
+        let tokens = reference.tensor("dit.hidden_states");
+        let cut = |from: usize| {
+            let kept = long.hidden_states.dim(1).unwrap() - 3;
+            Conditioning { hidden_states: long.hidden_states.narrow(1, from, kept).unwrap() }
+        };
+        let (short, other) = (cut(0), cut(2));
+        for storage in [Storage::Compute, Storage::Q8_0] {
+            let precision = Precision { storage, ..Precision::reference() };
+            let model = Transformer::load(&files(&reference), &precision).unwrap();
+            let cancel = CancelToken::new();
+            let context = &model.contexts(&[0.37], &cancel).unwrap()[0];
+            let both = |pair: [&Conditioning; 2], outputs, guidance| {
+                model.set_guidance(guidance);
+                let mut branches = pair.map(|conditioning| {
+                    let input = ModelInput { tokens, grids: &grids, conditioning };
+                    Branch { input, cache: None }
+                });
+                model.forward_each(&mut branches, context, outputs, &cancel).unwrap()
+            };
+            for pair in [[&long, &short], [&short, &long], [&short, &other]] {
+                for outputs in [Outputs::Target, Outputs::All] {
+                    let apart = both(pair, outputs, GuidancePass::InTurn);
+                    let together = both(pair, outputs, GuidancePass::OneBatch);
+                    assert_eq!(together.len(), 2);
+                    let name = format!("{} {storage:?} {outputs:?}", reference.name());
+                    let all = |entries: &[Tensor]| Tensor::cat(entries, 0).unwrap();
+                    let (found, expected) = (all(&together), all(&apart));
+                    assert_close(&name, &found, &expected, Tolerance::Relative(2e-6));
+                    let difference = largest_difference(&apart[0], &apart[1]);
+                    assert!(difference > 1e-4, "the prompts change nothing: {difference}");
+                }
+            }
+        }
     }
 }
 

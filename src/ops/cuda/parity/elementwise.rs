@@ -1,9 +1,9 @@
 //! Norms, activations, rotation and the sampler's step against their definitions.
 
-use candle_core::Tensor;
+use candle_core::{DType, Tensor};
 
 use super::Suite;
-use crate::ops;
+use crate::ops::{self, Sinusoids};
 
 pub(super) fn check(suite: &mut Suite) {
     rows(suite);
@@ -11,6 +11,8 @@ pub(super) fn check(suite: &mut Suite) {
     rotations(suite);
     channels(suite);
     steps(suite);
+    timesteps(suite);
+    patches(suite);
 }
 
 fn rows(suite: &mut Suite) {
@@ -103,6 +105,39 @@ fn steps(suite: &mut Suite) {
             suite.compare("guided step", case, inputs, |[latents, positive, negative]| {
                 let negative = guided.then_some((negative, 4.0));
                 ops::guided_step(latents, positive, negative, -0.13)
+            });
+        }
+    }
+}
+
+/// Timesteps on a scale of 1, as the transformer sees them, and beyond.
+fn timesteps(suite: &mut Suite) {
+    let times: Vec<f32> = (0..37_u8).map(|i| f32::from(i) / 36.0).collect();
+    let Ok(times) = Tensor::from_vec(times, 37, &candle_core::Device::Cpu) else { return };
+    for (width, flip_sin_to_cos, downscale_freq_shift, scale) in
+        [(256, true, 0.0, 1000.0), (6, false, 1.0, 1.0), (320, true, 0.5, 1.0)]
+    {
+        let shape =
+            Sinusoids { width, flip_sin_to_cos, downscale_freq_shift, scale, max_period: 1e4 };
+        let case = format!("{width} numbers, cosines first {flip_sin_to_cos}, scale {scale}");
+        suite.compare("timestep embedding", case, ([&times], &[0]), |[times]| {
+            let wide = times.dtype() == DType::F64;
+            let dtype = if wide { DType::F64 } else { DType::BF16 };
+            ops::timestep_embedding(times, shape, dtype)
+        });
+    }
+}
+
+/// Moved numbers are the same numbers.
+fn patches(suite: &mut Suite) {
+    for [b, c, height, width] in [[1, 1, 1, 1], [2, 3, 5, 7], [1, 16, 9, 32]] {
+        let x = suite.random(&[b, c, 2 * height, 2 * width]);
+        let tokens = suite.random(&[b, height * width, 4 * c]);
+        for (dtype, wide) in [("bf16", &[][..]), ("f32", &[0])] {
+            let name = format!("[{b}, {c}, 2 · {height}, 2 · {width}] in {dtype}");
+            suite.compare("pack patches", name.clone(), ([&x], wide), |[x]| ops::pack_patches(x));
+            suite.compare("unpack patches", name, ([&tokens], wide), |[tokens]| {
+                ops::unpack_patches(tokens, (height, width))
             });
         }
     }

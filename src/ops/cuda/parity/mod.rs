@@ -5,6 +5,7 @@
 //! twice plus two units in the last place of the largest result at its worst number.
 
 mod attention;
+mod blas;
 mod elementwise;
 mod joint;
 mod products;
@@ -47,6 +48,16 @@ pub fn run(device: &Device, orders: &[u32]) -> Vec<Outcome> {
     attention::check(&mut suite);
     elementwise::check(&mut suite);
     products::check(&mut suite);
+    suite.outcomes
+}
+
+/// The checks of products by cuBLASLt. Where that is not there, in the emulation and on devices without
+/// fp8, what it computes is composed of the other operations.
+#[must_use]
+pub fn run_blas(device: &Device, orders: &[u32]) -> Vec<Outcome> {
+    let (device, orders) = (device.clone(), orders.to_vec());
+    let mut suite = Suite { device, orders, seed: 3, outcomes: Vec::new() };
+    blas::check(&mut suite);
     suite.outcomes
 }
 

@@ -69,7 +69,7 @@ fn some_byte(x: f32) -> u8 {
 
 /// What a byte of fp8 e4m3 says: three bits after the point, an exponent with a bias of 7, and
 /// subnormals below it.
-fn e4m3(byte: u8) -> f32 {
+pub(super) fn e4m3(byte: u8) -> f32 {
     let (exponent, fraction) = (i32::from(byte >> 3 & 15), f32::from(byte & 7) / 8.0);
     let size = match exponent {
         0 => fraction * 2.0_f32.powi(-6),
