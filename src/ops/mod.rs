@@ -9,6 +9,7 @@ mod cpu;
 pub mod cuda;
 mod direct;
 mod flash;
+pub mod fused;
 pub mod joint;
 pub mod linear;
 mod matrix;
@@ -23,6 +24,10 @@ pub use attention::{Mask, attention};
 pub use buffers::{KeepBuffers, recycle};
 pub use conv::{Conv2dShape, PackedConv2d, Padding, upsample_nearest_2x};
 pub use cpu::on_worker;
+pub use fused::{
+    ModulatedTokens, gated_add_each, linear_gated_add, modulated_layer_norm_each,
+    modulated_linear_each, modulated_linear_gelu,
+};
 pub use joint::{JointOutput, JointShape, JointStream, joint_attention, joint_attention_bf16};
 pub use linear::{LinearWeight, PackedLinear, forward_each};
 pub use matrix::{Float8, PackedMatrix};
