@@ -1,6 +1,7 @@
 //! Operations together with the weights they read from a checkpoint.
 
 mod low_rank;
+mod modulated;
 
 use candle_core::{Result as TensorResult, Tensor};
 

@@ -10,6 +10,7 @@ use super::{
     cuda,
     simd::{
         Arch,
+        blocks::Finish,
         lanes::{self, Lanewise},
         math,
     },
@@ -45,6 +46,15 @@ pub fn gelu_tanh_owned(x: Tensor) -> Result<Tensor> {
         x.par_chunks_mut(CHUNK).for_each(|x| Arch::new().dispatch(MapInPlace { x, f: GeluTanh }));
     })?;
     Ok(x)
+}
+
+/// [`gelu_tanh`] of a product before it leaves the first-level cache.
+pub(super) struct GeluInPlace(pub(super) Arch);
+
+impl Finish for GeluInPlace {
+    fn apply(&self, _: usize, _: usize, out: &mut [f32]) {
+        self.0.dispatch(MapInPlace { x: out, f: GeluTanh });
+    }
 }
 
 /// GELU with the error function.

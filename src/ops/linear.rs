@@ -201,6 +201,14 @@ impl PackedLinear {
         }
     }
 
+    /// The matrix, where it is kept in blocks in host memory, and its bias.
+    pub(super) fn blocks(&self) -> Option<(&PackedBlocks, Option<&Tensor>)> {
+        match &self.weight {
+            Kernel::Blocks(weight) => Some((weight, self.bias.as_ref())),
+            _ => None,
+        }
+    }
+
     /// From a matrix that is multiplied where it lies, by activations in bf16; `bias: [out]`.
     #[must_use]
     pub fn stored(weight: StoredMatrix, bias: Option<Tensor>) -> Self {

@@ -10,6 +10,7 @@ pub mod cuda;
 mod direct;
 mod flash;
 pub mod float8;
+pub mod fused;
 pub mod joint;
 pub mod linear;
 mod matrix;
@@ -29,6 +30,10 @@ pub use buffers::{KeepBuffers, recycle};
 pub use conv::{Conv2dShape, PackedConv2d, Padding, upsample_nearest_2x};
 pub use cpu::on_worker;
 pub use float8::float8_rows;
+pub use fused::{
+    ModulatedTokens, gated_add_each, gated_add_norm_each, linear_gated_add,
+    modulated_layer_norm_each, modulated_linear_each, modulated_linear_gelu,
+};
 pub use joint::{JointOutput, JointShape, JointStream, joint_attention, joint_attention_bf16};
 pub use linear::{LinearWeight, PackedLinear, forward_each};
 pub use matrix::{Float8, PackedMatrix};

@@ -8,6 +8,8 @@ use super::{
     cpu::Floats,
     simd::{
         Arch,
+        bf16::ask_for,
+        blocks::{Finish, Rows},
         lanes::{self, Lanewise},
         math,
         tiles::{Grid, Tile, par_tiles},
@@ -16,6 +18,9 @@ use super::{
 
 /// Elements that one piece of work covers.
 const CHUNK: usize = 1 << 14;
+/// How many rows ahead a part of one is asked for: the processor does not foresee rows that are read
+/// in parts.
+const AHEAD: usize = 4;
 /// Pixels whose channels one piece of work covers.
 const PIXELS: usize = 512;
 
@@ -72,6 +77,62 @@ pub(super) fn layer_norm(x: &Tensor, modulation: Option<&Modulation>, eps: f64) 
         let modulation = Some((&scale[start..start + dim], &shift[start..start + dim]));
         Arch::new().dispatch(LayerRow { x, out, modulation, eps });
     })
+}
+
+/// A run of rows that are modulated alike.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct ModulatedRun<'a> {
+    /// Where it ends.
+    pub(super) end: usize,
+    pub(super) scale: &'a [f32],
+    pub(super) shift: &'a [f32],
+}
+
+/// The rows of [`layer_norm`], each computed when it is asked for.
+pub(super) struct NormedRows<'a> {
+    pub(super) x: &'a [f32],
+    pub(super) width: usize,
+    /// One after the other up to the last row.
+    pub(super) runs: Vec<ModulatedRun<'a>>,
+    pub(super) eps: f64,
+}
+
+impl Rows for NormedRows<'_> {
+    fn count(&self) -> usize {
+        self.x.len().checked_div(self.width).unwrap_or(0)
+    }
+
+    fn row<'a>(&'a self, i: usize, scratch: &'a mut Vec<f32>) -> &'a [f32] {
+        let x = &self.x[i * self.width..][..self.width];
+        scratch.resize(self.width, 0.0);
+        let run = self.runs.iter().find(|run| i < run.end);
+        let modulation = run.map(|run| (run.scale, run.shift));
+        Arch::new().dispatch(LayerRow { x, out: scratch, modulation, eps: self.eps });
+        scratch
+    }
+}
+
+/// [`gated_add`] of a product before it leaves the first-level cache.
+pub(super) struct AddGated<'a> {
+    pub(super) arch: Arch,
+    pub(super) residual: &'a [f32],
+    /// Numbers of a row.
+    pub(super) width: usize,
+    /// Where a run of rows ends, and its gate.
+    pub(super) gates: Vec<(usize, &'a [f32])>,
+}
+
+impl Finish for AddGated<'_> {
+    fn apply(&self, row: usize, first: usize, out: &mut [f32]) {
+        let later = (row + AHEAD) * self.width + first;
+        if let Some(later) = self.residual.get(later..later + out.len()) {
+            ask_for(later);
+        }
+        let residual = &self.residual[row * self.width + first..][..out.len()];
+        let Some((_, gate)) = self.gates.iter().find(|(end, _)| row < *end) else { return };
+        let gate = &gate[first..][..out.len()];
+        self.arch.dispatch(GatedInPlace { residual, gate, x: out });
+    }
 }
 
 pub(super) fn gated_add(residual: &Tensor, x: &Tensor, gate: &Modulation) -> Result<Tensor> {
@@ -171,6 +232,21 @@ impl WithSimd for GatedRow<'_> {
     #[inline(always)]
     fn with_simd<S: Simd>(self, simd: S) {
         lanes::zip(simd, self.out, [self.x, self.gate, self.residual], MulAdd);
+    }
+}
+
+struct GatedInPlace<'a> {
+    residual: &'a [f32],
+    gate: &'a [f32],
+    x: &'a mut [f32],
+}
+
+impl WithSimd for GatedInPlace<'_> {
+    type Output = ();
+
+    #[inline(always)]
+    fn with_simd<S: Simd>(self, simd: S) {
+        lanes::update(simd, self.x, [self.gate, self.residual], MulAdd);
     }
 }
 
@@ -331,7 +407,7 @@ impl WithSimd for Channels<'_, '_> {
         self.norms.clear();
         self.norms.resize(cols.len(), 0.0);
         for channel in 0..self.gamma.len() {
-            lanes::update(simd, self.norms, x(channel), AddSquare);
+            lanes::update(simd, self.norms, [x(channel)], AddSquare);
         }
         for norm in self.norms.iter_mut() {
             // Not `max`, which would hide NaN.

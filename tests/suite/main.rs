@@ -15,6 +15,7 @@ mod cuda;
 mod diffusion;
 mod engine;
 mod eval;
+mod fused;
 mod gguf;
 mod library;
 mod lora;

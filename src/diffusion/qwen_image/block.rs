@@ -10,7 +10,7 @@ use super::{
 use crate::{
     error::Result,
     layers::{Linear, RmsNorm},
-    ops::{self, JointOutput, JointShape, JointStream},
+    ops::{self, JointOutput, JointShape, JointStream, ModulatedTokens},
     weights::{AttentionType, Weights},
 };
 
@@ -124,21 +124,18 @@ impl Block {
         layout: &Layout,
         step: &BlockContext,
     ) -> TensorResult<Streams> {
-        let normed = self.normed(streams, layout, step)?;
-        let text = self.projections(&self.text_attention, &normed.text, true)?;
-        let image = self.projections(&self.image_attention, &normed.image, true)?;
-        recycle([normed.text, normed.image])?;
+        let runs = Runs::of(streams, layout, step)?;
+        let (of_text, of_image) = (&self.text_attention, &self.image_attention);
+        let text = self.projections(of_text, &streams.text, &runs.text.attention)?;
+        let image = self.projections(of_image, &streams.image, &runs.image.attention)?;
         let attended = self.attend(text, image, layout)?;
 
-        let text = self.text_attention.out.forward(&required(attended.text)?)?;
-        // Both may be views of one tensor, of which the text was read above.
-        let attended = required(attended.image)?;
-        let image = self.image_attention.out.forward(&attended)?;
-        recycle([attended])?;
-        Ok(Streams {
-            text: self.finish_text(&streams.text, text, step)?,
-            image: self.finish_image(&streams.image, image, layout, step)?,
-        })
+        let attended_text = required(attended.text)?;
+        let text = (of_text, &self.text_mlp);
+        let text = finished(text, &streams.text, attended_text, &runs.text)?;
+        let image = (of_image, &self.image_mlp);
+        let image = finished(image, &streams.image, required(attended.image)?, &runs.image)?;
+        Ok(Streams { image, text })
     }
 
     /// The picture that is denoised after the block, for the last block: neither the references
@@ -149,45 +146,45 @@ impl Block {
         layout: &Layout,
         step: &BlockContext,
     ) -> TensorResult<Tensor> {
-        let normed = self.normed(streams, layout, step)?;
-        let target = |x: &Tensor| x.narrow(1, 0, layout.target_tokens);
-        let text = self.projections(&self.text_attention, &normed.text, false)?;
-        let mut image = self.projections(&self.image_attention, &normed.image, false)?;
-        let query = self.image_attention.query.forward(&target(&normed.image)?)?;
+        let target = streams.image.narrow(1, 0, layout.target_tokens)?;
+        let runs = Runs::of(streams, layout, step)?;
+        let target_runs = RunsOfStream::new(&[(layout.target_tokens, &step.target)]);
+        let (of_text, of_image) = (&self.text_attention, &self.image_attention);
+        let text = self.seen(of_text, &streams.text, &runs.text.attention)?;
+        let mut image = self.seen(of_image, &streams.image, &runs.image.attention)?;
+        let query = [&of_image.query];
+        let [query] = Linear::modulated_each(query, &target, &target_runs.attention, EPS)?;
         image.query = Some(self.heads_of(&query)?);
-        recycle([normed.text, normed.image])?;
         let attended = required(self.attend(text, image, layout)?.image)?;
-        let image = self.image_attention.out.forward(&attended)?;
-        recycle([attended])?;
-        self.finish_image(&target(&streams.image)?, image, layout, step)
+        finished((of_image, &self.image_mlp), &target, attended, &target_runs)
     }
 
-    /// Both streams, normalised and modulated for attention.
-    fn normed(
-        &self,
-        streams: &Streams,
-        layout: &Layout,
-        step: &BlockContext,
-    ) -> TensorResult<Streams> {
-        let text = modulated(&streams.text, &step.text.attention)?;
-        let [image] = by_kind([&streams.image], layout, step, |[x], modulation| {
-            Ok([modulated(x, &modulation.attention)?])
-        })?;
-        Ok(Streams { image, text })
-    }
-
+    /// Queries, keys and values of a stream's tokens.
     fn projections(
         &self,
         attention: &StreamAttention,
         x: &Tensor,
-        with_query: bool,
+        runs: &[ModulatedTokens<'_>],
     ) -> TensorResult<Projections> {
-        let heads = |linear: &Linear| self.heads_of(&linear.forward(x)?);
+        let linears = [&attention.query, &attention.key, &attention.value];
+        let [query, key, value] = Linear::modulated_each(linears, x, runs, EPS)?;
         Ok(Projections {
-            key: heads(&attention.key)?,
-            value: heads(&attention.value)?,
-            query: with_query.then(|| heads(&attention.query)).transpose()?,
+            query: Some(self.heads_of(&query)?),
+            key: self.heads_of(&key)?,
+            value: self.heads_of(&value)?,
         })
+    }
+
+    /// Keys and values of a stream's tokens, which are attended to only.
+    fn seen(
+        &self,
+        attention: &StreamAttention,
+        x: &Tensor,
+        runs: &[ModulatedTokens<'_>],
+    ) -> TensorResult<Projections> {
+        let linears = [&attention.key, &attention.value];
+        let [key, value] = Linear::modulated_each(linears, x, runs, EPS)?;
+        Ok(Projections { query: None, key: self.heads_of(&key)?, value: self.heads_of(&value)? })
     }
 
     /// Each stream's queries see the keys of both streams; the output is `[b, n, dim]` each.
@@ -217,41 +214,6 @@ impl Block {
         let (b, n, _) = x.dims3()?;
         x.reshape((b, n, self.heads, self.head_dim)) // (b, n, h, d)
     }
-
-    /// Adds the attention's output to the text stream and applies the MLP.
-    fn finish_text(
-        &self,
-        residual: &Tensor,
-        attended: Tensor,
-        step: &BlockContext,
-    ) -> TensorResult<Tensor> {
-        let [text, normed] = joined(residual, &attended, &step.text)?;
-        recycle([attended])?;
-        let inner = self.text_mlp.forward(normed)?;
-        let out = in_range(ops::gated_add(&text, &inner, &step.text.mlp.gate)?)?;
-        recycle([text, inner])?;
-        Ok(out)
-    }
-
-    /// Adds the attention's output to the image stream and applies the MLP.
-    fn finish_image(
-        &self,
-        residual: &Tensor,
-        attended: Tensor,
-        layout: &Layout,
-        step: &BlockContext,
-    ) -> TensorResult<Tensor> {
-        let [image, normed] = by_kind([residual, &attended], layout, step, |[residual, x], m| {
-            joined(residual, x, m)
-        })?;
-        recycle([attended])?;
-        let inner = self.image_mlp.forward(normed)?;
-        let [out] = by_kind([&image, &inner], layout, step, |[residual, x], modulation| {
-            Ok([in_range(ops::gated_add(residual, x, &modulation.mlp.gate)?)?])
-        })?;
-        recycle([image, inner])?;
-        Ok(out)
-    }
 }
 
 /// Gives back the memory of tensors that are needed no more and that nobody else holds.
@@ -265,48 +227,62 @@ fn in_range(x: Tensor) -> TensorResult<Tensor> {
     if x.dtype() == DType::F16 { x.clamp(-MAX, MAX) } else { Ok(x) }
 }
 
-/// Applies `f` to the image tokens that are modulated alike: all of them, or the picture that is
-/// denoised and the references one after the other. `tensors: [b, n_image, dim]` each.
-fn by_kind<const N: usize, const M: usize>(
-    tensors: [&Tensor; N],
-    layout: &Layout,
-    step: &BlockContext,
-    f: impl Fn([&Tensor; N], &BlockModulation) -> TensorResult<[Tensor; M]>,
-) -> TensorResult<[Tensor; M]> {
-    let target_tokens = layout.target_tokens;
-    let reference_tokens = tensors[0].dim(1)? - target_tokens;
-    let Some(reference) = step.reference.as_ref().filter(|_| reference_tokens > 0) else {
-        return f(tensors, &step.target);
-    };
-    let part = |start: usize, len: usize, modulation: &BlockModulation| {
-        let parts: Vec<Tensor> = tensors
-            .iter()
-            .map(|x| x.narrow(1, start, len)?.contiguous())
-            .collect::<TensorResult<_>>()?;
-        f(std::array::from_fn(|i| &parts[i]), modulation)
-    };
-    let mut all = part(0, target_tokens, &step.target)?;
-    let reference = part(target_tokens, reference_tokens, reference)?;
-    for (all, reference) in all.iter_mut().zip(reference) {
-        *all = Tensor::cat(&[&*all, &reference], 1)?; // (b, n_image, dim)
-    }
-    Ok(all)
-}
-
-/// The stream with the attention's output added, and that normalised and modulated for the MLP.
-fn joined(
+/// A stream after the block: what its tokens attended to is added, and what the MLP makes of the sum.
+fn finished(
+    (attention, mlp): (&StreamAttention, &Mlp),
     residual: &Tensor,
-    attended: &Tensor,
-    modulation: &BlockModulation,
-) -> TensorResult<[Tensor; 2]> {
-    let BlockModulation { attention, mlp } = modulation;
-    let next = [&mlp.scale, &mlp.shift];
-    let (sum, normed) = ops::gated_add_norm(residual, attended, &attention.gate, next, EPS)?;
-    Ok([sum, normed])
+    attended: Tensor,
+    runs: &RunsOfStream<'_>,
+) -> TensorResult<Tensor> {
+    if attended.device().is_cpu() {
+        let sum = attention.out.gated_add(&attended, residual, &runs.attention)?;
+        recycle([attended])?;
+        return in_range(mlp.forward(sum, &runs.mlp)?);
+    }
+    // A GPU's products end in GELU at most, and its norms begin with the sum.
+    let added = attention.out.forward(&attended)?;
+    let halves = [runs.attention.as_slice(), &runs.mlp];
+    let (sum, normed) = ops::gated_add_norm_each(residual, &added, halves, EPS)?;
+    in_range(mlp.forward_normed(&sum, &normed, &runs.mlp)?)
 }
 
-fn modulated(x: &Tensor, modulation: &Modulation) -> TensorResult<Tensor> {
-    ops::modulated_layer_norm(x, &modulation.scale, &modulation.shift, EPS)
+/// How the tokens of a stream are modulated in both halves of a block.
+struct RunsOfStream<'a> {
+    attention: Vec<ModulatedTokens<'a>>,
+    mlp: Vec<ModulatedTokens<'a>>,
+}
+
+impl<'a> RunsOfStream<'a> {
+    fn new(runs: &[(usize, &'a BlockModulation)]) -> Self {
+        let half = |half: fn(&BlockModulation) -> &Modulation| {
+            let run = |(tokens, modulation): &(usize, &'a BlockModulation)| {
+                let Modulation { shift, scale, gate } = half(modulation);
+                ModulatedTokens { tokens: *tokens, scale, shift, gate }
+            };
+            runs.iter().map(run).collect()
+        };
+        Self { attention: half(|m| &m.attention), mlp: half(|m| &m.mlp) }
+    }
+}
+
+/// How the tokens of both streams are modulated.
+struct Runs<'a> {
+    image: RunsOfStream<'a>,
+    text: RunsOfStream<'a>,
+}
+
+impl<'a> Runs<'a> {
+    fn of(streams: &Streams, layout: &Layout, step: &'a BlockContext) -> TensorResult<Self> {
+        let (image, text) = (streams.image.dim(1)?, streams.text.dim(1)?);
+        let target = layout.target_tokens;
+        let image = match &step.reference {
+            Some(reference) if image > target => {
+                RunsOfStream::new(&[(target, &step.target), (image - target, reference)])
+            }
+            _ => RunsOfStream::new(&[(image, &step.target)]),
+        };
+        Ok(Self { image, text: RunsOfStream::new(&[(text, &step.text)]) })
+    }
 }
 
 /// The output of a stream that had queries.
@@ -355,11 +331,22 @@ impl Mlp {
         })
     }
 
-    fn forward(&self, x: Tensor) -> TensorResult<Tensor> {
-        let inner = self.up.forward_gelu_tanh(&x)?;
-        ops::recycle(x)?;
-        let out = self.down.forward(&inner)?;
-        ops::recycle(inner)?;
+    /// `x` and what the MLP adds to it. Nobody else holds `x`.
+    fn forward(&self, x: Tensor, runs: &[ModulatedTokens<'_>]) -> TensorResult<Tensor> {
+        let inner = self.up.modulated_gelu(&x, runs, EPS)?;
+        let out = self.down.gated_add(&inner, &x, runs)?;
+        recycle([inner, x])?;
         Ok(out)
+    }
+
+    /// `x` and what the MLP adds to it, from its modulated norm.
+    fn forward_normed(
+        &self,
+        x: &Tensor,
+        normed: &Tensor,
+        runs: &[ModulatedTokens<'_>],
+    ) -> TensorResult<Tensor> {
+        let inner = self.up.forward_gelu_tanh(normed)?;
+        ops::gated_add_each(x, &self.down.forward(&inner)?, runs)
     }
 }

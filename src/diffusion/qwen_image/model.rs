@@ -425,9 +425,15 @@ impl Transformer {
 
     /// `[inputs, n, latent_dim]`.
     fn velocity(&self, pass: Pass, step: &StepContext) -> Result<Tensor> {
-        let image = pass.finished.unwrap_or(pass.streams.image);
-        let image = ops::modulated_layer_norm(&image, &step.scale_out, &step.shift_out, EPS)?;
-        Ok(self.proj_out.forward(&image)?)
+        let Pass { finished, streams: Streams { image, text }, recycles, .. } = pass;
+        let last = finished.as_ref().unwrap_or(&image);
+        let normed = ops::modulated_layer_norm(last, &step.scale_out, &step.shift_out, EPS)?;
+        let velocity = self.proj_out.forward(&normed)?;
+        recycle([normed])?;
+        if recycles {
+            recycle(finished.into_iter().chain([image, text]))?;
+        }
+        Ok(velocity)
     }
 
     /// Checks the inputs' shapes and places their tokens; their grids are the same.

@@ -48,16 +48,32 @@ pub(crate) fn map<S: Simd>(simd: S, x: &mut [f32], f: impl Lanewise<1>) {
     }
 }
 
-/// `out[i] = f(out[i], x[i])`.
+/// `out[i] = f(out[i], x[0][i], ..)` of `N` numbers; all slices have the length of `out`.
 #[inline(always)]
-pub(crate) fn update<S: Simd>(simd: S, out: &mut [f32], x: &[f32], f: impl Lanewise<2>) {
-    let (out, out_rest) = S::as_mut_simd_f32s(out);
-    let (x, x_rest) = S::as_simd_f32s(x);
-    for (out, x) in out.iter_mut().zip(x) {
-        *out = f.apply(simd, [*out, *x]);
+pub(crate) fn update<S: Simd, const M: usize, const N: usize>(
+    simd: S,
+    out: &mut [f32],
+    x: [&[f32]; M],
+    f: impl Lanewise<N>,
+) {
+    const { assert!(N == M + 1, "the output and the other numbers") };
+    let zero = simd.splat_f32s(0.0);
+    let whole = out.len() - out.len() % S::F32_LANES;
+    let (out, out_rest) = out.split_at_mut(whole);
+    for (i, out) in S::as_mut_simd_f32s(out).0.iter_mut().enumerate() {
+        let mut args = [zero; N];
+        args[0] = *out;
+        for m in 0..M {
+            args[1 + m] = S::as_simd_f32s(&x[m][..whole]).0[i];
+        }
+        *out = f.apply(simd, args);
     }
     if !out_rest.is_empty() {
-        let args = [simd.partial_load_f32s(out_rest), simd.partial_load_f32s(x_rest)];
+        let mut args = [zero; N];
+        args[0] = simd.partial_load_f32s(out_rest);
+        for m in 0..M {
+            args[1 + m] = simd.partial_load_f32s(&x[m][whole..]);
+        }
         simd.partial_store_f32s(out_rest, f.apply(simd, args));
     }
 }

@@ -11,11 +11,14 @@ use crate::ops::{
     cpu::{Floats, is_fast},
     joint::{JointOutput, JointShape, JointStream},
     simd::{
-        bf16::{Head, Preparation, QUERIES},
+        bf16::{Head, Preparation, QUERIES, ask_for},
         tiles::{self, Grid, Tile, par_tiles},
     },
 };
 
+/// How many tokens ahead a head's row is asked for: rows are so far apart that the processor does not
+/// foresee them.
+const AHEAD: usize = 12;
 /// The fewest queries of a piece of work: each piece packs the keys and values it reads.
 const PIECE_QUERIES_MIN: usize = 8 * QUERIES;
 
@@ -167,7 +170,12 @@ impl Inputs<'_> {
         for first in (0..tile.rows.len()).step_by(QUERIES) {
             let count = QUERIES.min(tile.rows.len() - first);
             for lane in 0..count {
-                self.pack_query(head, place, (lane, tile.rows.start + first + lane));
+                let row = tile.rows.start + first + lane;
+                let later = Some(row + AHEAD).filter(|row| *row < tile.rows.end);
+                if let Some((_, _, x)) = later.and_then(|row| self.query(place, row)) {
+                    ask_for(x);
+                }
+                self.pack_query(head, place, (lane, row));
             }
             head.attend();
             for lane in 0..count {
@@ -184,6 +192,10 @@ impl Inputs<'_> {
         let place = |i: usize| if i < shown { (text, i) } else { (image, i - shown) };
         head.begin(count, self.head_dim);
         for i in 0..count {
+            if i + AHEAD < count {
+                let (stream, token) = place(i + AHEAD);
+                ask_for(stream.key.row(batch, token, index));
+            }
             let (stream, token) = place(i);
             let how = self.preparation(stream.norm_key, 1.0);
             let turn = stream.turn(token, self.head_dim >> 1);
@@ -194,6 +206,9 @@ impl Inputs<'_> {
                 let (stream, token) = place(i);
                 stream.value.row(batch, token, index)
             };
+            for i in (2 * pair + AHEAD..count).take(2) {
+                ask_for(value(i));
+            }
             let second = (2 * pair + 1 < count).then(|| value(2 * pair + 1));
             head.set_values(pair, value(2 * pair), second);
         }
@@ -205,13 +220,22 @@ impl Inputs<'_> {
         (batch, index): (usize, usize),
         (lane, row): (usize, usize),
     ) {
-        let [text, image] = &self.streams;
-        let (stream, token) = if row < text.rows { (text, row) } else { (image, row - text.rows) };
-        let Some(query) = &stream.query else { return };
+        let Some((stream, token, x)) = self.query((batch, index), row) else { return };
         let factor = self.shape.scale * std::f32::consts::LOG2_E;
         let how = self.preparation(stream.norm_query, factor);
         let turn = stream.turn(token, self.head_dim >> 1);
-        head.set_query(lane, query.row(batch, token, index), turn, how);
+        head.set_query(lane, x, turn, how);
+    }
+
+    /// The query of row `row`: its stream, its token there and its numbers.
+    fn query(
+        &self,
+        (batch, index): (usize, usize),
+        row: usize,
+    ) -> Option<(&Stream<'_>, usize, &[f32])> {
+        let [text, image] = &self.streams;
+        let (stream, token) = if row < text.rows { (text, row) } else { (image, row - text.rows) };
+        Some((stream, token, stream.query.as_ref()?.row(batch, token, index)))
     }
 
     #[expect(clippy::cast_possible_truncation, reason = "added in float32")]

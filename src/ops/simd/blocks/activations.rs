@@ -58,10 +58,41 @@ pub(super) struct Activations<const R: usize> {
     pub(super) scales: Vec<f32>,
 }
 
+/// Rows of activations, as they lie in memory or computed when they are rounded.
+pub(crate) trait Rows: Sync {
+    /// How many there are.
+    fn count(&self) -> usize;
+    /// Row `i`; `scratch` is room to compute it in.
+    fn row<'a>(&'a self, i: usize, scratch: &'a mut Vec<f32>) -> &'a [f32];
+}
+
+/// Rows of `width` numbers, one after the other.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct DenseRows<'a> {
+    pub(crate) x: &'a [f32],
+    pub(crate) width: usize,
+}
+
+impl Rows for DenseRows<'_> {
+    fn count(&self) -> usize {
+        self.x.len().checked_div(self.width).unwrap_or(0)
+    }
+
+    fn row<'a>(&'a self, i: usize, _: &'a mut Vec<f32>) -> &'a [f32] {
+        &self.x[i * self.width..][..self.width]
+    }
+}
+
 impl<const R: usize> Activations<R> {
-    pub(super) fn new(x: &[f32], depth: usize, instructions: Instructions) -> Self {
-        let width = depth * BLOCK;
-        let tiles = x.len().div_ceil(R * width);
+    /// Rounds rows of `depth` blocks; `with_sums` says whether a format needs [`Self::sums`].
+    pub(super) fn new(
+        rows: &impl Rows,
+        depth: usize,
+        with_sums: bool,
+        instructions: Instructions,
+    ) -> Self {
+        let count = rows.count();
+        let tiles = count.div_ceil(R);
         let len = tiles * depth;
         let mut buffer = Buffer::take(len * Self::FLOATS);
         let mut scales = vec![0.0; tiles * R];
@@ -70,10 +101,13 @@ impl<const R: usize> Activations<R> {
         let sums = &mut sums[..len * (Self::FLOATS - Self::BLOCK_FLOATS)];
         let sums: &mut [Sums<R>] = bytemuck::cast_slice_mut(sums);
         let tiles = blocks.par_chunks_mut(depth).zip(sums.par_chunks_mut(depth));
-        let tiles = tiles.zip(scales.par_chunks_mut(R)).zip(x.par_chunks(R * width));
-        tiles.for_each_init(Vec::new, |largest, (((blocks, sums), scales), x)| {
-            for (i, (x, scale)) in x.chunks_exact(width).zip(scales).enumerate() {
+        let tiles = tiles.zip(scales.par_chunks_mut(R)).enumerate();
+        let scratch = || (Vec::new(), Vec::new());
+        tiles.for_each_init(scratch, |(largest, computed), (tile, ((blocks, sums), scales))| {
+            let sums = if with_sums { sums } else { &mut [] };
+            for (i, (row, scale)) in (tile * R..count).zip(scales).enumerate() {
                 largest.resize(depth, 0.0);
+                let x = rows.row(row, computed);
                 let mut row = Row { x, largest, blocks, sums, i };
                 *scale = instructions.quantize_row(&mut row);
             }
@@ -89,6 +123,7 @@ impl<const R: usize> Activations<R> {
         bytemuck::cast_slice(&self.buffer.0[..self.len * Self::BLOCK_FLOATS])
     }
 
+    /// What was left there before, where the rows were rounded without sums.
     pub(super) fn sums(&self) -> &[Sums<R>] {
         let range = self.len * Self::BLOCK_FLOATS..self.len * Self::FLOATS;
         bytemuck::cast_slice(&self.buffer.0[range])
@@ -132,6 +167,7 @@ pub(super) struct Row<'a, const R: usize> {
     /// Room for the largest magnitude of each block.
     largest: &'a mut [f32],
     blocks: &'a mut [RowBlock<R>],
+    /// Empty where no format needs them.
     sums: &'a mut [Sums<R>],
     /// Its place in the tile.
     i: usize,
@@ -150,13 +186,7 @@ impl<const R: usize> Row<'_, R> {
     /// row make that NaN, so that they stay visible in the product.
     #[inline(always)]
     pub(super) fn quantize(&mut self, steps: impl Steps) -> f32 {
-        let mut all = 0;
-        for (largest, x) in self.largest.iter_mut().zip(self.x.as_chunks::<BLOCK>().0) {
-            let bits = steps.largest(x);
-            *largest = f32::from_bits(bits);
-            all = bits.max(all);
-        }
-        let all = f32::from_bits(all);
+        let all = f32::from_bits(steps.all_largest(self.x, self.largest));
         let scale = if !all.is_finite() {
             f32::NAN
         } else if all < SMALLEST {
@@ -166,10 +196,11 @@ impl<const R: usize> Row<'_, R> {
             self.round(unit, steps);
             return unit / 127.0 * f32::from_bits((BIAS - SPAN) << MANTISSA_BITS);
         };
-        let (blocks, sums) = (self.blocks.iter_mut(), self.sums.iter_mut());
-        for (block, sums) in blocks.zip(sums) {
+        for block in &mut *self.blocks {
             block.values[self.i] = [[0; 4]; FOURS];
             (block.starts[self.i], block.exponents[self.i]) = (0, 0);
+        }
+        for sums in &mut *self.sums {
             sums.second_starts[self.i] = 0;
             (sums.all[self.i], sums.second[self.i]) = (0.0, 0.0);
         }
@@ -182,15 +213,16 @@ impl<const R: usize> Row<'_, R> {
     #[expect(clippy::cast_precision_loss, reason = "sums of numbers of 8 bits are exact in f32")]
     fn round(&mut self, unit: f32, steps: impl Steps) {
         let (i, inverse) = (self.i, unit.recip());
-        let places = self.blocks.iter_mut().zip(self.sums.iter_mut());
+        let mut sums = self.sums.iter_mut();
         let x = self.x.as_chunks::<BLOCK>().0.iter().zip(self.largest.iter());
-        for ((x, largest), (block, sums)) in x.zip(places) {
+        for ((x, largest), block) in x.zip(self.blocks.iter_mut()) {
             let power = power_above(largest * inverse);
             let factor = 127.0 * inverse / power;
             let (values, halves) = steps.round(x, factor);
             block.values[i].as_flattened_mut().copy_from_slice(&values);
             block.starts[i] = -128 * (halves[0] + halves[1]);
             block.exponents[i] = (power.to_bits() - ((BIAS - SPAN) << MANTISSA_BITS)) as i32;
+            let Some(sums) = sums.next() else { continue };
             sums.second_starts[i] = -128 * halves[1];
             let power = power * f32::from_bits((BIAS + SPAN) << MANTISSA_BITS);
             sums.all[i] = (halves[0] + halves[1]) as f32 * power;
@@ -206,6 +238,17 @@ pub(super) type Rounded = ([i8; BLOCK], [i32; 2]);
 pub(super) trait Steps: Copy {
     /// The bits of the largest magnitude, where NaN is the largest of all.
     fn largest(self, x: &[f32; BLOCK]) -> u32;
+    /// Writes the largest magnitude of each block; returns the bits of the largest of all.
+    #[inline(always)]
+    fn all_largest(self, x: &[f32], largest: &mut [f32]) -> u32 {
+        let mut all = 0;
+        for (largest, x) in largest.iter_mut().zip(x.as_chunks::<BLOCK>().0) {
+            let bits = self.largest(x);
+            *largest = f32::from_bits(bits);
+            all = bits.max(all);
+        }
+        all
+    }
     /// Each number times `factor`, rounded.
     fn round(self, x: &[f32; BLOCK], factor: f32) -> Rounded;
 }

@@ -9,6 +9,7 @@
 mod activations;
 mod format;
 mod plain;
+mod store;
 #[cfg(test)]
 mod tests;
 mod unpack;
@@ -23,11 +24,16 @@ use self::x86::prefetch;
 use self::{
     activations::{Activations, PlainSteps, Row, RowBlock, Sums},
     format::{PanelBlock, Word},
+    store::StoreRow,
+};
+pub(crate) use self::{
+    activations::{DenseRows, Rows},
+    store::{AsItIs, Finish},
 };
 #[cfg(target_arch = "x86_64")]
 use super::q4k;
 use super::{
-    hugepage,
+    Arch, hugepage,
     tiles::{Grid, Tile, par_tiles, tasks},
 };
 
@@ -289,13 +295,58 @@ impl PackedBlocks {
     }
 
     fn multiply_rows<const R: usize>(&self, x: &[f32], bias: Option<&[f32]>, out: &mut [f32]) {
-        let depth = self.dims().1.div_euclid(BLOCK);
-        let x = Activations::<R>::new(x, depth, self.instructions);
+        let width = self.dims().1;
+        let (depth, with_sums) = (width.div_euclid(BLOCK), self.needs_sums());
+        let rows = DenseRows { x, width };
+        let x = Activations::<R>::new(&rows, depth, with_sums, self.instructions);
+        self.multiply_activations(&x, bias, out, &AsItIs);
+    }
+
+    /// Whether the format has minimums, or more than one scale for a block of activations.
+    fn needs_sums(&self) -> bool {
+        self.format.groups() != (1, 0)
+    }
+
+    /// Rounds `rows` for products with `matrices` of that width.
+    pub(crate) fn round(matrices: &[&Self], rows: &impl Rows) -> Option<RoundedRows> {
+        let first = matrices.first()?;
+        let (width, instructions) = (first.dims().1, first.instructions);
+        let alike = |m: &&Self| m.dims().1 == width && m.instructions == instructions;
+        if !matrices.iter().all(alike) {
+            return None;
+        }
+        let (depth, count) = (width.div_euclid(BLOCK), rows.count());
+        let with_sums = matrices.iter().any(|matrix| matrix.needs_sums());
+        let activations = Activations::new(rows, depth, with_sums, instructions);
+        Some(RoundedRows { activations, count, width, instructions })
+    }
+
+    /// [`Self::multiply`] of rows that were [rounded](Self::round) for this matrix, with `finish`
+    /// applied to the output.
+    pub(crate) fn multiply_rounded(
+        &self,
+        x: &RoundedRows,
+        bias: Option<&[f32]>,
+        out: &mut [f32],
+        finish: &impl Finish,
+    ) {
+        assert_eq!((x.width, x.instructions), (self.dims().1, self.instructions));
+        assert_eq!(out.len(), x.count * self.out);
+        self.multiply_activations(&x.activations, bias, out, finish);
+    }
+
+    fn multiply_activations<const R: usize>(
+        &self,
+        x: &Activations<R>,
+        bias: Option<&[f32]>,
+        out: &mut [f32],
+        finish: &impl Finish,
+    ) {
         match self.format.groups() {
-            (1, 0) => self.multiply_tiles::<R, 1, 0>(&x, bias, out),
-            (1, 1) => self.multiply_tiles::<R, 1, 1>(&x, bias, out),
-            (1, _) => self.multiply_tiles::<R, 1, 2>(&x, bias, out),
-            _ => self.multiply_tiles::<R, 2, 0>(&x, bias, out),
+            (1, 0) => self.multiply_tiles::<R, 1, 0>(x, bias, out, finish),
+            (1, 1) => self.multiply_tiles::<R, 1, 1>(x, bias, out, finish),
+            (1, _) => self.multiply_tiles::<R, 1, 2>(x, bias, out, finish),
+            _ => self.multiply_tiles::<R, 2, 0>(x, bias, out, finish),
         }
     }
 
@@ -304,6 +355,7 @@ impl PackedBlocks {
         x: &Activations<R>,
         bias: Option<&[f32]>,
         out: &mut [f32],
+        finish: &impl Finish,
     ) {
         let rows = out.len().div_euclid(self.out);
         let tasks = if R == 1 { tasks() } else { FINER * tasks() };
@@ -313,7 +365,7 @@ impl PackedBlocks {
         let groups = tasks.div_ceil(row_blocks).min(panels);
         let tile_cols = panels.div_ceil(groups) * PANEL;
         let grid = Grid { rows, cols: self.out, tile_rows, tile_cols };
-        let scratch = || Scratch { unpacked: Vec::new(), sums: Vec::new() };
+        let scratch = || Scratch { unpacked: Vec::new(), sums: Vec::new(), arch: Arch::new() };
         par_tiles(out, grid, scratch, |scratch, mut tile| {
             let panels = tile.cols.start.div_euclid(PANEL)..tile.cols.end.div_ceil(PANEL);
             // One tile of rows gains nothing from groups, and reads a panel from end to end.
@@ -321,12 +373,39 @@ impl PackedBlocks {
             for first in panels.clone().step_by(size) {
                 let group = first..panels.end.min(first + size);
                 self.group_sums::<R, G, M>(x, group, &tile, scratch);
-                let rows = tile.rows.len().next_multiple_of(R);
-                for (panel, sums) in (first..).zip(scratch.sums.chunks_exact(rows)) {
-                    store(&mut tile, panel * PANEL, (sums, &x.scales), bias);
-                }
+                store(&mut tile, first * PANEL, (scratch, R), &x.scales, bias, finish);
             }
         });
+    }
+
+    /// Whether the kernel takes the weights as they are stored, and only their scales are unpacked.
+    #[cfg(target_arch = "x86_64")]
+    fn reads_in_place(&self) -> bool {
+        self.format == BlockFormat::Q8_0 && self.instructions == Instructions::Avx512Vnni
+    }
+
+    /// What the kernel needs of a block beside the stored bytes.
+    fn unpack(&self, block: &[u8], out: &mut [Unpacked]) {
+        #[cfg(target_arch = "x86_64")]
+        if self.reads_in_place() {
+            return x86::widen_q8_0_512(PanelBlock::new(self.format, block), &mut out[0]);
+        }
+        self.instructions.unpack(self.format, block, out);
+    }
+
+    /// Adds the product of a tile of rows with blocks as they are stored and [unpacked](Self::unpack).
+    #[cfg_attr(not(target_arch = "x86_64"), expect(unused_variables, reason = "for x86 only"))]
+    fn add_tile<const R: usize, const G: usize, const M: usize>(
+        &self,
+        (stored, unpacked): (&[u8], &[Unpacked]),
+        x: (&[RowBlock<R>], &[Sums<R>]),
+        sums: &mut PanelRows<R>,
+    ) {
+        #[cfg(target_arch = "x86_64")]
+        if self.reads_in_place() {
+            return x86::add_q8_0_tile_512(stored, unpacked, x, sums);
+        }
+        self.instructions.add_tile::<R, G, M>(unpacked, x, sums);
     }
 
     /// Blocks of one row, where there is a kernel for it.
@@ -349,7 +428,7 @@ impl PackedBlocks {
         tile: &Tile<'_>,
         scratch: &mut Scratch,
     ) {
-        let Scratch { unpacked, sums } = scratch;
+        let Scratch { unpacked, sums, .. } = scratch;
         let rows = tile.rows.len().next_multiple_of(R);
         sums.clear();
         sums.resize(panels.len() * rows, [0.0; PANEL]);
@@ -373,10 +452,9 @@ impl PackedBlocks {
             for (panel, sums) in panels.clone().zip(sums.chunks_exact_mut(rows)) {
                 let chunk =
                     &self.panel(panel)[stored.start * block_bytes..stored.end * block_bytes];
-                for (block, unpacked) in
-                    chunk.chunks_exact(block_bytes).zip(unpacked.chunks_exact_mut(stored_blocks))
-                {
-                    self.instructions.unpack(self.format, block, unpacked);
+                let stored_ones = chunk.chunks_exact(block_bytes);
+                for (block, unpacked) in stored_ones.zip(unpacked.chunks_exact_mut(stored_blocks)) {
+                    self.unpack(block, unpacked);
                 }
                 // A share of the next weights is asked for with each tile of rows.
                 let share = chunk.len().div_ceil(rows.div_euclid(R)).next_multiple_of(64);
@@ -385,7 +463,7 @@ impl PackedBlocks {
                     next.next().map(prefetch);
                     let range = i * depth + from..i * depth + to;
                     let x = (&blocks[range.clone()], &parts[range]);
-                    self.instructions.add_tile::<R, G, M>(unpacked, x, sums);
+                    self.add_tile::<R, G, M>((chunk, unpacked), x, sums);
                 }
             }
         }
@@ -404,25 +482,48 @@ impl PackedBlocks {
     }
 }
 
-/// Copies a panel's sums to the output, times each row's scale, and adds the bias.
+/// Writes the sums of some panels to the output, whole rows of them one after the other: rows can be
+/// so far apart that what is written of one evicts what was written of others.
 fn store(
     tile: &mut Tile<'_>,
     first: usize,
-    (sums, scales): (&[[f32; PANEL]], &[f32]),
+    (scratch, tile_rows): (&Scratch, usize),
+    scales: &[f32],
     bias: Option<&[f32]>,
+    finish: &impl Finish,
 ) {
     let (from, start) = (first - tile.cols.start, tile.rows.start);
-    for (i, (sums, scale)) in sums.iter().zip(&scales[start..]).enumerate().take(tile.rows.len()) {
-        let out = tile.row(i)[from..].iter_mut().zip(sums);
-        match bias {
-            Some(bias) => out.zip(&bias[first..]).for_each(|((y, x), b)| *y = x * scale + b),
-            None => out.for_each(|(y, x)| *y = x * scale),
-        }
+    let rows = tile.rows.len().next_multiple_of(tile_rows);
+    let cols = scratch.sums.len().div_euclid(rows) * PANEL;
+    for i in 0..tile.rows.len() {
+        let row = &mut tile.row(i)[from..];
+        let len = row.len().min(cols);
+        let out = &mut row[..len];
+        let bias = bias.map(|bias| &bias[first..][..len]);
+        let sums = &scratch.sums[i..];
+        scratch.arch.dispatch(StoreRow { out, sums, rows, scale: scales[start + i], bias });
+        finish.apply(start + i, first, out);
     }
 }
 
 #[cfg(not(target_arch = "x86_64"))]
 fn prefetch(_: &[u8]) {}
+
+/// Rows of activations in 8 bits.
+#[derive(Debug)]
+pub(crate) struct RoundedRows {
+    activations: Activations<TILE_ROWS>,
+    count: usize,
+    width: usize,
+    instructions: Instructions,
+}
+
+impl RoundedRows {
+    /// How many there are.
+    pub(crate) fn count(&self) -> usize {
+        self.count
+    }
+}
 
 /// A matrix, its bias and its output.
 #[cfg(target_arch = "x86_64")]
@@ -432,4 +533,5 @@ pub(crate) type RowProduct<'a> = (&'a PackedBlocks, Option<&'a [f32]>, &'a mut [
 struct Scratch {
     unpacked: Vec<Unpacked>,
     sums: Vec<[f32; PANEL]>,
+    arch: Arch,
 }

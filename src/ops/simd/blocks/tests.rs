@@ -225,6 +225,34 @@ fn a_row_alone_gives_the_numbers_it_gives_among_others() {
     }
 }
 
+/// Rows that are rounded once, for formats that need sums and for formats that do not.
+#[test]
+fn rows_that_several_matrices_share_give_what_each_gives() {
+    let x = activations(7, 768, true);
+    let formats = [BlockFormat::Q8_0, BlockFormat::Q4K, BlockFormat::Q6K];
+    let packed = formats.map(|format| packed(format, 70, 768).0);
+    let rows = DenseRows { x: &x, width: 768 };
+    for (i, instructions) in Instructions::available().into_iter().enumerate() {
+        for shared in [&[0, 1, 2][..], &[0], &[0, 0]] {
+            let matrices: Vec<&PackedBlocks> = shared.iter().map(|m| &packed[*m][i]).collect();
+            let rounded = PackedBlocks::round(&matrices, &rows).unwrap();
+            for matrix in matrices {
+                let mut y = vec![f32::NAN; 7 * 70];
+                matrix.multiply_rounded(&rounded, None, &mut y, &AsItIs);
+                let name = matrix.format;
+                assert_eq!(y, product(matrix, &x, None), "{name:?} {instructions:?} {shared:?}");
+            }
+        }
+    }
+    let wider = packed_q8_0(1024);
+    assert!(PackedBlocks::round(&[&packed[0][0], &wider], &rows).is_none());
+    assert!(PackedBlocks::round(&[], &rows).is_none());
+}
+
+fn packed_q8_0(width: usize) -> PackedBlocks {
+    PackedBlocks::new(BlockFormat::Q8_0, &blocks(BlockFormat::Q8_0, 4, width), [4, width]).unwrap()
+}
+
 #[test]
 fn what_is_not_finite_stays_visible() {
     for format in BlockFormat::ALL {

@@ -1,17 +1,19 @@
 //! The steps of a product on x86: with AVX-512 VNNI, with AVX-VNNI, and with AVX2.
 
 use std::arch::x86_64::{
-    __m256, __m256i, __m512, _MM_HINT_T0, _MM_HINT_T1, _mm_prefetch, _mm_sad_epu8, _mm_set1_epi8,
-    _mm_setzero_si128, _mm_xor_si128, _mm256_abs_epi8, _mm256_add_epi32, _mm256_castps_si256,
-    _mm256_castsi256_ps, _mm256_cvtepi32_ps, _mm256_cvtph_ps, _mm256_dpbusd_avx_epi32,
-    _mm256_fmadd_ps, _mm256_fnmadd_ps, _mm256_loadu_ps, _mm256_loadu_si256, _mm256_madd_epi16,
-    _mm256_maddubs_epi16, _mm256_set1_epi8, _mm256_set1_epi16, _mm256_set1_epi32, _mm256_set1_ps,
-    _mm256_setzero_ps, _mm256_setzero_si256, _mm256_shuffle_epi8, _mm256_sign_epi8,
-    _mm256_storeu_si256, _mm256_sub_epi32, _mm256_xor_si256, _mm512_add_epi32, _mm512_add_ps,
-    _mm512_and_si512, _mm512_castps_si512, _mm512_castsi512_ps, _mm512_cvtepi32_epi8,
-    _mm512_cvtepi32_ps, _mm512_cvtps_epi32, _mm512_dpbusd_epi32, _mm512_fmadd_ps, _mm512_fnmadd_ps,
-    _mm512_loadu_ps, _mm512_loadu_si512, _mm512_max_epu32, _mm512_mul_ps, _mm512_reduce_max_epu32,
-    _mm512_set1_epi32, _mm512_set1_ps, _mm512_setzero_ps, _mm512_sub_epi32,
+    __m256, __m256i, __m512, __m512i, _MM_HINT_T0, _MM_HINT_T1, _mm_prefetch, _mm_sad_epu8,
+    _mm_set1_epi8, _mm_setzero_si128, _mm_xor_si128, _mm256_abs_epi8, _mm256_add_epi32,
+    _mm256_castps_si256, _mm256_castsi256_ps, _mm256_cvtepi32_ps, _mm256_cvtph_ps,
+    _mm256_dpbusd_avx_epi32, _mm256_fmadd_ps, _mm256_fnmadd_ps, _mm256_loadu_ps,
+    _mm256_loadu_si256, _mm256_madd_epi16, _mm256_maddubs_epi16, _mm256_set1_epi8,
+    _mm256_set1_epi16, _mm256_set1_epi32, _mm256_set1_ps, _mm256_setzero_ps, _mm256_setzero_si256,
+    _mm256_shuffle_epi8, _mm256_sign_epi8, _mm256_storeu_si256, _mm256_sub_epi32, _mm256_xor_si256,
+    _mm512_add_epi32, _mm512_add_ps, _mm512_and_si512, _mm512_castps_si512, _mm512_castsi512_ps,
+    _mm512_cvtepi32_epi8, _mm512_cvtepi32_ps, _mm512_cvtps_epi32, _mm512_dpbusd_epi32,
+    _mm512_fmadd_ps, _mm512_fnmadd_ps, _mm512_loadu_ps, _mm512_loadu_si512, _mm512_max_epu32,
+    _mm512_mul_ps, _mm512_reduce_max_epu32, _mm512_set1_epi32, _mm512_set1_ps, _mm512_setzero_ps,
+    _mm512_shuffle_i32x4, _mm512_sub_epi32, _mm512_unpackhi_epi32, _mm512_unpackhi_epi64,
+    _mm512_unpacklo_epi32, _mm512_unpacklo_epi64,
 };
 
 use super::{
@@ -71,7 +73,18 @@ with_instructions! {
     "avx512f,avx512bw,avx512vnni" add_tile_512<R, G, M>(
         panel: &[Unpacked], x: (&[RowBlock<R>], &[Sums<R>]), out: &mut PanelRows<R>
     ) {
-        tile_512::<R, G, M>(panel, x, out);
+        tile_512::<_, R, G, M>(panel, panel, x, out);
+    }
+    /// [`add_tile_512`] of Q8_0 blocks as they are kept, whose scales were [widened](widen_q8_0_512).
+    "avx512f,avx512bw,avx512vnni" add_q8_0_tile_512<R>(
+        stored: &[u8], scales: &[Unpacked], x: (&[RowBlock<R>], &[Sums<R>]), out: &mut PanelRows<R>
+    ) {
+        let blocks: &[StoredQ8_0] = bytemuck::cast_slice(stored);
+        tile_512::<_, R, 1, 0>(blocks, scales, x, out);
+    }
+    /// Unpacks the scales of a Q8_0 block only.
+    "avx512f,f16c" widen_q8_0_512(block: PanelBlock<'_>, out: &mut Unpacked) {
+        out.scales[0] = wide(&block.halves[0]);
     }
     /// Adds the product of one row with a panel of Q8_0 blocks as they are kept: a token reads each
     /// weight once, so that unpacking it first would not pay.
@@ -115,6 +128,12 @@ impl Steps for Steps512 {
     }
 
     #[inline(always)]
+    fn all_largest(self, x: &[f32], largest: &mut [f32]) -> u32 {
+        // SAFETY: as above.
+        unsafe { all_largest_512(x, largest) }
+    }
+
+    #[inline(always)]
     fn round(self, x: &[f32; BLOCK], factor: f32) -> Rounded {
         // SAFETY: as above.
         unsafe { round_512(x, factor) }
@@ -124,6 +143,13 @@ impl Steps for Steps512 {
 #[inline]
 #[target_feature(enable = "avx512f")]
 fn largest_512(x: &[f32; BLOCK]) -> u32 {
+    _mm512_reduce_max_epu32(magnitudes_512(x))
+}
+
+/// The bits of magnitudes, the larger of both halves.
+#[inline]
+#[target_feature(enable = "avx512f")]
+fn magnitudes_512(x: &[f32; BLOCK]) -> __m512i {
     let [first, second]: &[[f32; HALF]; 2] = bytemuck::cast_ref(x);
     let bits = |x: &[f32; HALF]| {
         // SAFETY: the array holds the 64 bytes that are read.
@@ -131,7 +157,44 @@ fn largest_512(x: &[f32; BLOCK]) -> u32 {
         let x = unsafe { _mm512_loadu_si512(x.as_ptr().cast()) };
         _mm512_and_si512(x, _mm512_set1_epi32(i32::MAX))
     };
-    _mm512_reduce_max_epu32(_mm512_max_epu32(bits(first), bits(second)))
+    _mm512_max_epu32(bits(first), bits(second))
+}
+
+/// Sixteen blocks at a time: what is left of each is folded together with its neighbour's.
+#[inline]
+#[target_feature(enable = "avx512f")]
+fn all_largest_512(x: &[f32], largest: &mut [f32]) -> u32 {
+    /// Lanes 0 and 2 of both registers, and lanes 1 and 3.
+    const EVEN: i32 = 0b10_00_10_00;
+    const ODD: i32 = 0b11_01_11_01;
+    let (sixteens, rest) = x.as_chunks::<BLOCK>().0.as_chunks::<LANES>();
+    let (outs, outs_rest) = largest.as_chunks_mut::<LANES>();
+    let mut all = _mm512_set1_epi32(0);
+    for (blocks, out) in sixteens.iter().zip(outs) {
+        let fours = [0, 4, 8, 12].map(|i| {
+            let twos = [i, i + 2].map(|i| {
+                let (a, b) = (magnitudes_512(&blocks[i]), magnitudes_512(&blocks[i + 1]));
+                _mm512_max_epu32(_mm512_unpacklo_epi32(a, b), _mm512_unpackhi_epi32(a, b))
+            });
+            let [a, b] = twos;
+            _mm512_max_epu32(_mm512_unpacklo_epi64(a, b), _mm512_unpackhi_epi64(a, b))
+        });
+        let fold = |a, b| {
+            let (even, odd) =
+                (_mm512_shuffle_i32x4::<EVEN>(a, b), _mm512_shuffle_i32x4::<ODD>(a, b));
+            _mm512_max_epu32(even, odd)
+        };
+        let found = fold(fold(fours[0], fours[1]), fold(fours[2], fours[3]));
+        all = _mm512_max_epu32(all, found);
+        *out = bytemuck::cast(found);
+    }
+    let mut all = _mm512_reduce_max_epu32(all);
+    for (x, out) in rest.iter().zip(outs_rest) {
+        let bits = largest_512(x);
+        *out = f32::from_bits(bits);
+        all = bits.max(all);
+    }
+    all
 }
 
 /// Rounds to the nearest, as the processor is set up to.
@@ -191,16 +254,46 @@ fn replace(indices: &mut [u8]) {
     }
 }
 
+/// Where the bytes of a block's weights are.
+trait Weights {
+    fn weights(&self) -> &[[Word; PANEL]; FOURS];
+}
+
+impl Weights for Unpacked {
+    #[inline(always)]
+    fn weights(&self) -> &[[Word; PANEL]; FOURS] {
+        &self.weights
+    }
+}
+
+/// A Q8_0 block of each output of a panel: its bytes are what the kernel multiplies.
+#[derive(Clone, Copy, bytemuck::Pod, bytemuck::Zeroable)]
+#[repr(C)]
+struct StoredQ8_0 {
+    halves: Halves,
+    weights: [[Word; PANEL]; FOURS],
+}
+
+impl Weights for StoredQ8_0 {
+    #[inline(always)]
+    fn weights(&self) -> &[[Word; PANEL]; FOURS] {
+        &self.weights
+    }
+}
+
+/// Scales and minimums are those of `panel`, the weights those of `weights`.
 #[inline]
 #[target_feature(enable = "avx512f,avx512bw,avx512vnni")]
 #[expect(clippy::needless_range_loop, reason = "only indices are unrolled into registers")]
-fn tile_512<const R: usize, const G: usize, const M: usize>(
+fn tile_512<W: Weights, const R: usize, const G: usize, const M: usize>(
+    weights: &[W],
     panel: &[Unpacked],
     x: (&[RowBlock<R>], &[Sums<R>]),
     out: &mut PanelRows<R>,
 ) {
     let mut sums = [[_mm512_setzero_ps(); 2]; R];
-    for (panel, (x, parts)) in panel.iter().zip(x.0.iter().zip(x.1)) {
+    let blocks = weights.iter().zip(panel);
+    for ((stored, panel), (x, parts)) in blocks.zip(x.0.iter().zip(x.1)) {
         for group in 0..G {
             let mut counts = [[_mm512_set1_epi32(0); 2]; R];
             for row in 0..R {
@@ -214,7 +307,7 @@ fn tile_512<const R: usize, const G: usize, const M: usize>(
             }
             for four in 0..const { FOURS.div_euclid(G) } {
                 let four = group * HALF_FOURS + four;
-                let weights = halves(&panel.weights[four]);
+                let weights = halves(&stored.weights()[four]);
                 for row in 0..R {
                     let x = _mm512_set1_epi32(word(x.values[row][four]));
                     counts[row][0] = _mm512_dpbusd_epi32(counts[row][0], weights[0], x);
