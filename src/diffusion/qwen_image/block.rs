@@ -131,11 +131,16 @@ impl Block {
         let attended = self.attend(text, image, layout)?;
 
         let attended_text = required(attended.text)?;
-        let text = (of_text, &self.text_mlp);
-        let text = finished(text, &streams.text, attended_text, &runs.text)?;
-        let image = (of_image, &self.image_mlp);
-        let image = finished(image, &streams.image, required(attended.image)?, &runs.image)?;
-        Ok(Streams { image, text })
+        let text = of_text.joined(&streams.text, &attended_text, &runs.text)?;
+        // Both may be views of one tensor, of which the text was read above.
+        drop(attended_text);
+        let attended = required(attended.image)?;
+        let image = of_image.joined(&streams.image, &attended, &runs.image)?;
+        recycle([attended])?;
+        Ok(Streams {
+            text: in_range(self.text_mlp.forward(text, &runs.text.mlp)?)?,
+            image: in_range(self.image_mlp.forward(image, &runs.image.mlp)?)?,
+        })
     }
 
     /// The picture that is denoised after the block, for the last block: neither the references
@@ -156,7 +161,9 @@ impl Block {
         let [query] = Linear::modulated_each(query, &target, &target_runs.attention, EPS)?;
         image.query = Some(self.heads_of(&query)?);
         let attended = required(self.attend(text, image, layout)?.image)?;
-        finished((of_image, &self.image_mlp), &target, attended, &target_runs)
+        let joined = of_image.joined(&target, &attended, &target_runs)?;
+        recycle([attended])?;
+        in_range(self.image_mlp.forward(joined, &target_runs.mlp)?)
     }
 
     /// Queries, keys and values of a stream's tokens.
@@ -227,23 +234,11 @@ fn in_range(x: Tensor) -> TensorResult<Tensor> {
     if x.dtype() == DType::F16 { x.clamp(-MAX, MAX) } else { Ok(x) }
 }
 
-/// A stream after the block: what its tokens attended to is added, and what the MLP makes of the sum.
-fn finished(
-    (attention, mlp): (&StreamAttention, &Mlp),
-    residual: &Tensor,
-    attended: Tensor,
-    runs: &RunsOfStream<'_>,
-) -> TensorResult<Tensor> {
-    if attended.device().is_cpu() {
-        let sum = attention.out.gated_add(&attended, residual, &runs.attention)?;
-        recycle([attended])?;
-        return in_range(mlp.forward(sum, &runs.mlp)?);
-    }
-    // A GPU's products end in GELU at most, and its norms begin with the sum.
-    let added = attention.out.forward(&attended)?;
-    let halves = [runs.attention.as_slice(), &runs.mlp];
-    let (sum, normed) = ops::gated_add_norm_each(residual, &added, halves, EPS)?;
-    in_range(mlp.forward_normed(&sum, &normed, &runs.mlp)?)
+/// A stream with what its tokens attended to, `[b, n, dim]`.
+struct Joined {
+    sum: Tensor,
+    /// Its modulated norm, where that came with it.
+    normed: Option<Tensor>,
 }
 
 /// How the tokens of a stream are modulated in both halves of a block.
@@ -321,6 +316,23 @@ impl StreamAttention {
             norm_key: norm(names.norm_key)?,
         })
     }
+
+    fn joined(
+        &self,
+        residual: &Tensor,
+        attended: &Tensor,
+        runs: &RunsOfStream<'_>,
+    ) -> TensorResult<Joined> {
+        if attended.device().is_cpu() {
+            let sum = self.out.gated_add(attended, residual, &runs.attention)?;
+            return Ok(Joined { sum, normed: None });
+        }
+        // A GPU's product cannot end in the sum, but the norm can begin with it.
+        let added = self.out.forward(attended)?;
+        let halves = [runs.attention.as_slice(), &runs.mlp];
+        let (sum, normed) = ops::gated_add_norm_each(residual, &added, halves, EPS)?;
+        Ok(Joined { sum, normed: Some(normed) })
+    }
 }
 
 impl Mlp {
@@ -331,22 +343,15 @@ impl Mlp {
         })
     }
 
-    /// `x` and what the MLP adds to it. Nobody else holds `x`.
-    fn forward(&self, x: Tensor, runs: &[ModulatedTokens<'_>]) -> TensorResult<Tensor> {
-        let inner = self.up.modulated_gelu(&x, runs, EPS)?;
-        let out = self.down.gated_add(&inner, &x, runs)?;
-        recycle([inner, x])?;
+    /// The stream and what the MLP adds to it.
+    fn forward(&self, stream: Joined, runs: &[ModulatedTokens<'_>]) -> TensorResult<Tensor> {
+        let Joined { sum, normed } = stream;
+        let inner = match normed {
+            Some(normed) => self.up.forward_gelu_tanh(&normed)?,
+            None => self.up.modulated_gelu(&sum, runs, EPS)?,
+        };
+        let out = self.down.gated_add(&inner, &sum, runs)?;
+        recycle([inner, sum])?;
         Ok(out)
-    }
-
-    /// `x` and what the MLP adds to it, from its modulated norm.
-    fn forward_normed(
-        &self,
-        x: &Tensor,
-        normed: &Tensor,
-        runs: &[ModulatedTokens<'_>],
-    ) -> TensorResult<Tensor> {
-        let inner = self.up.forward_gelu_tanh(normed)?;
-        ops::gated_add_each(x, &self.down.forward(&inner)?, runs)
     }
 }
