@@ -384,16 +384,4 @@ fn guidance_in_one_batch_gives_the_same_picture() {
         denoise.unwrap().activation_bytes
     };
     assert!(step(&together) > step(&in_turn));
-    // Where memory runs out, the batch is split before anything slower is tried.
-    let memory = DeviceMemory::new(
-        SimulatedDevice::new(1 << 40).failing(Injected::Above(step(&together) - 1)),
-        Limit::Free,
-    );
-    let placement =
-        PlacementOptions { guidance: Some(GuidancePass::OneBatch), ..PlacementOptions::default() };
-    let options = EngineOptions { memory: Some(memory), ..options(placement) };
-    let engine = Engine::open(&source, &options, &()).unwrap();
-    let outcome = engine.edit(&request, &()).unwrap();
-    assert_eq!(outcome.memory.made_room, [Rung::DropCaches, Rung::SplitGuidance]);
-    assert_eq!(outcome.picture.rgb, in_turn.picture.rgb);
 }
