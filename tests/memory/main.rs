@@ -106,7 +106,7 @@ const SMALL_BYTES: u64 = 1 << 16;
 /// How far above the count an estimate may be. The planner's replies are taken as long as they may
 /// be, which the pack's never are.
 const RATIO_MAX: f64 = 1.3;
-const RATIO_MAX_PLANNING: f64 = 2.0;
+const RATIO_MAX_PLANNING: f64 = 1.7;
 
 /// Both tests count the same allocations, so they run one after the other.
 #[test]
@@ -186,6 +186,8 @@ fn what_was_said_is_what_is_taken() {
     // Threads and tables that are made once.
     let mut request = EditRequest::new(picture(), "make it night and take the car away");
     (request.seed, request.steps) = (Some(1), Some(2));
+    // An estimate counts replies of the full length; the pack's are some 60 tokens.
+    request.planner.tokens_max = 192;
     measure(&ModelSource::Mini, &options(None, PlacementOptions::default()), &request);
     let mut faults = Vec::new();
     for (name, side, storage, placement) in [
