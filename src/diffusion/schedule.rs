@@ -192,11 +192,7 @@ impl ScheduleConfig {
     /// # Errors
     /// No steps, more than [`STEPS_MAX`], or so few that the reference divides by zero.
     pub fn schedule(&self, steps: usize, image_tokens: usize) -> Result<Schedule> {
-        // With one step the level is 1, and a stretch towards a terminal value divides by zero.
-        let steps_min = if self.shift_terminal.is_some() { 2 } else { 1 };
-        if !(steps_min..=STEPS_MAX).contains(&steps) {
-            return Err(Error::field("steps", steps, format!("{steps_min} to {STEPS_MAX}")));
-        }
+        self.check_steps(steps)?;
         let mut sigmas: Vec<f32> = even_levels(steps);
         self.apply_shift(&mut sigmas, image_tokens);
         if let Some(terminal) = self.shift_terminal {
@@ -213,6 +209,19 @@ impl ScheduleConfig {
         let timesteps = sigmas.iter().map(|sigma| sigma * scale).collect();
         sigmas.push(if self.invert { 1.0 } else { 0.0 });
         Ok(Schedule { sigmas, timesteps })
+    }
+
+    /// Whether a run can have `steps` steps.
+    ///
+    /// # Errors
+    /// As [`Self::schedule`].
+    pub fn check_steps(&self, steps: usize) -> Result<()> {
+        // With one step the level is 1, and a stretch towards a terminal value divides by zero.
+        let steps_min = if self.shift_terminal.is_some() { 2 } else { 1 };
+        if (steps_min..=STEPS_MAX).contains(&steps) {
+            return Ok(());
+        }
+        Err(Error::field("steps", steps, format!("{steps_min} to {STEPS_MAX}")))
     }
 
     fn apply_shift(&self, sigmas: &mut [f32], image_tokens: usize) {

@@ -2,7 +2,11 @@
 
 use super::{Engine, pipeline::Pipeline, plan_sizes::Sizes};
 use crate::{
-    diffusion::{Grid, noise::NoiseSource, schedule::Schedule},
+    diffusion::{
+        Grid,
+        noise::NoiseSource,
+        schedule::{Schedule, ScheduleConfig},
+    },
     error::{Error, RequestError, Result},
     pixels::Size,
     request::{EditRequest, Rng, Strategy},
@@ -29,8 +33,7 @@ pub(super) struct Checked<'a> {
 impl<'a> Checked<'a> {
     pub(super) fn new(engine: &Engine, request: &'a EditRequest) -> Result<Self> {
         let pipeline = &engine.opened.pipeline;
-        check_pictures(pipeline, request)?;
-        check_plan(request)?;
+        check_before_loading(pipeline, engine.diffusion.schedule(), request)?;
         check_length(engine, "prompt", &request.prompt)?;
         check_length(
             engine,
@@ -39,9 +42,6 @@ impl<'a> Checked<'a> {
         )?;
         let steps = request.steps.unwrap_or(pipeline.steps);
         let cfg_scale = request.cfg_scale.unwrap_or(pipeline.cfg_scale);
-        if !(0.0..=CFG_SCALE_MAX).contains(&cfg_scale) {
-            return Err(Error::field("cfg-scale", cfg_scale, format!("0 to {CFG_SCALE_MAX}")));
-        }
         let sizes = Sizes::plan(pipeline, request, token_px(engine)?)?;
         let grid = grid(engine, sizes.working)?;
         let schedule = engine.diffusion.schedule().schedule(steps, grid.tokens())?;
@@ -57,6 +57,21 @@ impl<'a> Checked<'a> {
             Rng::Cuda(grid) => NoiseSource::Cuda(grid),
         }
     }
+}
+
+/// What can be found wrong with a request before any weights are read.
+pub(super) fn check_before_loading(
+    pipeline: &Pipeline,
+    schedule: &ScheduleConfig,
+    request: &EditRequest,
+) -> Result<()> {
+    check_pictures(pipeline, request)?;
+    check_plan(request)?;
+    let cfg_scale = request.cfg_scale.unwrap_or(pipeline.cfg_scale);
+    if !(0.0..=CFG_SCALE_MAX).contains(&cfg_scale) {
+        return Err(Error::field("cfg-scale", cfg_scale, format!("0 to {CFG_SCALE_MAX}")));
+    }
+    schedule.check_steps(request.steps.unwrap_or(pipeline.steps))
 }
 
 /// What the editor is told must fit its text encoder.

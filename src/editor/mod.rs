@@ -47,7 +47,7 @@ use self::{
     stages::Stages,
 };
 use crate::{
-    diffusion::DiffusionModel,
+    diffusion::{DiffusionModel, schedule::ScheduleConfig},
     error::{Error, Result},
     memory::{self, Budget, Device, DeviceMemory, Holding},
     pixels::Size,
@@ -185,6 +185,11 @@ impl Engine {
         let lightning = loras.lightning_steps().is_some();
         let precision = options.precision(observer)?;
         let opened = open_models(&files, options, &loras, precision, observer)?;
+        if let Some(request) = request {
+            let schedule = ScheduleConfig::load(&files)?;
+            let schedule = if lightning { schedule.lightning() } else { schedule };
+            checked::check_before_loading(&opened.pipeline, &schedule, request)?;
+        }
         let info = ModelInfo::from_pipeline(&files, &opened.pipeline)?;
         if info.untrained {
             observer.event(&Event::Note(&format!(

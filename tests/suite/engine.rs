@@ -288,6 +288,17 @@ fn what_does_not_fit_is_refused_before_it_is_loaded() {
     let error = Engine::open(&source, &options, &()).unwrap_err();
     assert!(matches!(error, Error::OutOfMemory { .. }), "{error}");
     assert!(error.to_string().contains("--max-ram 0.0"), "{error}");
+    // What is wrong with the request is said first.
+    let check = |change: &dyn Fn(&mut EditRequest), word: &str| {
+        let mut request = request(&reference, "pipe.nocfg");
+        change(&mut request);
+        let error = Engine::open_for(&source, &options, &request, &()).unwrap_err();
+        assert!(error.to_string().starts_with(word), "{error}");
+    };
+    check(&|r| r.steps = Some(1), "steps");
+    check(&|r| r.cfg_scale = Some(1e9), "cfg-scale");
+    check(&|r| r.pictures.clear(), "pictures");
+    check(&|r| r.prompt.clear(), "prompt");
 }
 
 /// Copies a model folder without its cases.
