@@ -191,13 +191,6 @@ impl Engine {
             checked::check_before_loading(&opened.pipeline, &schedule, request)?;
         }
         let info = ModelInfo::from_pipeline(&files, &opened.pipeline)?;
-        if info.untrained {
-            observer.event(&Event::Note(&format!(
-                "the model {} has random weights: it shows that everything runs, but the picture \
-                 will not follow the prompt; pass --model DIR for a trained one",
-                info.name
-            )));
-        }
         note_files(&files, observer, &info, &opened.precision);
         let what = format!("an edit with {}", info.name);
         let placement = placement::require(opened.place(request, options)?, &what)?.placement;
@@ -489,15 +482,26 @@ fn note_files(
     info: &ModelInfo,
     precision: &Precision,
 ) {
+    if info.untrained {
+        observer.event(&Event::Note(&format!(
+            "the model {} has random weights: it shows that everything runs, but the picture \
+             will not follow the prompt; pass --model DIR for a trained one",
+            info.name
+        )));
+    }
     for note in files.notes() {
         observer.event(&Event::Note(note));
     }
     let has = |start: &str| {
         info.parts.iter().flat_map(|part| part.types.keys()).any(|name| name.starts_with(start))
     };
-    if has("F8_") && precision.storage == Storage::Compute {
+    // On the CPU both stay as they are stored.
+    if precision.device.is_cpu() {
+        return;
+    }
+    if has("F8_E5M2") && precision.storage == Storage::Compute {
         observer.event(&Event::Note(
-            "fp8 weights are kept as bf16, two bytes each; --dtype q8_0 keeps them in 8.5 bits",
+            "fp8 weights in e5m2 are kept as bf16, two bytes each; --dtype q8_0 keeps them in 8.5 bits",
         ));
     }
     if has("IQ4_") && !matches!(precision.storage, Storage::Plain(_)) {

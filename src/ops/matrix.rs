@@ -8,7 +8,9 @@ use pulp::{Simd, WithSimd};
 
 use super::{
     simd::{
-        Arch, hugepage,
+        Arch,
+        blocks::prefetch,
+        hugepage,
         product::{self, TileShape},
         tiles::{self, Grid, Tile, par_tiles},
         transpose::{Square, transpose},
@@ -19,6 +21,11 @@ use super::{
 /// Columns of the activations that are multiplied at a time: a panel of weights of this depth stays
 /// in the first-level cache.
 const DEPTH: usize = 192;
+/// Numbers of 16 bits in a cache line.
+const LINE: usize = 32;
+/// How many numbers ahead of their use weights of 16 bits are asked for: between two parts the
+/// processor does not foresee them.
+const AHEAD: usize = 64 * LINE;
 /// Rows of the activations that are multiplied at a time: a block of them stays in the second.
 const ROWS: usize = 384;
 /// Columns of the output that are summed at a time.
@@ -234,8 +241,16 @@ impl PackedMatrix {
             Panels::F16(x) => x[range].convert_to_f32_slice(wide),
             Panels::Float8(x, kind, scale) => kind.widen(&x[range], *scale, wide),
             Panels::Bf16(x) => {
-                for (wide, x) in wide.iter_mut().zip(&x[range]) {
-                    *wide = f32::from_bits(u32::from(x.to_bits()) << 16);
+                let ahead = x[x.len().min(range.start + AHEAD)..].chunks(LINE).map(Some);
+                let ahead = ahead.chain(std::iter::repeat(None));
+                let lines = wide.chunks_mut(LINE).zip(x[range].chunks(LINE));
+                for ((wide, x), ahead) in lines.zip(ahead) {
+                    if let Some(ahead) = ahead {
+                        prefetch(bytemuck::cast_slice(ahead));
+                    }
+                    for (wide, x) in wide.iter_mut().zip(x) {
+                        *wide = f32::from_bits(u32::from(x.to_bits()) << 16);
+                    }
                 }
             }
         }

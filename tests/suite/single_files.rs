@@ -377,7 +377,7 @@ fn fp8_files_give_the_picture_of_their_numbers() {
         let expected = edited(&ModelSource::Folder(dequantized.path().to_owned()), None);
         let files = ModelSource::Files(all.clone());
         assert_eq!(edited(&files, Some(Storage::Plain(DType::F32))), expected, "{style:?}");
-        // By default they are kept as bf16, which is exact where there is no scale.
+        // By default they are kept as they are stored.
         let mean = difference(&edited(&files, None), &expected);
         let limit = if matches!(style, Scaled::No) { 0.2 } else { 1.0 };
         assert!(mean <= limit, "{style:?}: mean difference of {mean} levels");

@@ -20,7 +20,7 @@ use std::{borrow::Cow, ops::Range};
 
 pub use self::format::BlockFormat;
 #[cfg(target_arch = "x86_64")]
-use self::x86::prefetch;
+pub(crate) use self::x86::prefetch;
 use self::{
     activations::{Activations, PlainSteps, Row, RowBlock, Sums},
     format::{PanelBlock, Word},
@@ -507,7 +507,7 @@ fn store(
 }
 
 #[cfg(not(target_arch = "x86_64"))]
-fn prefetch(_: &[u8]) {}
+pub(crate) fn prefetch(_: &[u8]) {}
 
 /// Rows of activations in 8 bits.
 #[derive(Debug)]

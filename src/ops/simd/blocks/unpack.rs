@@ -18,6 +18,7 @@ pub(super) const TABLE: [u8; 16] =
 pub(super) type Halves = [[u8; 2]; PANEL];
 type Fours = [[Word; PANEL]; FOURS];
 const HALF_FOURS: usize = FOURS.div_euclid(2);
+const EACH_BYTE: u32 = 0x0101_0101;
 
 /// The weights of one block of each output of a panel. `wide` widens numbers of 16 bits, and
 /// `table` replaces each byte `i` by `TABLE[i]`.
@@ -111,14 +112,14 @@ fn nibbles(words: &[[Word; PANEL]], out: &mut Fours, f: impl Fn(u8) -> u8) {
 /// Adds the fifth bits of 32 weights, one bit after the other in `bits`; then `f`.
 #[inline(always)]
 fn fifth_bits(bits: &[Word; PANEL], out: &mut Fours, f: impl Fn(u8) -> u8) {
-    let bits: [u32; PANEL] = bits.map(u32::from_le_bytes);
     for (shift, out) in (0..32).step_by(4).zip(out) {
-        for (out, bits) in out.iter_mut().zip(bits) {
+        let mut spread = [[0; 4]; PANEL];
+        for (spread, bits) in spread.iter_mut().zip(bits) {
             // Four neighbouring bits, one into each byte.
-            let spread = (bits >> shift & 15).wrapping_mul(0x0020_4081) & 0x0101_0101;
-            *out = (u32::from_le_bytes(*out) | spread << 4).to_le_bytes();
+            let four = u32::from_le_bytes(*bits) >> shift & 15;
+            *spread = (four.wrapping_mul(0x0020_4081) & EACH_BYTE).to_le_bytes();
         }
-        out.as_flattened_mut().iter_mut().for_each(|x| *x = f(*x));
+        merge(out, &spread, |x, bit| f(x | bit << 4));
     }
 }
 
@@ -197,8 +198,6 @@ fn map_words(words: &mut [Word; PANEL], f: impl Fn(usize, u32) -> u32) {
     }
 }
 
-const EACH_BYTE: u32 = 0x0101_0101;
-
 /// Scales are multiplied in, with the sign turned so that the result fits a byte: `w = −d · −(s · q)`.
 ///
 /// With `s + 32` and `q + 4` as they are stored, `128 − s · q = (q + 4)(−s) + 4 (s + 32)`, or where
@@ -238,7 +237,7 @@ fn q3_k(block: PanelBlock<'_>, d: &[f32; PANEL], out: &mut [Unpacked]) {
     }
 }
 
-/// Scales are multiplied in: at most `15 · 3`, so that four bytes are multiplied at once.
+/// Scales are multiplied in: at most `15 · 3`.
 #[inline(always)]
 fn q2_k(block: PanelBlock<'_>, [d, dmin]: [&[f32; PANEL]; 2], out: &mut [Unpacked]) {
     let (packed, low) = block.words.split_at(4);
@@ -248,18 +247,20 @@ fn q2_k(block: PanelBlock<'_>, [d, dmin]: [&[f32; PANEL]; 2], out: &mut [Unpacke
         for (weights, low) in out.weights.iter_mut().zip(low) {
             map(weights, low, |x| x >> shift & 3);
         }
-        let packed = packed[i >> 1].map(u32::from_le_bytes);
+        let packed = &packed[i >> 1];
         let groups = out.weights.chunks_exact_mut(HALF_FOURS).zip(&mut out.mins);
         for (group, (weights, mins)) in groups.enumerate() {
-            let byte = 8 * (2 * (i & 1) + group);
-            let scales = packed.map(|packed| packed >> byte & 15);
+            let byte = 2 * (i & 1) + group;
+            let mut scales = [[0; 4]; PANEL];
+            for (scales, packed) in scales.iter_mut().zip(packed) {
+                *scales = [packed[byte] & 15; 4];
+            }
+            // Byte by byte over all outputs: so the compiler finds the registers' direction.
             for weights in weights {
-                map_words(weights, |i, q| (q * scales[i]) | (128 * EACH_BYTE));
+                merge(weights, &scales, |q, scale| q.wrapping_mul(scale) | 128);
             }
             for (min, (packed, dmin)) in mins.iter_mut().zip(packed.iter().zip(dmin)) {
-                #[expect(clippy::cast_precision_loss, reason = "a number of four bits")]
-                let number = (packed >> byte >> 4 & 15) as f32;
-                *min = dmin * number;
+                *min = dmin * f32::from(packed[byte] >> 4);
             }
         }
         out.scales[0] = *d;

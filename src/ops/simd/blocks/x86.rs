@@ -218,7 +218,7 @@ fn round_512(x: &[f32; BLOCK], factor: f32) -> Rounded {
 }
 
 /// Asks for bytes that are needed soon.
-pub(super) fn prefetch(bytes: &[u8]) {
+pub(crate) fn prefetch(bytes: &[u8]) {
     for line in bytes.chunks(64) {
         #[expect(unsafe_code, reason = "an instruction that every x86-64 processor has")]
         // SAFETY: the pointer is that of a slice; nothing is read.
