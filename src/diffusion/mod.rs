@@ -93,24 +93,25 @@ impl DiffusionModel {
         precision: &Precision,
         changes: LowRankChanges,
     ) -> Result<Self> {
-        let model = Self::open(files, precision, changes, Residency::Resident)?;
+        let schedule = ScheduleConfig::load(files)?;
+        let model = Self::open(files, schedule, precision, changes, Residency::Resident)?;
         model.transformer.fill(&precision.cancel)?;
         Ok(model)
     }
 
-    /// As [`Self::load_changed`], but the transformer's blocks are read later; see
-    /// [`Transformer::open`].
+    /// As [`Self::load_changed`], but along the levels of `schedule`, and the transformer's blocks are read
+    /// later; see [`Transformer::open`].
     ///
     /// # Errors
     /// As [`Self::load_changed`].
     pub fn open(
         files: &ModelFiles,
+        schedule: ScheduleConfig,
         precision: &Precision,
         changes: LowRankChanges,
         residency: Residency,
     ) -> Result<Self> {
-        // The small parts first, so that their faults show before gigabytes are read.
-        let schedule = ScheduleConfig::load(files)?;
+        // The small part first, so that its faults show before gigabytes are read.
         let autoencoder = Autoencoder::load(files, precision)?;
         let transformer = Transformer::open(files, precision, changes, residency)?;
         let (found, expected) =
@@ -138,11 +139,6 @@ impl DiffusionModel {
     #[must_use]
     pub fn schedule(&self) -> &ScheduleConfig {
         &self.schedule
-    }
-
-    /// Denoises along the levels of another schedule.
-    pub fn set_schedule(&mut self, schedule: ScheduleConfig) {
-        self.schedule = schedule;
     }
 
     /// Pixels along the side of one token.

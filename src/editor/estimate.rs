@@ -286,9 +286,7 @@ impl Models<'_> {
         stages.push(stage(Stage::Decode, made + resting, decoding + modulation));
         stages
     }
-}
 
-impl Models<'_> {
     /// What opening an engine takes at most under a placement.
     pub(super) fn opening(self, placement: Placement) -> u64 {
         let Known { transformer, vae_bytes, lora_bytes, .. } = self.known;

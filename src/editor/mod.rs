@@ -182,12 +182,13 @@ impl Engine {
     ) -> Result<Self> {
         let files = source.files()?;
         let loras = Loras::open(&options.loras, !options.no_lightning_defaults)?;
-        let lightning = loras.lightning_steps().is_some();
         let precision = options.precision(observer)?;
         let opened = open_models(&files, options, &loras, precision, observer)?;
+        let mut schedule = ScheduleConfig::load(&files)?;
+        if loras.lightning_steps().is_some() {
+            schedule = schedule.lightning();
+        }
         if let Some(request) = request {
-            let schedule = ScheduleConfig::load(&files)?;
-            let schedule = if lightning { schedule.lightning() } else { schedule };
             checked::check_before_loading(&opened.pipeline, &schedule, request)?;
         }
         let info = ModelInfo::from_pipeline(&files, &opened.pipeline)?;
@@ -205,12 +206,12 @@ impl Engine {
         };
         let residence = Residence::new(memory, placement);
         let mut stages = Stages::new(observer);
-        let (mut diffusion, loras) = stages.run(Stage::Load, || {
+        let (diffusion, loras) = stages.run(Stage::Load, || {
             let (changes, loras) = loras.read(&files, precision)?;
             let base = known.vae_bytes + known.lora_bytes + known.transformer.outside();
             residence.hold(residence::AUTOENCODER, base)?;
             let residency = placement.transformer;
-            let diffusion = DiffusionModel::open(&files, precision, changes, residency)?;
+            let diffusion = DiffusionModel::open(&files, schedule, precision, changes, residency)?;
             // What has the first turn; the others follow when it is over.
             if own.is_none() || !placement.take_turns {
                 residence.hold(ENCODER, vlm.weight_bytes(precision, true))?;
@@ -227,9 +228,6 @@ impl Engine {
             }
             Ok((diffusion, loras))
         })?;
-        if lightning {
-            diffusion.set_schedule(diffusion.schedule().lightning());
-        }
         let load =
             StageReport { stage: Stage::Load, elapsed: Duration::ZERO, peak_resident_bytes: None };
         let load = stages.finish().pop().unwrap_or(load);

@@ -1,6 +1,6 @@
 //! Linear layers between the norm and the gate of a modulated residual branch.
 
-use candle_core::{Error, Result as TensorResult, Tensor};
+use candle_core::{Result as TensorResult, Tensor};
 
 use super::Linear;
 use crate::ops::{self, ModulatedTokens};
@@ -20,13 +20,9 @@ impl Linear {
             return ops::modulated_linear_each(linears.map(|linear| &linear.matrix), x, runs, eps);
         }
         let normed = ops::modulated_layer_norm_each(x, runs, eps)?;
-        let results = linears.iter().map(|linear| linear.forward(&normed));
-        let results: Vec<Tensor> = results.collect::<TensorResult<_>>()?;
+        let results = Self::forward_each(linears.map(|linear| (linear, None)), &normed)?;
         ops::recycle(normed)?;
-        match results.try_into() {
-            Ok(results) => Ok(results),
-            Err(_) => Err(Error::msg("linear: a result is missing")),
-        }
+        Ok(results)
     }
 
     /// GELU, in its tanh approximation, of [`Self::forward`] of the modulated norm of `x`.

@@ -8,7 +8,7 @@ use super::{
     activation::{GeluInPlace, gelu_tanh_owned},
     buffers,
     cpu::{Floats, is_fast},
-    linear::PackedLinear,
+    linear::{PackedLinear, forward_each},
     norm::{gated_add, gated_add_norm, modulated_layer_norm},
     recycle,
     rows::{AddGated, ModulatedRun, NormedRows},
@@ -116,20 +116,14 @@ pub fn modulated_linear_each<const N: usize>(
     runs: &[ModulatedTokens<'_>],
     eps: f64,
 ) -> Result<[Tensor; N]> {
-    let fused = rounded_norm(&linears, x, runs, eps)?;
-    let results: Vec<Tensor> = match fused {
-        Some((rows, matrices)) => {
-            let products = matrices.iter().map(|matrix| matrix.multiply(&rows, &AsItIs));
-            products.collect::<Result<_>>()?
-        }
-        None => {
-            let normed = modulated_layer_norm_each(x, runs, eps)?;
-            let products = linears.iter().map(|linear| linear.forward(&normed));
-            let products = products.collect::<Result<_>>()?;
-            recycle(normed)?;
-            products
-        }
+    let Some((rows, matrices)) = rounded_norm(&linears, x, runs, eps)? else {
+        let normed = modulated_layer_norm_each(x, runs, eps)?;
+        let results = forward_each(linears, &normed)?;
+        recycle(normed)?;
+        return Ok(results);
     };
+    let results = matrices.iter().map(|matrix| matrix.multiply(&rows, &AsItIs));
+    let results: Vec<Tensor> = results.collect::<Result<_>>()?;
     let Ok(results) = <[Tensor; N]>::try_from(results) else {
         bail!("linear: a result is missing")
     };

@@ -253,9 +253,7 @@ impl PackedLinear {
             None => Ok(y),
         }
     }
-}
 
-impl PackedLinear {
     /// [`Self::forward`] and [`gelu_tanh`](super::gelu_tanh()) after it.
     ///
     /// # Errors

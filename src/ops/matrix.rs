@@ -8,9 +8,8 @@ use pulp::{Simd, WithSimd};
 
 use super::{
     simd::{
-        Arch,
-        blocks::prefetch,
-        hugepage,
+        Arch, hugepage,
+        prefetch::into_second_level,
         product::{self, TileShape},
         tiles::{self, Grid, Tile, par_tiles},
         transpose::{Square, transpose},
@@ -246,7 +245,7 @@ impl PackedMatrix {
                 let lines = wide.chunks_mut(LINE).zip(x[range].chunks(LINE));
                 for ((wide, x), ahead) in lines.zip(ahead) {
                     if let Some(ahead) = ahead {
-                        prefetch(bytemuck::cast_slice(ahead));
+                        into_second_level(ahead);
                     }
                     for (wide, x) in wide.iter_mut().zip(x) {
                         *wide = f32::from_bits(u32::from(x.to_bits()) << 16);

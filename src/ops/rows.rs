@@ -8,10 +8,10 @@ use super::{
     cpu::Floats,
     simd::{
         Arch,
-        bf16::ask_for,
         blocks::{Finish, Rows},
         lanes::{self, Lanewise},
         math,
+        prefetch::into_first_level,
         tiles::{Grid, Tile, par_tiles},
     },
 };
@@ -126,7 +126,7 @@ impl Finish for AddGated<'_> {
     fn apply(&self, row: usize, first: usize, out: &mut [f32]) {
         let later = (row + AHEAD) * self.width + first;
         if let Some(later) = self.residual.get(later..later + out.len()) {
-            ask_for(later);
+            into_first_level(later);
         }
         let residual = &self.residual[row * self.width + first..][..out.len()];
         let Some((_, gate)) = self.gates.iter().find(|(end, _)| row < *end) else { return };

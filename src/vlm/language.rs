@@ -58,21 +58,12 @@ impl LanguageModel {
     }
 
     /// Hidden states after the final norm `[1, n, hidden]` for the embeddings of new tokens
-    /// `[1, n, hidden]`; with a cache, the tokens in it come before them.
+    /// `[1, n, hidden]`; with a cache, the tokens in it come before them. Best called [on a
+    /// worker](crate::ops::on_worker), for a token is many small operations.
     ///
     /// # Errors
     /// Cancellation, an adapter of another model, or a failure of the device.
     pub(super) fn forward(
-        &self,
-        embeddings: &Tensor,
-        positions: &[Position],
-        cache: Option<&mut Cache>,
-        call: Call<'_>,
-    ) -> Result<Tensor> {
-        ops::on_worker(|| self.forward_here(embeddings, positions, cache, call))
-    }
-
-    fn forward_here(
         &self,
         embeddings: &Tensor,
         positions: &[Position],

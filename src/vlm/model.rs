@@ -456,7 +456,7 @@ impl VisionLanguageModel {
         if let Some(vision) = vision {
             embeddings = insert(&embeddings, &vision.unsqueeze(0)?, &inputs.spans)?;
         }
-        language.forward(&embeddings, &inputs.positions.tokens, cache, call)
+        ops::on_worker(|| language.forward(&embeddings, &inputs.positions.tokens, cache, call))
     }
 
     /// Logits after the last token, on the host.

@@ -19,6 +19,7 @@ use sha2::{Digest, Sha256};
 
 use super::{
     cursor::Precision,
+    float8::Float8,
     gguf::{self, Metadata, Value},
     mmap::Bytes,
     safetensors_header, scaled,
@@ -74,7 +75,7 @@ impl TensorEntry {
     }
 
     pub(super) fn is_float8(&self) -> bool {
-        matches!(self.kind, StoredType::Plain(dtype) if dtype.bitsize() == 8)
+        matches!(self.kind, StoredType::Plain(dtype) if Float8::of(dtype).is_some())
     }
 
     /// Whether this is a matrix whose rows are whole blocks of so many numbers.

@@ -62,9 +62,7 @@ impl TensorEntry {
             (Storage::Compute, None) => plain(numbers, self.compute_type(precision.compute)),
         }
     }
-}
 
-impl TensorEntry {
     /// Bytes that reading the tensor takes at most besides what is kept of it. On the CPU a matrix is
     /// laid out from the bytes of its file; to quantize it, each thread holds a panel in float32 twice.
     /// What cannot be read so is held as it is stored and, piece by piece, in the new type.

@@ -12,7 +12,6 @@ use serde::Deserialize;
 
 use super::{
     checkpoint::{Checkpoint, TensorEntry},
-    float8::Float8,
     gguf::Value,
     stored::StoredType,
 };
@@ -86,7 +85,7 @@ pub(super) fn resolve(checkpoint: &mut Checkpoint) -> Result<()> {
         let layer = WEIGHT_SCALES.iter().find_map(|end| name.strip_suffix(end)).unwrap_or(name);
         let scale = weight_scale(checkpoint, name)?;
         let weight = checkpoint.entries_mut().get_mut(&format!("{layer}.weight"));
-        match weight.filter(|weight| is_float8(weight) && weight.scale.is_none()) {
+        match weight.filter(|weight| weight.is_float8() && weight.scale.is_none()) {
             Some(weight) => weight.scale = Some(scale),
             None => return Err(fault(checkpoint, name, "one scale for a weight of type F8")),
         }
@@ -94,7 +93,7 @@ pub(super) fn resolve(checkpoint: &mut Checkpoint) -> Result<()> {
     }
     for name in names(checkpoint, &INPUT_SCALES) {
         let layer = INPUT_SCALES.iter().find_map(|end| name.strip_suffix(end)).unwrap_or(&name);
-        if checkpoint.entry(&format!("{layer}.weight")).is_some_and(is_float8) {
+        if checkpoint.entry(&format!("{layer}.weight")).is_some_and(TensorEntry::is_float8) {
             checkpoint.entries_mut().remove(&name);
         }
     }
@@ -138,10 +137,6 @@ fn refuse_by_name(checkpoint: &Checkpoint) -> Result<()> {
         }
     }
     Ok(())
-}
-
-fn is_float8(entry: &TensorEntry) -> bool {
-    matches!(entry.kind, StoredType::Plain(dtype) if Float8::of(dtype).is_some())
 }
 
 /// The one number of a scale.

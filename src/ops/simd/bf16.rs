@@ -146,13 +146,7 @@ fn is_supported() -> bool {
 }
 
 #[cfg(target_arch = "x86_64")]
-pub(crate) use x86::ask_for;
-#[cfg(target_arch = "x86_64")]
 use x86::{attend, pack_values, prepare};
-
-/// Asks for numbers that are needed soon.
-#[cfg(not(target_arch = "x86_64"))]
-pub(crate) fn ask_for(_: &[f32]) {}
 
 #[cfg(not(target_arch = "x86_64"))]
 fn prepare(_: &[f32], _: [&[f32]; 2], _: Preparation<'_>, _: &mut [Pair]) {
@@ -172,12 +166,12 @@ fn attend(_: &mut Head) {
 #[cfg(target_arch = "x86_64")]
 mod x86 {
     use std::arch::x86_64::{
-        __m256bh, __m256i, __m512, __m512bh, __m512i, _MM_HINT_T0, _mm_prefetch, _mm512_add_epi32,
-        _mm512_add_ps, _mm512_castps_si512, _mm512_castsi512_ps, _mm512_cvtepu16_epi32,
-        _mm512_cvtneps_pbh, _mm512_div_ps, _mm512_dpbf16_ps, _mm512_fmadd_ps, _mm512_fmsub_ps,
-        _mm512_loadu_ps, _mm512_loadu_si512, _mm512_max_ps, _mm512_mul_ps, _mm512_or_si512,
-        _mm512_permutex2var_ps, _mm512_reduce_add_ps, _mm512_set_epi32, _mm512_set1_epi32,
-        _mm512_set1_ps, _mm512_setzero_ps, _mm512_slli_epi32, _mm512_srli_epi32, _mm512_storeu_ps,
+        __m256bh, __m256i, __m512, __m512bh, __m512i, _mm512_add_epi32, _mm512_add_ps,
+        _mm512_castps_si512, _mm512_castsi512_ps, _mm512_cvtepu16_epi32, _mm512_cvtneps_pbh,
+        _mm512_div_ps, _mm512_dpbf16_ps, _mm512_fmadd_ps, _mm512_fmsub_ps, _mm512_loadu_ps,
+        _mm512_loadu_si512, _mm512_max_ps, _mm512_mul_ps, _mm512_or_si512, _mm512_permutex2var_ps,
+        _mm512_reduce_add_ps, _mm512_set_epi32, _mm512_set1_epi32, _mm512_set1_ps,
+        _mm512_setzero_ps, _mm512_slli_epi32, _mm512_srli_epi32, _mm512_storeu_ps,
         _mm512_storeu_si512, _mm512_sub_ps, _mm512_ternarylogic_epi32,
     };
 
@@ -192,18 +186,6 @@ mod x86 {
     const EXP2: [f32; 5] = [0.009_570_102, 0.055_917_86, 0.240_247_44, 0.693_121_8, 0.999_999_3];
 
     type Sums = [[__m512; VECTORS]; ROWS];
-
-    /// Asks for numbers that are needed soon.
-    pub(crate) fn ask_for(x: &[f32]) {
-        // An unaligned row ends in a line of its own.
-        for line in x.chunks(LANES).chain([&x[x.len().saturating_sub(1)..]]) {
-            #[expect(unsafe_code, reason = "an instruction that every x86-64 processor has")]
-            // SAFETY: the pointer is that of a slice; nothing is read.
-            unsafe {
-                _mm_prefetch::<_MM_HINT_T0>(line.as_ptr().cast());
-            }
-        }
-    }
 
     /// See [`Preparation`]; `out` has half as many pairs as `x` has numbers.
     pub(super) fn prepare(x: &[f32], turn: [&[f32]; 2], how: Preparation<'_>, out: &mut [Pair]) {

@@ -6,6 +6,7 @@ pub(super) mod blocks;
 pub(super) mod hugepage;
 pub(super) mod lanes;
 pub(super) mod math;
+pub(super) mod prefetch;
 pub(super) mod product;
 mod q4k;
 pub(super) mod tiles;

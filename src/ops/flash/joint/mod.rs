@@ -11,7 +11,8 @@ use crate::ops::{
     cpu::{Floats, is_fast},
     joint::{JointOutput, JointShape, JointStream},
     simd::{
-        bf16::{Head, Preparation, QUERIES, ask_for},
+        bf16::{Head, Preparation, QUERIES},
+        prefetch::into_first_level,
         tiles::{self, Grid, Tile, par_tiles},
     },
 };
@@ -173,7 +174,7 @@ impl Inputs<'_> {
                 let row = tile.rows.start + first + lane;
                 let later = Some(row + AHEAD).filter(|row| *row < tile.rows.end);
                 if let Some((_, _, x)) = later.and_then(|row| self.query(place, row)) {
-                    ask_for(x);
+                    into_first_level(x);
                 }
                 self.pack_query(head, place, (lane, row));
             }
@@ -194,7 +195,7 @@ impl Inputs<'_> {
         for i in 0..count {
             if i + AHEAD < count {
                 let (stream, token) = place(i + AHEAD);
-                ask_for(stream.key.row(batch, token, index));
+                into_first_level(stream.key.row(batch, token, index));
             }
             let (stream, token) = place(i);
             let how = self.preparation(stream.norm_key, 1.0);
@@ -207,7 +208,7 @@ impl Inputs<'_> {
                 stream.value.row(batch, token, index)
             };
             for i in (2 * pair + AHEAD..count).take(2) {
-                ask_for(value(i));
+                into_first_level(value(i));
             }
             let second = (2 * pair + 1 < count).then(|| value(2 * pair + 1));
             head.set_values(pair, value(2 * pair), second);

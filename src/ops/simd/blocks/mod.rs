@@ -19,8 +19,6 @@ mod x86;
 use std::{borrow::Cow, ops::Range};
 
 pub use self::format::BlockFormat;
-#[cfg(target_arch = "x86_64")]
-pub(crate) use self::x86::prefetch;
 use self::{
     activations::{Activations, PlainSteps, Row, RowBlock, Sums},
     format::{PanelBlock, Word},
@@ -34,6 +32,7 @@ pub(crate) use self::{
 use super::q4k;
 use super::{
     Arch, hugepage,
+    prefetch::into_second_level,
     tiles::{Grid, Tile, par_tiles, tasks},
 };
 
@@ -460,7 +459,7 @@ impl PackedBlocks {
                 let share = chunk.len().div_ceil(rows.div_euclid(R)).next_multiple_of(64);
                 let mut next = self.next_chunk(&panels, panel, &stored).chunks(share);
                 for (i, sums) in sums.as_chunks_mut().0.iter_mut().enumerate() {
-                    next.next().map(prefetch);
+                    next.next().map(into_second_level);
                     let range = i * depth + from..i * depth + to;
                     let x = (&blocks[range.clone()], &parts[range]);
                     self.add_tile::<R, G, M>((chunk, unpacked), x, sums);
@@ -505,9 +504,6 @@ fn store(
         finish.apply(start + i, first, out);
     }
 }
-
-#[cfg(not(target_arch = "x86_64"))]
-pub(crate) fn prefetch(_: &[u8]) {}
 
 /// Rows of activations in 8 bits.
 #[derive(Debug)]
