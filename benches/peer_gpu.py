@@ -11,9 +11,16 @@ import csv
 import statistics
 import sys
 import time
+import traceback
 
 import torch
 import torch.nn.functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+try:
+    from diffusers import AutoencoderKLQwenImage, QwenImageTransformer2DModel
+except ImportError:
+    AutoencoderKLQwenImage = None
 
 IMAGE_TOKENS = 8192
 TEXT_TOKENS = 512
@@ -71,7 +78,10 @@ def attentions():
         name = f"joint attention, {n} tokens, batch {batch}"
         timed("operations", name, work, "TFLOP/s", lambda: joint(*streams, weight, turns))
         plain = [torch.cat(pair, 1).transpose(1, 2) for pair in zip(*streams)]
-        timed("operations", f"only SDPA, {n} tokens, batch {batch}", work, "TFLOP/s", lambda: F.scaled_dot_product_attention(*plain))
+        for backend in (SDPBackend.FLASH_ATTENTION, SDPBackend.CUDNN_ATTENTION):
+            with sdpa_kernel(backend):
+                timed("operations", f"only SDPA ({backend.name}), {n} tokens, batch {batch}", work, "TFLOP/s",
+                      lambda: F.scaled_dot_product_attention(*plain))
     for n, m in ((1500, 1500), (1, 1500), (1, 8000)):
         query, key = random(1, 28, n, d), random(1, 4, m, d)
         work, unit = (2 * 28 * n * m * d / 1e12, "TFLOP/s") if n > 1 else (4 * m * 4 * d / 1e9, "GB/s")
@@ -101,12 +111,23 @@ def others():
         timed("products", f"product bf16 of the library, {count} rows, {depth} to {outs}", work, unit, lambda: F.linear(x, weight))
 
 
+def copy():
+    x = torch.empty(2 << 30, device=DEVICE, dtype=torch.uint8)
+    y = torch.empty_like(x)
+    timed("operations", "copy, read and written", 2 * x.numel() / 1e9, "GB/s", lambda: y.copy_(x))
+
+
+def autoencoder():
+    with torch.device(DEVICE):
+        model = AutoencoderKLQwenImage().to(BF16).eval().to(memory_format=torch.channels_last_3d)
+    picture = random(1, 3, 1, 1024, 1024).contiguous(memory_format=torch.channels_last_3d)
+    latents = random(1, 16, 1, 128, 128).contiguous(memory_format=torch.channels_last_3d)
+    with torch.inference_mode():
+        timed("autoencoder", "encode 1024 × 1024", 1.0, "pictures/s", lambda: model.encode(picture), runs=5)
+        timed("autoencoder", "decode 1024 × 1024", 1.0, "pictures/s", lambda: model.decode(latents), runs=5)
+
+
 def transformer():
-    try:
-        from diffusers import QwenImageTransformer2DModel
-    except ImportError:
-        print("no diffusers here: the transformer is left out")
-        return
     with torch.device(DEVICE):
         model = QwenImageTransformer2DModel(num_layers=1).to(BF16).eval()
     blocks = model.transformer_blocks
@@ -128,10 +149,18 @@ def main():
     if not torch.cuda.is_available():
         sys.exit("no GPU that PyTorch can use")
     print(f"torch {torch.__version__}, {torch.cuda.get_device_name()}")
-    with torch.inference_mode():
-        attentions()
-        others()
-    transformer()
+    parts = [copy, attentions, others]
+    if AutoencoderKLQwenImage is None:
+        print("no diffusers here: the transformer and the autoencoder are left out")
+    else:
+        parts += [transformer, autoencoder]
+    for part in parts:
+        try:
+            with torch.inference_mode():
+                part()
+        except Exception:  # the other parts are worth having
+            traceback.print_exc()
+        torch.cuda.empty_cache()
     with open(sys.argv[1], "w", newline="") as file:
         writer = csv.writer(file)
         writer.writerow(["part", "name", "kind", "value", "limit_or_rate", "unit_or_reason"])

@@ -22,7 +22,7 @@ pub(super) fn check(device: &Device, shrink: usize) -> Vec<Row> {
     let scores = BATCH * heads * (text + image).pow(2);
     let finding =
         joint(device, [text, image, heads]).unwrap_or_else(|error| Finding::failed(&error));
-    vec![Row { part: "large", name: format!("joint attention, {scores} scores"), finding }]
+    vec![Row { part: "large".into(), name: format!("joint attention, {scores} scores"), finding }]
 }
 
 /// The largest error of the sampled rows, and what rounding to bf16 explains.

@@ -3,8 +3,9 @@
 //!
 //! Correctness first: every kernel against its plain version, whole models against the reference,
 //! sizes whose scores would not fit 32-bit numbers, the allocator's counters. Then times at the published
-//! dimensions. The results are files: see [`report`].
+//! dimensions. Each part can run in a process of its own. The results are files: see [`report`].
 
+mod autoencoder;
 mod large;
 mod models;
 mod pool;
@@ -12,12 +13,12 @@ pub mod report;
 mod times;
 mod weights;
 
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 
 use candle_core::{Device, Result};
 
-use crate::ops::cuda::{has_hopper, parity, use_hopper};
-use report::{Report, Row};
+use crate::ops::cuda::{has_hopper, parity};
+use report::{Finding, Report, Row};
 
 /// What to do.
 #[derive(Debug, Clone)]
@@ -42,47 +43,88 @@ pub fn first_gpu() -> Result<(Device, String)> {
     Ok((device, name))
 }
 
-/// Runs everything on `device` and tells `progress` what was done, line by line.
-///
-/// # Errors
-/// A failure outside the checks themselves; those are rows of the report.
-pub fn run(device: &Device, options: &Options, progress: &mut dyn FnMut(&Row)) -> Result<Report> {
+/// A piece of the check that can run in a process of its own, so that a fault of the device in one spoils no
+/// other.
+#[derive(Clone, Copy)]
+pub struct Part {
+    /// Its name.
+    pub name: &'static str,
+    /// Whether it takes times, and so must run alone.
+    pub timed: bool,
+    /// Seconds after which something hangs.
+    pub limit_s: u64,
+    work: fn(&Device, &Options) -> Vec<Row>,
+}
+
+/// Correctness.
+const CHECKS: [Part; 9] = [
+    check("joint attention", |device, _| group(device, 0)),
+    check("attention", |device, _| group(device, 1)),
+    check("elementwise", |device, _| group(device, 2)),
+    check("products", |device, _| group(device, 3)),
+    check("hopper", hopper),
+    check("cublaslt", |device, _| {
+        named("cublaslt", parity::run_blas(device, &[0]).iter().map(Row::of_outcome).collect())
+    }),
+    check("models", |device, options| match &options.references {
+        Some(folder) => on_kernels(device, || models::check(device, folder)),
+        None => Vec::new(),
+    }),
+    check("large", |device, options| on_kernels(device, || large::check(device, options.shrink))),
+    check("memory", |device, _| pool::check(device)),
+];
+
+const fn check(name: &'static str, work: fn(&Device, &Options) -> Vec<Row>) -> Part {
+    Part { name, timed: false, limit_s: 60, work }
+}
+
+/// All parts, in the order in which they run.
+#[must_use]
+pub fn parts(options: &Options) -> Vec<Part> {
+    let times = times::PARTS.iter().filter(|_| !options.correctness_only);
+    CHECKS.iter().chain(times).copied().collect()
+}
+
+impl Part {
+    /// Runs it in this process.
+    #[must_use]
+    pub fn run(&self, device: &Device, options: &Options) -> Vec<Row> {
+        (self.work)(device, options)
+    }
+
+    /// What is reported where it did not come to an end.
+    #[must_use]
+    pub fn broken(&self, why: String) -> Row {
+        Row { part: self.name.into(), name: "the whole".to_owned(), finding: Finding::Failed(why) }
+    }
+}
+
+/// Runs everything on `device` in this process and tells `progress` what was done, line by line.
+pub fn run(device: &Device, options: &Options, progress: &mut dyn FnMut(&Row)) -> Report {
     let mut report = Report::default();
-    let mut add = |report: &mut Report, rows: Vec<Row>| {
-        for row in rows {
+    for part in parts(options) {
+        for row in part.run(device, options) {
             progress(&row);
             report.rows.push(row);
         }
-    };
-    add(&mut report, parity::run(device, &[0]).iter().map(Row::of_outcome).collect());
-    if let Some(folder) = &options.references {
-        add(&mut report, on_kernels(device, || models::check(device, folder)));
     }
-    add(&mut report, on_kernels(device, || large::check(device, options.shrink)));
-    add(&mut report, pool::check(device));
-    let blas = parity::run_blas(device, &[0]);
-    let blas = blas.iter().map(Row::of_outcome).map(|row| Row { part: "cublaslt", ..row });
-    add(&mut report, blas.collect());
-    if !options.correctness_only {
-        for part in times::PARTS {
-            let rows =
-                on_kernels(device, || part(device, Path::new(&options.scratch), options.shrink));
-            add(&mut report, rows);
-        }
+    report
+}
+
+fn group(device: &Device, i: usize) -> Vec<Row> {
+    let group = &parity::GROUPS[i];
+    parity::run_group(group, device, &[0]).iter().map(Row::of_outcome).collect()
+}
+
+fn hopper(device: &Device, _options: &Options) -> Vec<Row> {
+    if !on_kernels(device, || has_hopper(device)) {
+        return Vec::new();
     }
-    if on_kernels(device, || has_hopper(device)) {
-        let rows = parity::run_hopper(device, &[0]);
-        let rows: Vec<Row> = rows.iter().map(Row::of_outcome).collect();
-        let right = rows.iter().all(Row::passed);
-        add(&mut report, rows.into_iter().map(|row| Row { part: "hopper", ..row }).collect());
-        if right && !options.correctness_only {
-            use_hopper(true);
-            let rows = on_kernels(device, || times::attentions(device, "hopper", options.shrink));
-            use_hopper(false);
-            add(&mut report, rows);
-        }
-    }
-    Ok(report)
+    named("hopper", parity::run_hopper(device, &[0]).iter().map(Row::of_outcome).collect())
+}
+
+fn named(part: &'static str, rows: Vec<Row>) -> Vec<Row> {
+    rows.into_iter().map(|row| Row { part: part.into(), ..row }).collect()
 }
 
 /// Runs `work` so that kernels are used: in the emulation on the CPU, which belongs to one thread.

@@ -70,7 +70,7 @@ pub(super) fn check(device: &Device, folder: &Path) -> Vec<Row> {
 }
 
 fn row(name: String, finding: Finding) -> Row {
-    Row { part: "models", name, finding }
+    Row { part: "models".into(), name, finding }
 }
 
 /// The error against the reference, and twice that of the same model in bf16 by plain operations.

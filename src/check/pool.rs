@@ -7,7 +7,7 @@ use super::report::{Finding, Row};
 pub(super) fn check(device: &Device) -> Vec<Row> {
     let name = "a second model takes what the first one freed".to_owned();
     let finding = finding(device).unwrap_or_else(|error| Finding::failed(&error));
-    vec![Row { part: "memory", name, finding }]
+    vec![Row { part: "memory".into(), name, finding }]
 }
 
 /// The growth of what is taken from the driver when as much is allocated again, in bytes.

@@ -1,6 +1,8 @@
 //! The results as rows, as `raw.csv` and as `report.md`.
 
-use std::{fmt::Write as _, path::Path};
+use std::{borrow::Cow, fmt::Write as _, path::Path};
+
+use serde::{Deserialize, Serialize};
 
 use crate::{
     error::{Error, Result},
@@ -15,10 +17,10 @@ pub struct Report {
 }
 
 /// One check or one time.
-#[derive(Debug, Clone, PartialEq)]
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct Row {
     /// The part of the suite.
-    pub part: &'static str,
+    pub part: Cow<'static, str>,
     /// What was checked or timed.
     pub name: String,
     /// What was found.
@@ -26,13 +28,15 @@ pub struct Row {
 }
 
 /// What one row says.
-#[derive(Debug, Clone, PartialEq)]
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub enum Finding {
     /// A number that must not exceed a limit; NaN does.
     Checked {
         /// The number.
+        #[serde(with = "as_text")]
         value: f64,
         /// Its limit.
+        #[serde(with = "as_text")]
         limit: f64,
     },
     /// Something that could not be done.
@@ -42,11 +46,13 @@ pub enum Finding {
     /// Seconds for one run, and what rate that is.
     Timed {
         /// The median of the runs.
+        #[serde(with = "as_text")]
         seconds: f64,
         /// Units of work in a second.
+        #[serde(with = "as_text")]
         rate: f64,
         /// What is counted.
-        unit: &'static str,
+        unit: Cow<'static, str>,
     },
 }
 
@@ -69,7 +75,7 @@ impl Row {
                 Finding::Checked { value, limit: 1.0 }
             }
         };
-        Self { part: "parity", name, finding }
+        Self { part: "parity".into(), name, finding }
     }
 
     /// Whether the row is no failure.
@@ -139,7 +145,7 @@ impl Report {
         });
         text.push_str("\n| part | what | ms | rate |\n|---|---|---|---|\n");
         for (row, seconds, rate, unit) in times {
-            let (part, name, ms) = (row.part, &row.name, seconds * 1e3);
+            let (part, name, ms) = (&row.part, &row.name, seconds * 1e3);
             let _infallible = writeln!(text, "| {part} | {name} | {ms:.3} | {rate:.1} {unit} |");
         }
         text
@@ -175,6 +181,20 @@ impl Finding {
     }
 }
 
+/// Numbers as text, since JSON has neither NaN nor infinity.
+mod as_text {
+    use serde::{Deserialize as _, Deserializer, Serializer, de::Error as _};
+
+    #[expect(clippy::trivially_copy_pass_by_ref, reason = "serde's signature")]
+    pub(super) fn serialize<S: Serializer>(number: &f64, to: S) -> Result<S::Ok, S::Error> {
+        to.collect_str(&format_args!("{number:e}"))
+    }
+
+    pub(super) fn deserialize<'a, D: Deserializer<'a>>(from: D) -> Result<f64, D::Error> {
+        String::deserialize(from)?.parse().map_err(D::Error::custom)
+    }
+}
+
 fn quoted(text: &str) -> String {
     format!("\"{}\"", text.replace('"', "\"\"").replace('\n', " "))
 }
@@ -185,12 +205,18 @@ mod tests {
 
     #[test]
     fn a_report_says_what_failed() {
-        let row = |name: &str, finding| Row { part: "part", name: name.to_owned(), finding };
+        let row = |name: &str, finding| Row { part: "part".into(), name: name.to_owned(), finding };
         let mut report = Report::default();
         report.rows.push(row("good, \"quoted\"", Finding::Checked { value: 0.5, limit: 1.0 }));
-        report.rows.push(row("time", Finding::Timed { seconds: 0.002, rate: 3.0, unit: "GB/s" }));
+        report.rows.push(row("time", Finding::Timed { seconds: 0.002, rate: 3.0, unit: "GB/s".into() }));
         report.rows.push(row("none", Finding::LeftOut("no need".to_owned())));
         assert!(report.passed());
+        let json = serde_json::to_string(&report.rows).unwrap();
+        assert_eq!(serde_json::from_str::<Vec<Row>>(&json).unwrap(), report.rows);
+        let bad = serde_json::to_string(&Finding::Checked { value: f64::NAN, limit: f64::INFINITY });
+        let bad: Finding = serde_json::from_str(&bad.unwrap()).unwrap();
+        let Finding::Checked { value, limit } = bad else { panic!("{bad:?}") };
+        assert!(value.is_nan() && limit.is_infinite());
         let csv = report.csv();
         assert!(csv.contains("part,\"good, \"\"quoted\"\"\",checked,5e-1,1e0,"), "{csv}");
         assert_eq!(csv.lines().count(), 4);

@@ -7,6 +7,7 @@ use std::{path::Path, time::Instant};
 use candle_core::{DType, Device, Tensor, quantized::GgmlDType};
 
 use super::{
+    Options, Part, autoencoder, on_kernels,
     report::{Finding, Row},
     weights::{self, Dimensions},
 };
@@ -19,42 +20,63 @@ use crate::{
     ops::{
         self, Conv2dShape, JointShape, JointStream, Mask, PackedConv2d, PackedLinear, Padding,
         Sinusoids,
-        cuda::{Format, StoredMatrix, use_blas_lt, use_float8_products},
+        cuda::{
+            Format, StoredMatrix, has_hopper, use_blas_lt, use_float8_products, use_hopper,
+        },
     },
     progress::CancelToken,
     weights::{ModelFiles, Precision, Storage},
 };
 
-/// A part of the times: the device, a folder for weights, and what sizes are divided by.
-pub(super) type Part = fn(&Device, &Path, usize) -> Vec<Row>;
-
 /// In this order.
-pub(super) const PARTS: &[Part] = &[operations, products, epilogues, transformer];
+pub(super) const PARTS: &[Part] = &[
+    timed("time of attention", |device, options| operations(device, options.shrink)),
+    timed("time of hopper", |device, options| attentions(device, "hopper", options.shrink)),
+    timed("time of rows", |device, options| elementwise(device, options.shrink)),
+    timed("time of products", |device, options| products(device, options.shrink)),
+    timed("time of epilogues", |device, options| epilogues(device, options.shrink)),
+    timed("time of the transformer in bf16", |device, options| {
+        transformer(device, options, Storage::Compute)
+    }),
+    timed("time of the transformer in Q8_0", |device, options| {
+        transformer(device, options, Storage::Q8_0)
+    }),
+    timed("time of the transformer in Q4_K", |device, options| {
+        transformer(device, options, Storage::Q4K)
+    }),
+    timed("time of the autoencoder", |device, options| {
+        on_kernels(device, || autoencoder::times(device, &options.scratch, options.shrink))
+    }),
+];
+
+const fn timed(name: &'static str, work: fn(&Device, &Options) -> Vec<Row>) -> Part {
+    Part { name, timed: true, limit_s: 90, work }
+}
 
 /// A 1024 × 1024 picture with one reference, and a long request.
 const IMAGE_TOKENS: usize = 8192;
 const TEXT_TOKENS: usize = 512;
 
-struct Timer<'a> {
-    device: &'a Device,
-    part: &'static str,
-    runs: usize,
-    rows: Vec<Row>,
+pub(super) struct Timer<'a> {
+    pub(super) device: &'a Device,
+    pub(super) part: &'static str,
+    pub(super) runs: usize,
+    pub(super) rows: Vec<Row>,
 }
 
 impl Timer<'_> {
     /// Times `work`, which does `amount` of `unit` a second at the rate that is reported.
-    fn time(
+    pub(super) fn time(
         &mut self,
         name: String,
         (amount, unit): (f64, &'static str),
         work: impl Fn() -> Result<()>,
     ) {
         let finding = match self.median(&work) {
-            Ok(seconds) => Finding::Timed { seconds, rate: amount / seconds, unit },
+            Ok(seconds) => Finding::Timed { seconds, rate: amount / seconds, unit: unit.into() },
             Err(error) => Finding::failed(&error),
         };
-        self.rows.push(Row { part: self.part, name, finding });
+        self.rows.push(Row { part: self.part.into(), name, finding });
     }
 
     fn median(&self, work: &impl Fn() -> Result<()>) -> Result<f64> {
@@ -82,28 +104,49 @@ fn random(device: &Device, dims: &[usize]) -> Result<Tensor> {
 }
 
 /// Rows of what could not even be prepared.
-fn or_failed(part: &'static str, rows: Result<Vec<Row>>) -> Vec<Row> {
+pub(super) fn or_failed(part: &'static str, rows: Result<Vec<Row>>) -> Vec<Row> {
     rows.unwrap_or_else(|error| {
         let finding = Finding::failed(&error);
-        vec![Row { part, name: "preparation".to_owned(), finding }]
+        vec![Row { part: part.into(), name: "preparation".to_owned(), finding }]
     })
 }
 
-fn operations(device: &Device, _scratch: &Path, shrink: usize) -> Vec<Row> {
-    let part = "operations";
-    let mut timer = Timer { device, part, runs: 20_usize.div_ceil(shrink), rows: Vec::new() };
-    let done = joint(&mut timer, shrink)
-        .and_then(|()| causal(&mut timer, shrink))
-        .and_then(|()| rows(&mut timer, shrink))
-        .and_then(|()| latents(&mut timer, shrink));
-    or_failed(part, done.map(|()| timer.rows))
+/// `work` on kernels, with a timer of so many runs.
+fn taken(
+    device: &Device,
+    part: &'static str,
+    runs: usize,
+    work: impl FnOnce(&mut Timer<'_>) -> Result<()> + Send,
+) -> Vec<Row> {
+    on_kernels(device, || {
+        let mut timer = Timer { device, part, runs, rows: Vec::new() };
+        let done = work(&mut timer);
+        or_failed(part, done.map(|()| timer.rows))
+    })
 }
 
-/// The times of joint attention alone.
-pub(super) fn attentions(device: &Device, part: &'static str, shrink: usize) -> Vec<Row> {
-    let mut timer = Timer { device, part, runs: 20_usize.div_ceil(shrink), rows: Vec::new() };
-    let done = joint(&mut timer, shrink);
-    or_failed(part, done.map(|()| timer.rows))
+fn operations(device: &Device, shrink: usize) -> Vec<Row> {
+    use_hopper(false);
+    taken(device, "operations", 20_usize.div_ceil(shrink), |timer| {
+        joint(timer, shrink).and_then(|()| causal(timer, shrink))
+    })
+}
+
+fn elementwise(device: &Device, shrink: usize) -> Vec<Row> {
+    taken(device, "operations", 20_usize.div_ceil(shrink), |timer| {
+        rows(timer, shrink).and_then(|()| latents(timer, shrink))
+    })
+}
+
+/// The times of joint attention with Hopper's own instructions.
+fn attentions(device: &Device, part: &'static str, shrink: usize) -> Vec<Row> {
+    if !on_kernels(device, || has_hopper(device)) {
+        return Vec::new();
+    }
+    use_hopper(true);
+    let rows = taken(device, part, 20_usize.div_ceil(shrink), |timer| joint(timer, shrink));
+    use_hopper(false);
+    rows
 }
 
 fn joint(timer: &mut Timer<'_>, shrink: usize) -> Result<()> {
@@ -251,11 +294,8 @@ fn latents(timer: &mut Timer<'_>, shrink: usize) -> Result<()> {
     Ok(())
 }
 
-fn products(device: &Device, _scratch: &Path, shrink: usize) -> Vec<Row> {
-    let part = "products";
-    let mut timer = Timer { device, part, runs: 20_usize.div_ceil(shrink), rows: Vec::new() };
-    let done = all_products(&mut timer, shrink);
-    or_failed(part, done.map(|()| timer.rows))
+fn products(device: &Device, shrink: usize) -> Vec<Row> {
+    taken(device, "products", 20_usize.div_ceil(shrink), |timer| all_products(timer, shrink))
 }
 
 fn all_products(timer: &mut Timer<'_>, shrink: usize) -> Result<()> {
@@ -305,13 +345,12 @@ fn all_products(timer: &mut Timer<'_>, shrink: usize) -> Result<()> {
 }
 
 /// Products with what follows them, in one and in several.
-fn epilogues(device: &Device, _scratch: &Path, shrink: usize) -> Vec<Row> {
-    let part = "epilogues";
-    let mut timer = Timer { device, part, runs: 20_usize.div_ceil(shrink), rows: Vec::new() };
-    let done = all_epilogues(&mut timer, shrink);
+fn epilogues(device: &Device, shrink: usize) -> Vec<Row> {
+    let runs = 20_usize.div_ceil(shrink);
+    let rows = taken(device, "epilogues", runs, |timer| all_epilogues(timer, shrink));
     use_blas_lt(true);
     use_float8_products(false);
-    or_failed(part, done.map(|()| timer.rows))
+    rows
 }
 
 fn all_epilogues(timer: &mut Timer<'_>, shrink: usize) -> Result<()> {
@@ -348,16 +387,17 @@ fn all_epilogues(timer: &mut Timer<'_>, shrink: usize) -> Result<()> {
     Ok(())
 }
 
-fn transformer(device: &Device, scratch: &Path, shrink: usize) -> Vec<Row> {
-    let part = "transformer";
-    let mut timer = Timer { device, part, runs: 3_usize.div_ceil(shrink), rows: Vec::new() };
-    let dims = Dimensions::new(shrink);
-    let done = weights::write(scratch, dims).map_err(Into::into).and_then(|()| {
-        [Storage::Compute, Storage::Q8_0, Storage::Q4K]
-            .into_iter()
-            .try_for_each(|storage| forward(&mut timer, scratch, (dims, storage), shrink))
-    });
-    or_failed(part, done.map(|()| timer.rows))
+fn transformer(device: &Device, options: &Options, storage: Storage) -> Vec<Row> {
+    let Options { scratch, shrink, .. } = options;
+    let dims = Dimensions::new(*shrink);
+    let (part, runs) = ("transformer", 3_usize.div_ceil(*shrink));
+    let there = scratch.join("transformer/config.json").is_file();
+    taken(device, part, runs, |timer| {
+        if !there {
+            weights::write(scratch, device, dims)?;
+        }
+        forward(timer, scratch, (dims, storage), *shrink)
+    })
 }
 
 /// One forward pass over a 1024 × 1024 picture and its reference. All blocks share the weights of one,

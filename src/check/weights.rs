@@ -33,12 +33,12 @@ impl Dimensions {
 }
 
 /// Writes `transformer/` below `folder`, in bf16.
-pub(super) fn write(folder: &Path, dims: Dimensions) -> Result<()> {
+pub(super) fn write(folder: &Path, device: &Device, dims: Dimensions) -> Result<()> {
     let folder = folder.join("transformer");
     fs_err::create_dir_all(&folder)?;
     let tensors: HashMap<String, Tensor> = shapes(dims)
         .into_iter()
-        .map(|(name, shape)| Ok((name, random(&shape)?)))
+        .map(|(name, shape)| Ok((name, random(&shape, device)?)))
         .collect::<Result<_>>()?;
     candle_core::safetensors::save(&tensors, folder.join("diffusion_pytorch_model.safetensors"))?;
     let config = serde_json::json!({
@@ -58,8 +58,9 @@ pub(super) fn write(folder: &Path, dims: Dimensions) -> Result<()> {
 }
 
 /// Small numbers, so that sixty blocks stay finite.
-fn random(shape: &[usize]) -> Result<Tensor> {
-    Tensor::randn(0.0_f32, 0.02, shape, &Device::Cpu)?.to_dtype(DType::BF16)
+fn random(shape: &[usize], device: &Device) -> Result<Tensor> {
+    let x = Tensor::randn(0.0_f32, 0.02, shape, device)?.to_dtype(DType::BF16)?;
+    x.to_device(&Device::Cpu)
 }
 
 /// Every tensor of a transformer with one block, by its published name.

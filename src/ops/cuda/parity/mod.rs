@@ -38,16 +38,35 @@ impl Outcome {
     }
 }
 
+/// Checks that belong together.
+#[derive(Clone, Copy)]
+pub struct Group {
+    /// Its name.
+    pub name: &'static str,
+    check: fn(&mut Suite),
+}
+
+/// The checks of every operation.
+pub const GROUPS: [Group; 4] = [
+    Group { name: "joint attention", check: joint::check },
+    Group { name: "attention", check: attention::check },
+    Group { name: "elementwise", check: elementwise::check },
+    Group { name: "products", check: products::check },
+];
+
 /// Runs the checks of every operation. On the CPU the kernels are emulated, with the threads of a block
 /// in each of the `orders`; on a device give one.
 #[must_use]
 pub fn run(device: &Device, orders: &[u32]) -> Vec<Outcome> {
+    GROUPS.iter().flat_map(|group| run_group(group, device, orders)).collect()
+}
+
+/// [`run`] for one group.
+#[must_use]
+pub fn run_group(group: &Group, device: &Device, orders: &[u32]) -> Vec<Outcome> {
     let (device, orders) = (device.clone(), orders.to_vec());
     let mut suite = Suite { device, orders, seed: 1, outcomes: Vec::new() };
-    joint::check(&mut suite);
-    attention::check(&mut suite);
-    elementwise::check(&mut suite);
-    products::check(&mut suite);
+    (group.check)(&mut suite);
     suite.outcomes
 }
 

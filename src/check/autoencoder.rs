@@ -1,0 +1,78 @@
+//! Times of the autoencoder at its published dimensions with random weights.
+
+use std::{collections::HashMap, path::Path};
+
+use candle_core::{DType, Device, Tensor};
+
+use super::times::{Timer, or_failed};
+use crate::{
+    check::report::Row,
+    diffusion::vae::{Autoencoder, Tiling},
+    error::Result,
+    progress::CancelToken,
+    weights::{ModelFiles, Precision},
+};
+
+/// Every tensor's name and shape, from diffusers' `AutoencoderKLQwenImage` with its defaults.
+const SHAPES: &str = include_str!("autoencoder.txt");
+/// The narrowest width there.
+const BASE: usize = 96;
+const SIDE_PX: usize = 1024;
+/// Pixels of a latent.
+const UNIT_PX: usize = 8;
+const CHANNELS: usize = 16;
+
+pub(super) fn times(device: &Device, scratch: &Path, shrink: usize) -> Vec<Row> {
+    let part = "autoencoder";
+    let mut timer = Timer { device, part, runs: 5_usize.div_ceil(shrink), rows: Vec::new() };
+    let folder = scratch.join(part);
+    let done = write(&folder, device, BASE.div_ceil(8 * shrink) * 8)
+        .and_then(|()| both_ways(&mut timer, &folder, shrink));
+    or_failed(part, done.map(|()| timer.rows))
+}
+
+fn both_ways(timer: &mut Timer<'_>, folder: &Path, shrink: usize) -> Result<()> {
+    let device = timer.device;
+    let compute = DType::BF16;
+    let precision = Precision { device: device.clone(), compute, ..Precision::reference() };
+    let model = Autoencoder::load(&ModelFiles::Folder(folder.to_owned()), &precision)?;
+    let side = SIDE_PX.div_ceil(UNIT_PX * shrink);
+    let px = UNIT_PX * side;
+    let picture = Tensor::randn(0.0_f32, 0.5, (1, 3, px, px), device)?;
+    let latents = Tensor::randn(0.0_f32, 1.0, (1, CHANNELS, side, side), device)?;
+    let cancel = CancelToken::new();
+    timer.time(format!("encode {px} × {px}"), (1.0, "pictures/s"), || {
+        model.encode(&picture, &Tiling::OFF, &cancel)?;
+        Ok(())
+    });
+    timer.time(format!("decode {px} × {px}"), (1.0, "pictures/s"), || {
+        model.decode(&latents, &Tiling::OFF, &cancel)?;
+        Ok(())
+    });
+    Ok(())
+}
+
+/// Writes `vae/` below `folder`, in bf16, with `base` in place of the published width.
+fn write(folder: &Path, device: &Device, base: usize) -> Result<()> {
+    let folder = folder.join("vae");
+    fs_err::create_dir_all(&folder)?;
+    let tensors: HashMap<&str, Tensor> = SHAPES
+        .lines()
+        .map(|line| {
+            let mut words = line.split(' ');
+            let name = words.next().unwrap_or_default();
+            let sizes = words.filter_map(|word| word.parse().ok());
+            let narrowed = |size: usize| match size.checked_div(BASE) {
+                Some(widths) if size.is_multiple_of(BASE) => widths * base,
+                _ => size,
+            };
+            let shape: Vec<usize> = sizes.map(narrowed).collect();
+            let x = Tensor::randn(0.0_f32, 0.02, shape, device)?.to_dtype(DType::BF16)?;
+            Ok((name, x.to_device(&Device::Cpu)?))
+        })
+        .collect::<candle_core::Result<_>>()?;
+    candle_core::safetensors::save(&tensors, folder.join("diffusion_pytorch_model.safetensors"))?;
+    let config = serde_json::json!({ "_class_name": "AutoencoderKLQwenImage", "base_dim": base });
+    fs_err::write(folder.join("config.json"), config.to_string())?;
+    Ok(())
+}
