@@ -119,7 +119,12 @@ def copy():
 
 def autoencoder():
     with torch.device(DEVICE):
-        model = AutoencoderKLQwenImage().to(BF16).eval().to(memory_format=torch.channels_last_3d)
+        model = AutoencoderKLQwenImage().to(BF16).eval()
+    for parameter in model.parameters():
+        if parameter.dim() == 5:
+            parameter.data = parameter.data.contiguous(memory_format=torch.channels_last_3d)
+        elif parameter.dim() == 4:
+            parameter.data = parameter.data.contiguous(memory_format=torch.channels_last)
     picture = random(1, 3, 1, 1024, 1024).contiguous(memory_format=torch.channels_last_3d)
     latents = random(1, 16, 1, 128, 128).contiguous(memory_format=torch.channels_last_3d)
     with torch.inference_mode():

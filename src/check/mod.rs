@@ -5,6 +5,7 @@
 //! sizes whose scores would not fit 32-bit numbers, the allocator's counters. Then times at the published
 //! dimensions. Each part can run in a process of its own. The results are files: see [`report`].
 
+mod accuracy;
 mod autoencoder;
 mod large;
 mod models;
@@ -57,7 +58,7 @@ pub struct Part {
 }
 
 /// Correctness.
-const CHECKS: [Part; 9] = [
+const CHECKS: [Part; 10] = [
     check("joint attention", |device, _| group(device, 0)),
     check("attention", |device, _| group(device, 1)),
     check("elementwise", |device, _| group(device, 2)),
@@ -72,6 +73,7 @@ const CHECKS: [Part; 9] = [
     }),
     check("large", |device, options| on_kernels(device, || large::check(device, options.shrink))),
     check("memory", |device, _| pool::check(device)),
+    check("accuracy", |device, options| on_kernels(device, || accuracy::check(device, options))),
 ];
 
 const fn check(name: &'static str, work: fn(&Device, &Options) -> Vec<Row>) -> Part {

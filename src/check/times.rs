@@ -9,7 +9,7 @@ use candle_core::{DType, Device, Tensor, quantized::GgmlDType};
 use super::{
     Options, Part, autoencoder, on_kernels,
     report::{Finding, Row},
-    weights::{self, Dimensions},
+    weights::{self, Dimensions, Matrices},
 };
 use crate::{
     diffusion::{
@@ -36,13 +36,21 @@ pub(super) const PARTS: &[Part] = &[
     timed("time of products", |device, options| products(device, options.shrink)),
     timed("time of epilogues", |device, options| epilogues(device, options.shrink)),
     timed("time of the transformer in bf16", |device, options| {
-        transformer(device, options, Storage::Compute)
+        transformer(device, options, (Matrices::Bf16, Storage::Compute), "Compute")
     }),
     timed("time of the transformer in Q8_0", |device, options| {
-        transformer(device, options, Storage::Q8_0)
+        transformer(device, options, (Matrices::Bf16, Storage::Q8_0), "Q8_0")
     }),
     timed("time of the transformer in Q4_K", |device, options| {
-        transformer(device, options, Storage::Q4K)
+        transformer(device, options, (Matrices::Bf16, Storage::Q4K), "Q4K")
+    }),
+    timed("time of the transformer in fp8", |device, options| {
+        let kept = (Matrices::Float8, Storage::Compute);
+        let mut rows = transformer(device, options, kept, "fp8 widened");
+        use_float8_products(true);
+        rows.extend(transformer(device, options, kept, "fp8"));
+        use_float8_products(false);
+        rows
     }),
     timed("time of the autoencoder", |device, options| {
         on_kernels(device, || autoencoder::times(device, &options.scratch, options.shrink))
@@ -387,16 +395,19 @@ fn all_epilogues(timer: &mut Timer<'_>, shrink: usize) -> Result<()> {
     Ok(())
 }
 
-fn transformer(device: &Device, options: &Options, storage: Storage) -> Vec<Row> {
+fn transformer(
+    device: &Device,
+    options: &Options,
+    (matrices, storage): (Matrices, Storage),
+    kept: &str,
+) -> Vec<Row> {
     let Options { scratch, shrink, .. } = options;
     let dims = Dimensions::new(*shrink);
     let (part, runs) = ("transformer", 3_usize.div_ceil(*shrink));
-    let there = scratch.join("transformer/config.json").is_file();
+    let folder = scratch.join(format!("{matrices:?}"));
     taken(device, part, runs, |timer| {
-        if !there {
-            weights::write(scratch, device, dims)?;
-        }
-        forward(timer, scratch, (dims, storage), *shrink)
+        weights::write(&folder, device, dims, matrices)?;
+        forward(timer, &folder, (dims, storage, kept), *shrink)
     })
 }
 
@@ -405,7 +416,7 @@ fn transformer(device: &Device, options: &Options, storage: Storage) -> Vec<Row>
 fn forward(
     timer: &mut Timer<'_>,
     folder: &Path,
-    (dims, storage): (Dimensions, Storage),
+    (dims, storage, kept): (Dimensions, Storage, &str),
     shrink: usize,
 ) -> Result<()> {
     let device = timer.device;
@@ -426,7 +437,7 @@ fn forward(
     let cancel = CancelToken::new();
     let contexts = model.contexts(&[0.5], &cancel)?;
     let Some(context) = contexts.first() else { return Ok(()) };
-    let name = format!("{} layers, {} tokens, {storage:?}", dims.layers, 2 * side * side + text);
+    let name = format!("{} layers, {} tokens, {kept}", dims.layers, 2 * side * side + text);
     timer.time(name, (1.0, "steps/s"), || {
         let input =
             ModelInput { tokens: &tokens, grids: &[grid, grid], conditioning: &conditioning };

@@ -32,14 +32,42 @@ impl Dimensions {
     }
 }
 
-/// Writes `transformer/` below `folder`, in bf16.
-pub(super) fn write(folder: &Path, device: &Device, dims: Dimensions) -> Result<()> {
+/// The type of the matrices in a block.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Matrices {
+    Bf16,
+    /// fp8 e4m3 with a scale for each matrix, as ComfyUI writes them.
+    Float8,
+}
+
+/// Writes `transformer/` below `folder`, unless it is there; everything but the matrices in bf16.
+pub(super) fn write(
+    folder: &Path,
+    device: &Device,
+    dims: Dimensions,
+    matrices: Matrices,
+) -> Result<()> {
     let folder = folder.join("transformer");
+    if folder.join("config.json").is_file() {
+        return Ok(());
+    }
     fs_err::create_dir_all(&folder)?;
-    let tensors: HashMap<String, Tensor> = shapes(dims)
-        .into_iter()
-        .map(|(name, shape)| Ok((name, random(&shape, device)?)))
-        .collect::<Result<_>>()?;
+    let mut tensors = HashMap::new();
+    for (name, shape) in shapes(dims) {
+        let layer = name.strip_suffix(".weight").filter(|_| shape.len() == 2);
+        match layer.filter(|layer| matrices == Matrices::Float8 && layer.contains("blocks")) {
+            Some(layer) => {
+                let scale = Tensor::new(SIZE, &Device::Cpu)?;
+                tensors.insert(format!("{layer}.scale_weight"), scale);
+                let x = Tensor::randn(0.0_f32, 1.0, shape, device)?.to_device(&Device::Cpu)?;
+                tensors.insert(name, x.to_dtype(DType::F8E4M3)?);
+            }
+            None => {
+                let x = Tensor::randn(0.0, SIZE, shape, device)?.to_dtype(DType::BF16)?;
+                tensors.insert(name, x.to_device(&Device::Cpu)?);
+            }
+        }
+    }
     candle_core::safetensors::save(&tensors, folder.join("diffusion_pytorch_model.safetensors"))?;
     let config = serde_json::json!({
         "_class_name": "QwenImageTransformer2DModel",
@@ -57,11 +85,8 @@ pub(super) fn write(folder: &Path, device: &Device, dims: Dimensions) -> Result<
     Ok(())
 }
 
-/// Small numbers, so that sixty blocks stay finite.
-fn random(shape: &[usize], device: &Device) -> Result<Tensor> {
-    let x = Tensor::randn(0.0_f32, 0.02, shape, device)?.to_dtype(DType::BF16)?;
-    x.to_device(&Device::Cpu)
-}
+/// Of the weights, so that sixty blocks stay finite.
+const SIZE: f32 = 0.02;
 
 /// Every tensor of a transformer with one block, by its published name.
 fn shapes(dims: Dimensions) -> Vec<(String, Vec<usize>)> {
