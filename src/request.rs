@@ -6,7 +6,7 @@ use serde::Serialize;
 
 use crate::{
     diffusion::{GuidancePass, Residency, StepCache, noise::CudaGrid},
-    memory::Rung,
+    memory::{DevicePeak, Rung},
     pixels::{Picture, Size},
     plan::{Plan, PlanOptions, PlannedBy},
     progress::{CancelToken, Stage},
@@ -165,6 +165,16 @@ pub struct StageReport {
     /// The highest resident memory of the process up to the end of the stage in bytes, where the
     /// system says.
     pub peak_resident_bytes: Option<u64>,
+    /// The most of a GPU's memory up to the end of the stage.
+    #[serde(flatten)]
+    pub device: Option<DevicePeak>,
+}
+
+impl StageReport {
+    /// Of a stage that had nothing to do.
+    pub(crate) fn of_nothing(stage: Stage) -> Self {
+        Self { stage, elapsed: Duration::ZERO, peak_resident_bytes: None, device: None }
+    }
 }
 
 fn milliseconds<S: serde::Serializer>(elapsed: &Duration, to: S) -> Result<S::Ok, S::Error> {

@@ -208,12 +208,15 @@ mod tests {
         let row = |name: &str, finding| Row { part: "part".into(), name: name.to_owned(), finding };
         let mut report = Report::default();
         report.rows.push(row("good, \"quoted\"", Finding::Checked { value: 0.5, limit: 1.0 }));
-        report.rows.push(row("time", Finding::Timed { seconds: 0.002, rate: 3.0, unit: "GB/s".into() }));
+        report
+            .rows
+            .push(row("time", Finding::Timed { seconds: 0.002, rate: 3.0, unit: "GB/s".into() }));
         report.rows.push(row("none", Finding::LeftOut("no need".to_owned())));
         assert!(report.passed());
         let json = serde_json::to_string(&report.rows).unwrap();
         assert_eq!(serde_json::from_str::<Vec<Row>>(&json).unwrap(), report.rows);
-        let bad = serde_json::to_string(&Finding::Checked { value: f64::NAN, limit: f64::INFINITY });
+        let bad =
+            serde_json::to_string(&Finding::Checked { value: f64::NAN, limit: f64::INFINITY });
         let bad: Finding = serde_json::from_str(&bad.unwrap()).unwrap();
         let Finding::Checked { value, limit } = bad else { panic!("{bad:?}") };
         assert!(value.is_nan() && limit.is_infinite());

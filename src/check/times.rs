@@ -20,9 +20,7 @@ use crate::{
     ops::{
         self, Conv2dShape, JointShape, JointStream, Mask, PackedConv2d, PackedLinear, Padding,
         Sinusoids,
-        cuda::{
-            Format, StoredMatrix, has_hopper, use_blas_lt, use_float8_products, use_hopper,
-        },
+        cuda::{Format, StoredMatrix, has_hopper, use_blas_lt, use_float8_products, use_hopper},
     },
     progress::CancelToken,
     weights::{ModelFiles, Precision, Storage},
@@ -87,18 +85,35 @@ impl Timer<'_> {
         self.rows.push(Row { part: self.part.into(), name, finding });
     }
 
+    /// Times how long the host takes to queue `work`, whatever the device takes afterwards.
+    fn time_host(&mut self, name: String, work: impl Fn() -> Result<()>) {
+        let finding = match self.medians(&work) {
+            Ok([seconds, _]) => Finding::Timed { seconds, rate: 1.0 / seconds, unit: "1/s".into() },
+            Err(error) => Finding::failed(&error),
+        };
+        self.rows.push(Row { part: self.part.into(), name, finding });
+    }
+
     fn median(&self, work: &impl Fn() -> Result<()>) -> Result<f64> {
+        self.medians(work).map(|[_, seconds]| seconds)
+    }
+
+    /// Seconds until `work` is queued, and until it is done.
+    fn medians(&self, work: &impl Fn() -> Result<()>) -> Result<[f64; 2]> {
         work()?;
         self.device.synchronize()?;
-        let mut seconds = Vec::with_capacity(self.runs);
+        let mut seconds = [Vec::with_capacity(self.runs), Vec::with_capacity(self.runs)];
         for _ in 0..self.runs {
             let start = Instant::now();
             work()?;
+            seconds[0].push(start.elapsed().as_secs_f64());
             self.device.synchronize()?;
-            seconds.push(start.elapsed().as_secs_f64());
+            seconds[1].push(start.elapsed().as_secs_f64());
         }
-        seconds.sort_by(f64::total_cmp);
-        Ok(seconds.get(seconds.len() >> 1).copied().unwrap_or(f64::NAN))
+        Ok(seconds.map(|mut seconds| {
+            seconds.sort_by(f64::total_cmp);
+            seconds.get(seconds.len() >> 1).copied().unwrap_or(f64::NAN)
+        }))
     }
 }
 
@@ -438,11 +453,13 @@ fn forward(
     let contexts = model.contexts(&[0.5], &cancel)?;
     let Some(context) = contexts.first() else { return Ok(()) };
     let name = format!("{} layers, {} tokens, {kept}", dims.layers, 2 * side * side + text);
-    timer.time(name, (1.0, "steps/s"), || {
+    let step = || {
         let input =
             ModelInput { tokens: &tokens, grids: &[grid, grid], conditioning: &conditioning };
         model.forward(&input, context, Outputs::Target, &cancel)?;
         Ok(())
-    });
+    };
+    timer.time(name, (1.0, "steps/s"), step);
+    timer.time_host(format!("the host's part of a step, {kept}"), step);
     Ok(())
 }

@@ -128,6 +128,8 @@ impl Denoise<'_> {
                 if step == 0 || step + 1 == of {
                     require_finite(&latents, Stage::Denoise)?;
                 }
+                // A GPU's queue would be told as work that is done, and could not be cancelled.
+                device.synchronize()?;
                 record(step, &latents);
             }
         }

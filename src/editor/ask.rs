@@ -28,7 +28,7 @@ pub(super) fn run(
         request.pictures.iter().map(|picture| picture.rgb.clone()).collect();
     let text = vlm.chat(&[Message::user(pictures.len(), &request.question)])?;
     let inputs = vlm.prepare(&text, &pictures)?;
-    let mut stages = Stages::new(observer);
+    let mut stages = Stages::new(observer, vlm.device());
     let generation = stages.run(Stage::Generate, || {
         let hear = &mut |piece: &str| observer.event(&Event::Text(piece));
         vlm.generate(&inputs, &options, &request.cancel, hear)

@@ -38,7 +38,7 @@ pub(super) fn run(
 ) -> Result<EditOutcome> {
     let checked = Checked::new(engine, request)?;
     let mut notes = checked.notes.clone();
-    let mut stages = Stages::new(observer);
+    let mut stages = Stages::new(observer, &engine.opened.precision.device);
     let mut memory = engine.settle(request)?;
     let layers = engine.diffusion.transformer().config().layers;
     notes.extend(placement::note(memory.placement, layers));

@@ -21,7 +21,7 @@ mod residence;
 mod source;
 mod stages;
 
-use std::{collections::BTreeMap, time::Duration};
+use std::collections::BTreeMap;
 
 use image::RgbImage;
 
@@ -205,7 +205,7 @@ impl Engine {
             None => memory::device_pool(&precision.device, options.budget)?,
         };
         let residence = Residence::new(memory, placement);
-        let mut stages = Stages::new(observer);
+        let mut stages = Stages::new(observer, &precision.device);
         let (diffusion, loras) = stages.run(Stage::Load, || {
             let (changes, loras) = loras.read(&files, precision)?;
             let base = known.vae_bytes + known.lora_bytes + known.transformer.outside();
@@ -228,9 +228,7 @@ impl Engine {
             }
             Ok((diffusion, loras))
         })?;
-        let load =
-            StageReport { stage: Stage::Load, elapsed: Duration::ZERO, peak_resident_bytes: None };
-        let load = stages.finish().pop().unwrap_or(load);
+        let load = stages.finish().pop();
         Ok(Self {
             opened,
             info,
@@ -241,7 +239,7 @@ impl Engine {
             placement_options: options.placement,
             residence,
             weights,
-            load,
+            load: load.unwrap_or_else(|| StageReport::of_nothing(Stage::Load)),
         })
     }
 
@@ -308,7 +306,8 @@ impl Engine {
         let seen = self.opened.vlm.look_unless(&pictures, &request.cancel)?;
         let work = PlanWork::of(request, &pictures, &seen);
         self.before_planning()?;
-        self.opened.planner.decompose(&self.opened.vlm, &work, &mut Stages::new(observer))
+        let mut stages = Stages::new(observer, &self.opened.precision.device);
+        self.opened.planner.decompose(&self.opened.vlm, &work, &mut stages)
     }
 
     /// Answers a question about pictures with the editor's own vision-language model.
@@ -360,7 +359,7 @@ impl Assistant {
         let bytes = own.unwrap_or(0) + vlm.weight_bytes(&precision, own.is_none());
         let what = format!("the vision-language model of {}", pipeline.name);
         residence::check(&what, bytes, (options.budget, &precision))?;
-        Stages::new(observer).run(Stage::Load, || {
+        Stages::new(observer, &precision.device).run(Stage::Load, || {
             vlm.fill(&precision.cancel)?;
             planner.fill(&precision.cancel)
         })?;
@@ -414,7 +413,7 @@ impl Assistant {
         let pictures = plan_pictures(&self.pipeline, request)?;
         let seen = self.vlm.look_unless(&pictures, &request.cancel)?;
         let work = PlanWork::of(request, &pictures, &seen);
-        let mut stages = Stages::new(observer);
+        let mut stages = Stages::new(observer, self.vlm.device());
         let planning = self.planner.plan(&self.vlm, &work, &mut stages)?;
         observer.event(&Event::Planned(&planning.plan));
         Ok(PlanOutcome {

@@ -2,6 +2,8 @@
 
 use std::time::{Duration, Instant};
 
+use candle_core::Device;
+
 use crate::{
     error::Result,
     memory,
@@ -12,12 +14,14 @@ use crate::{
 /// Runs stages one after the other and keeps a report of each.
 pub(super) struct Stages<'a> {
     observer: &'a dyn Observer,
+    /// Where the stages compute.
+    device: Device,
     reports: Vec<StageReport>,
 }
 
 impl<'a> Stages<'a> {
-    pub(super) fn new(observer: &'a dyn Observer) -> Self {
-        Self { observer, reports: Vec::new() }
+    pub(super) fn new(observer: &'a dyn Observer, device: &Device) -> Self {
+        Self { observer, device: device.clone(), reports: Vec::new() }
     }
 
     /// Runs `work` as a stage that has no steps of its own.
@@ -26,7 +30,8 @@ impl<'a> Stages<'a> {
         self.run_steps(stage, work)
     }
 
-    /// Runs `work` as a stage that tells of its own steps.
+    /// Runs `work` as a stage that tells of its own steps. What it leaves in the queue of a GPU is waited
+    /// for, so that its time is its own.
     pub(super) fn run_steps<T>(
         &mut self,
         stage: Stage,
@@ -34,19 +39,19 @@ impl<'a> Stages<'a> {
     ) -> Result<T> {
         let start = Instant::now();
         let result = work()?;
+        self.device.synchronize()?;
         let elapsed = start.elapsed();
         self.observer.event(&Event::StageDone { stage, elapsed });
-        let peak_resident_bytes = memory::peak_resident_bytes();
-        tracing::debug!(?stage, ?elapsed, ?peak_resident_bytes, "stage done");
-        self.reports.push(StageReport { stage, elapsed, peak_resident_bytes });
+        self.add(stage, elapsed);
         Ok(result)
     }
 
     /// Adds a stage that ran beside another one.
     pub(super) fn add(&mut self, stage: Stage, elapsed: Duration) {
         let peak_resident_bytes = memory::peak_resident_bytes();
-        tracing::debug!(?stage, ?elapsed, ?peak_resident_bytes, "stage done beside another");
-        self.reports.push(StageReport { stage, elapsed, peak_resident_bytes });
+        let device = memory::device_peak(&self.device);
+        tracing::debug!(?stage, ?elapsed, ?peak_resident_bytes, ?device, "stage done");
+        self.reports.push(StageReport { stage, elapsed, peak_resident_bytes, device });
     }
 
     pub(super) fn finish(self) -> Vec<StageReport> {

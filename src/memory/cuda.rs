@@ -12,7 +12,7 @@ use candle_core::{
 };
 
 use super::{
-    DeviceUse,
+    DevicePeak, DeviceUse,
     pool::{BlockId, Pool, PoolExhausted, PoolUse},
 };
 use crate::error::Result;
@@ -153,6 +153,16 @@ pub(super) fn device_use(device: &TensorDevice) -> Option<DeviceUse> {
     let pool = CudaPool::new(device).ok()?;
     let (used, free) = (pool.driver_usage().used, pool.free_bytes()?);
     Some(DeviceUse { used, free })
+}
+
+/// The most that the pool of a CUDA device gave and held.
+pub(super) fn device_peak(device: &TensorDevice) -> Option<DevicePeak> {
+    let TensorDevice::Cuda(device) = device else { return None };
+    let usage = CudaPool::new(device).ok()?.driver_usage();
+    Some(DevicePeak {
+        peak_device_bytes: usage.used_high,
+        reserved_device_bytes: usage.reserved_high,
+    })
 }
 
 /// The newest CUDA that the driver supports; `None` where it does not say.

@@ -57,6 +57,24 @@ pub struct DeviceUse {
     pub free: u64,
 }
 
+/// The most that a GPU's memory was used for, in bytes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, serde::Serialize)]
+pub struct DevicePeak {
+    /// Taken by this process at a time.
+    pub peak_device_bytes: u64,
+    /// Held by its pool at a time, taken or free to be taken again.
+    pub reserved_device_bytes: u64,
+}
+
+/// The most that a GPU's memory was used for so far; `None` for the CPU.
+#[must_use]
+pub fn device_peak(device: &candle_core::Device) -> Option<DevicePeak> {
+    #[cfg(feature = "cuda")]
+    return cuda::device_peak(device);
+    #[cfg(not(feature = "cuda"))]
+    (device.is_cuda()).then_some(DevicePeak { peak_device_bytes: 0, reserved_device_bytes: 0 })
+}
+
 /// What the memory of a GPU is used for; `None` for the CPU and where the driver does not say.
 #[must_use]
 pub fn device_memory(device: &candle_core::Device) -> Option<DeviceUse> {

@@ -5,7 +5,7 @@ use std::{
     sync::{Arc, OnceLock},
 };
 
-use candle_core::{DType, Tensor};
+use candle_core::{DType, Device, Tensor};
 use image::RgbImage;
 
 use super::{
@@ -195,6 +195,11 @@ impl VisionLanguageModel {
     /// As [`Adapter::load`].
     pub fn load_adapter(&self, files: &ModelFiles, folder: &str) -> Result<Adapter> {
         Adapter::load(files, folder, &self.config.text, self.weights.precision())
+    }
+
+    /// Where it computes.
+    pub(crate) fn device(&self) -> &Device {
+        &self.weights.precision().device
     }
 
     /// The model's dimensions.
