@@ -1,7 +1,11 @@
 //! Numbers of eight bits: e4m3 without infinities, and e5m2.
 
 use half::bf16;
+use rayon::prelude::*;
 use safetensors::Dtype;
+
+/// Numbers that a thread widens at least.
+const TOGETHER: usize = 1 << 16;
 
 /// What each byte stands for. Every value is exact in bf16.
 pub(super) struct Float8([f32; 256]);
@@ -23,12 +27,16 @@ impl Float8 {
 
     /// The numbers of `bytes`.
     pub(super) fn exact(&self, bytes: &[u8]) -> Vec<bf16> {
-        bytes.iter().map(|byte| bf16::from_f32(self.0[usize::from(*byte)])).collect()
+        let table = self.0.map(bf16::from_f32);
+        let bytes = bytes.par_iter().with_min_len(TOGETHER);
+        bytes.map(|byte| table[usize::from(*byte)]).collect()
     }
 
     /// The numbers of `bytes` times `scale`.
     pub(super) fn scaled(&self, bytes: &[u8], scale: f32) -> Vec<f32> {
-        bytes.iter().map(|byte| self.0[usize::from(*byte)] * scale).collect()
+        let table = self.0.map(|number| number * scale);
+        let bytes = bytes.par_iter().with_min_len(TOGETHER);
+        bytes.map(|byte| table[usize::from(*byte)]).collect()
     }
 }
 
