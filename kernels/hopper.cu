@@ -1,102 +1,361 @@
-// Joint attention with Hopper's products of four warps (wgmma), for compute capability 9.0 only.
-//
-// attention_hopper_d128: what attention_joint_d128 computes, see attention.cuh. Two groups of four warps own
-//   64 rows each; tiles of 128 keys and values are doubled in shared memory, so that the next ones arrive
-//   while these are multiplied. Operands are read by the tensor cores from shared memory, where the
-//   other kernels load each of them into registers first. While one group computes exponentials, the
-//   other's products run.
-//   Grid: (tiles of both streams' rows, key heads, b); 256 threads; 160 KiB of shared memory.
-//
-// Off until a check on a GPU has shown it right: the emulation holds that the arithmetic and the
-// layouts are what the manual says, and cannot show more.
+// Joint attention with Hopper's own instructions, for compute capability 9.0 only.
 #include "attention.cuh"
 
 #ifdef HAS_GROUP_PRODUCTS
 
 // Rows of 128 numbers as two pieces of 64, which is as wide as the swizzle is.
 template <int ROWS>
-struct SplitRows {
+struct PiecedRows {
   static constexpr int CHUNKS = 16;
   static constexpr int PIECE_BYTES = ROWS * SharedRows<64>::ROW_BYTES;
+  static constexpr int BYTES = 2 * PIECE_BYTES;
   DEVICE static unsigned char* at(unsigned char* rows, int row, int chunk) {
     return SharedRows<64>::at(rows + chunk / 8 * PIECE_BYTES, row, chunk % 8);
   }
 };
 
-KERNEL(attention_hopper_d128, AttentionArgs, 256, 1) {
-  constexpr int D = 128, ROWS = 128, KEYS = 128, THREADS = 256, GROUP_ROWS = 64;
-  constexpr int TILE_BYTES = 2 * SplitRows<KEYS>::PIECE_BYTES;
-  constexpr int EIGHT_ROWS = 8 * SharedRows<64>::ROW_BYTES;
-  using Queries = SplitRows<ROWS>;
-  using Keys = SplitRows<KEYS>;
-  unsigned char* query_rows = shared_memory();
-  unsigned char* key_rows = query_rows + 2 * Queries::PIECE_BYTES;  // two tiles
-  unsigned char* value_rows = key_rows + 2 * TILE_BYTES;            // two tiles
+struct HopperArgs {
+  TileMap keys[2], values[2];  // of each stream
+  AttentionArgs attention;
+  int64_t batch;
+};
 
-  const AttentionWork work = attention_work<ROWS, KEYS>(args);
-  const int64_t batch = block_z(), head = block_y();
-  const KeyRows keys = keys_of<D>(args, batch, head);
-  const KeyRows values = values_of<D>(args, batch, head);
-  auto load = [&](int start, int stage) {
-    load_key_rows<Keys, KEYS, THREADS>(key_rows + stage * TILE_BYTES, keys, start, work.key_end);
-    load_key_rows<Keys, KEYS, THREADS>(value_rows + stage * TILE_BYTES, values, start, work.key_end);
-  };
-  if (work.key_first < work.key_end) load(work.key_first, 0);
-  load_query_rows<Queries, D, ROWS, THREADS, true>(query_rows, args.stream[work.stream], work, batch,
-                                                   head, 1);
+// A tile of rows of one head and batch entry, and the tiles of keys that it sees: those of the text first,
+// then those of the picture.
+struct HopperItem {
+  AttentionWork work;
+  int64_t head, batch;
+  int rows[2], tiles[2];  // of keys, of each stream
 
-  const int group = warp() / 4;
-  const unsigned char* own_rows = query_rows + group * GROUP_ROWS * SharedRows<64>::ROW_BYTES;
-  const float factor = float(args.scale * 1.4426950408889634);
-  AttentionSums<D> sums;
-  sums.clear();
-  int stage = 0;
-  for (int start = work.key_first; start < work.key_end; start += KEYS) {
-    block_barrier();  // nobody reads the other stage any more
-    if (start + KEYS < work.key_end) {
-      load(start + KEYS, 1 - stage);
-      copy_wait<2>();
-    } else {
-      copy_wait<0>();
+  DEVICE int total() const { return tiles[0] + tiles[1]; }
+};
+
+template <int KEYS, int STAGES>
+struct HopperBlock {
+  static constexpr int D = 128, GROUPS = 2, GROUP_ROWS = 64, ROWS = GROUPS * GROUP_ROWS;
+  static constexpr int THREADS = 128 * (GROUPS + 1), CONSUMERS = 128 * GROUPS;
+  static constexpr int EIGHT_ROWS = 8 * SharedRows<64>::ROW_BYTES;
+  using Queries = PiecedRows<ROWS>;
+  using Keys = PiecedRows<KEYS>;
+  static constexpr int SHARED_BYTES = Queries::BYTES + 2 * STAGES * Keys::BYTES + 4 * 8 * STAGES;
+
+  const HopperArgs& args;
+  unsigned char *queries, *keys, *values;
+  CountingBarrier *keys_there, *keys_read, *values_there, *values_read;
+  int64_t tiles[2], items;  // of queries
+
+  DEVICE HopperBlock(const HopperArgs& args) : args(args) {
+    queries = shared_memory();
+    keys = queries + Queries::BYTES;
+    values = keys + STAGES * Keys::BYTES;
+    keys_there = reinterpret_cast<CountingBarrier*>(values + STAGES * Keys::BYTES);
+    keys_read = keys_there + STAGES;
+    values_there = keys_read + STAGES;
+    values_read = values_there + STAGES;
+    const AttentionArgs& own = args.attention;
+    for (int i = 0; i < 2; ++i) tiles[i] = (own.stream[i].query_rows + ROWS - 1) / ROWS;
+    items = (tiles[0] + tiles[1]) * own.heads * args.batch;
+  }
+
+  // Tiles of a head follow each other, so that its keys and values stay in the cache.
+  DEVICE HopperItem item(int64_t i) const {
+    const AttentionArgs& own = args.attention;
+    const int64_t all = tiles[0] + tiles[1], tile = i % all;
+    HopperItem item;
+    item.head = i / all % own.heads;
+    item.batch = i / all / own.heads;
+    item.work.stream = tile < tiles[0] ? 0 : 1;
+    item.work.row_first = (tile < tiles[0] ? tile : tile - tiles[0]) * ROWS;
+    item.work.row_end = min64(item.work.row_first + ROWS, own.stream[item.work.stream].query_rows);
+    item.rows[0] = int(own.lengths ? own.lengths[item.batch] : own.stream[0].key_rows);
+    item.rows[1] = int(own.stream[1].key_rows);
+    for (int k = 0; k < 2; ++k) item.tiles[k] = (item.rows[k] + KEYS - 1) / KEYS;
+    return item;
+  }
+
+  // Place and phase of the block's tile number `t`.
+  DEVICE static int stage(int t) { return t % STAGES; }
+  DEVICE static int parity(int t) { return t / STAGES & 1; }
+
+  DEVICE void start_barriers() {
+    if (thread_index() == 0) {
+      for (int i = 0; i < STAGES; ++i) {
+        barrier_start(keys_there + i, 1);
+        barrier_start(values_there + i, 1);
+        barrier_start(keys_read + i, 4 * GROUPS);
+        barrier_start(values_read + i, 4 * GROUPS);
+      }
+      barriers_started();
     }
-    publish_shared();
-    block_barrier();  // this stage is there
+    block_barrier();
+  }
 
-    const unsigned char* tile = key_rows + stage * TILE_BYTES;
-    float scores[KEYS / 8][4];
+  // Brings the item's tile `t`, the block's tile `number`.
+  DEVICE void bring(const TileMap (&maps)[2], unsigned char* places, CountingBarrier* there,
+                    CountingBarrier* read, const HopperItem& item, int t, int number) {
+    const int at = stage(number), stream = t < item.tiles[0] ? 0 : 1;
+    barrier_wait(read + at, parity(number) ^ 1);
+    barrier_arrive_expecting(there + at, Keys::BYTES);
+    copy_tile(places + at * Keys::BYTES, maps[stream], there + at,
+              (stream == 0 ? t : t - item.tiles[0]) * KEYS, 2 * int(item.head), int(item.batch));
+  }
+
+  // One thread brings all tiles.
+  DEVICE void bring_all() {
+    int before = 0;
+    for (int64_t i = block_x(); i < items; i += grid_x()) {
+      const HopperItem own = item(i);
+      const int n = own.total();
+      for (int t = 0; t <= n; ++t) {
+        if (t < n) bring(args.keys, keys, keys_there, keys_read, own, t, before + t);
+        if (t > 0) bring(args.values, values, values_there, values_read, own, t - 1, before + t - 1);
+      }
+      before += n;
+    }
+  }
+
+  // The group's 64 rows of queries, prepared.
+  DEVICE void load_queries(const HopperItem& item, int group) {
+    constexpr int EACH = GROUP_ROWS * Queries::CHUNKS / 128;
+    const AttentionWork& work = item.work;
+    const AttentionStream& own = args.attention.stream[work.stream];
+    const int chunk = thread_index() % Queries::CHUNKS;
+    const int first = group * GROUP_ROWS + thread_index() % 128 / Queries::CHUNKS;
+    const bf16* from = own.query + item.batch * own.query_batch + item.head * D + 8 * chunk;
+    Words words[EACH];
+    int64_t tokens[EACH];
+    UNROLL
+    for (int i = 0; i < EACH; ++i) {
+      tokens[i] = min64(work.row_first + first + 8 * i, work.row_end - 1);
+      words[i] = load_words(from + tokens[i] * own.query_stride);
+    }
+    prepare_chunks<D>(words, own.prepare, tokens, chunk);
+    named_barrier(3 + group, 128);  // nobody reads what was there before
+    UNROLL
+    for (int i = 0; i < EACH; ++i) store_words(Queries::at(queries, first + 8 * i, chunk), words[i]);
+    publish_shared();
+    named_barrier(3 + group, 128);
+  }
+
+  DEVICE void begin_scores(float (&scores)[KEYS / 8][4], int group, int t) {
+    const unsigned char* own = queries + group * GROUP_ROWS * SharedRows<64>::ROW_BYTES;
+    const unsigned char* tile = keys + stage(t) * Keys::BYTES;
     products_begin();
     UNROLL
     for (int k = 0; k < D / 16; ++k) {
-      const int column = 32 * (k % 4);  // bytes within a piece
-      multiply_add_scores(
-          scores,
-          shared_operand(own_rows + k / 4 * Queries::PIECE_BYTES + column, 16, EIGHT_ROWS),
-          shared_operand(tile + k / 4 * Keys::PIECE_BYTES + column, 16, EIGHT_ROWS), k > 0);
+      const int piece = k / 4, column = 32 * (k % 4);  // bytes
+      multiply_scores<KEYS>(scores,
+                            shared_operand(own + piece * Queries::PIECE_BYTES + column, 16, EIGHT_ROWS),
+                            shared_operand(tile + piece * Keys::PIECE_BYTES + column, 16, EIGHT_ROWS),
+                            k > 0);
     }
-    products_wait(scores);
-    if (start + KEYS > work.key_end) hide<KEYS>(scores, start, work.key_end, 0, 1, false, 0);
-    sums.soften<KEYS>(scores, factor);
+    products_commit();
+  }
 
-    tile = value_rows + stage * TILE_BYTES;
-    uint32_t weights[KEYS / 16][4];
-    UNROLL
-    for (int k = 0; k < KEYS / 16; ++k) weights_operand<KEYS>(weights[k], scores, k);
+  DEVICE void begin_values(float (&out)[16][4], const uint32_t (&weights)[KEYS / 16][4], int t) {
+    const unsigned char* tile = values + stage(t) * Keys::BYTES;
     products_begin();
     UNROLL
     for (int k = 0; k < KEYS / 16; ++k) {
-      multiply_add_values(sums.out, weights[k],
-                          shared_operand(tile + 2 * k * EIGHT_ROWS, Keys::PIECE_BYTES, EIGHT_ROWS));
+      multiply_values(out, weights[k],
+                      shared_operand(tile + 2 * k * EIGHT_ROWS, Keys::PIECE_BYTES, EIGHT_ROWS));
     }
-    products_wait(sums.out);
-    stage = 1 - stage;
+    products_commit();
+  }
+};
+
+// The running maximum and sum of a thread's two rows.
+struct SoftmaxRows {
+  float maximum[2], sum[2];
+
+  DEVICE SoftmaxRows() {
+    maximum[0] = maximum[1] = -INFINITY;
+    sum[0] = sum[1] = 0.0f;
   }
 
-  sums.finish();
-  block_barrier();  // nobody reads queries any more
-  const int row_of_warp = 16 * warp();
-  sums.place<Queries>(query_rows, row_of_warp);
+  // Turns scores into weights; `keep` is what earlier weights are worth then. Each row sees a key.
+  template <int KEYS>
+  DEVICE void soften(float (&scores)[KEYS / 8][4], float factor, float (&keep)[2]) {
+    float base[2];
+    UNROLL
+    for (int half = 0; half < 2; ++half) {
+      float one = fmaxf(maximum[half], scores[0][2 * half]), other = scores[0][2 * half + 1];
+      UNROLL
+      for (int n = 1; n < KEYS / 8; ++n) {
+        one = fmaxf(one, scores[n][2 * half]);
+        other = fmaxf(other, scores[n][2 * half + 1]);
+      }
+      const float largest = max_lanes(fmaxf(one, other), 4);
+      keep[half] = exp2_fast((maximum[half] - largest) * factor);
+      base[half] = largest * factor;
+      maximum[half] = largest;
+      sum[half] *= keep[half];
+    }
+    float added[4] = {0.0f, 0.0f, 0.0f, 0.0f};
+    UNROLL
+    for (int n = 0; n < KEYS / 8; ++n) {
+      UNROLL
+      for (int part = 0; part < 4; ++part) {
+        scores[n][part] = exp2_fast(scores[n][part] * factor - base[part / 2]);
+        added[part] += scores[n][part];
+      }
+    }
+    sum[0] += added[0] + added[1];
+    sum[1] += added[2] + added[3];
+  }
+};
+
+// What a group does with one item. `before` counts the tiles that the block has seen before.
+// TURNS: the groups take turns at the tensor cores. AHEAD: a tile's scores are computed before the last one's
+// values are summed.
+template <int KEYS, int STAGES, bool TURNS, bool AHEAD, bool LAZY>
+DEVICE void hopper_consumer(HopperBlock<KEYS, STAGES>& block, const HopperItem& item, int group,
+                            int before) {
+  using Block = HopperBlock<KEYS, STAGES>;
+  using Queries = typename Block::Queries;
+  const float factor = float(block.args.attention.scale * 1.4426950408889634);
+  const int total = item.total();
+  auto my_turn = [&] {
+    if (TURNS) named_barrier(1 + group, Block::CONSUMERS);
+  };
+  auto your_turn = [&] {
+    if (TURNS) named_barrier_arrive(2 - group, Block::CONSUMERS);
+  };
+  auto wait = [&](CountingBarrier* there, int t) {
+    barrier_wait(there + Block::stage(before + t), Block::parity(before + t));
+  };
+  auto release = [&](CountingBarrier* read, int t) {
+    if (lane() == 0) barrier_arrive(read + Block::stage(before + t));
+  };
+  block.load_queries(item, group);
+
+  float out[16][4];
+  UNROLL
+  for (int n = 0; n < 16; ++n) {
+    UNROLL
+    for (int part = 0; part < 4; ++part) out[n][part] = 0.0f;
+  }
+  SoftmaxRows softmax;
+  uint32_t weights[KEYS / 16][4];
+  float keep[2];
+  auto soften = [&](float (&scores)[KEYS / 8][4], int t) {
+    const int there = t < item.tiles[0] ? item.rows[0] - t * KEYS : item.rows[1] - (t - item.tiles[0]) * KEYS;
+    if (there < KEYS) hide<KEYS>(scores, 0, there, 0, 1, false, 0);
+    softmax.soften<KEYS>(scores, factor, keep);
+  };
+  auto rescale = [&] {
+    // Multiplying by one changes nothing.
+    if (LAZY && !any_lane(keep[0] != 1.0f || keep[1] != 1.0f)) return;
+    UNROLL
+    for (int n = 0; n < 16; ++n) {
+      UNROLL
+      for (int part = 0; part < 4; ++part) out[n][part] *= keep[part / 2];
+    }
+  };
+  auto pack = [&](const float (&scores)[KEYS / 8][4]) {
+    UNROLL
+    for (int k = 0; k < KEYS / 16; ++k) weights_operand<KEYS>(weights[k], scores, k);
+  };
+
+  if constexpr (AHEAD) {
+    if (total > 0) {
+      float scores[KEYS / 8][4];
+      wait(block.keys_there, 0);
+      block.begin_scores(scores, group, before);
+      products_wait_for<0>();
+      settle(scores);
+      release(block.keys_read, 0);
+      soften(scores, 0);
+      pack(scores);
+    }
+    for (int t = 1; t < total; ++t) {
+      float scores[KEYS / 8][4];
+      wait(block.keys_there, t);
+      my_turn();
+      block.begin_scores(scores, group, before + t);
+      wait(block.values_there, t - 1);
+      block.begin_values(out, weights, before + t - 1);
+      your_turn();
+      products_wait_for<1>();
+      settle(scores);
+      release(block.keys_read, t);
+      soften(scores, t);
+      products_wait_for<0>();
+      settle(out);
+      release(block.values_read, t - 1);
+      settle(scores);
+      rescale();
+      pack(scores);
+    }
+    if (total > 0) {
+      wait(block.values_there, total - 1);
+      block.begin_values(out, weights, before + total - 1);
+      products_wait_for<0>();
+      settle(out);
+      release(block.values_read, total - 1);
+    }
+  } else {
+    my_turn();
+    for (int t = 0; t < total; ++t) {
+      float scores[KEYS / 8][4];
+      wait(block.keys_there, t);
+      block.begin_scores(scores, group, before + t);
+      your_turn();
+      products_wait_for<0>();
+      settle(scores);
+      release(block.keys_read, t);
+      soften(scores, t);
+      rescale();
+      pack(scores);
+      wait(block.values_there, t);
+      my_turn();
+      block.begin_values(out, weights, before + t);
+      products_wait_for<0>();
+      settle(out);
+      release(block.values_read, t);
+    }
+    your_turn();
+  }
+
+  // The queries' place takes the output.
+  named_barrier(3 + group, 128);
+  const int first = group * Block::GROUP_ROWS + warp() % 4 * 16;
+  UNROLL
+  for (int half = 0; half < 2; ++half) {
+    const float sum = sum_lanes(softmax.sum[half], 4);
+    const float share = sum == 0.0f ? 0.0f : 1.0f / sum;
+    UNROLL
+    for (int n = 0; n < 16; ++n) {
+      const uint32_t pair = pack_bf16(out[n][2 * half] * share, out[n][2 * half + 1] * share);
+      unsigned char* at = Queries::at(block.queries, first + 8 * half + (lane() >> 2), n);
+      *reinterpret_cast<uint32_t*>(at + 4 * (lane() & 3)) = pair;
+    }
+  }
   warp_barrier();
-  write_rows<Queries, D>(query_rows, row_of_warp, 16, args, work, batch, head, 1);
+  write_rows<Queries, 128>(block.queries, first, 16, block.args.attention, item.work, item.batch,
+                           item.head, 1);
 }
+
+template <int KEYS, int STAGES, bool TURNS, bool AHEAD, bool LAZY>
+DEVICE void hopper_attention(const HopperArgs& args) {
+  HopperBlock<KEYS, STAGES> block(args);
+  block.start_barriers();
+  const int group = warp_group() - 1;
+  if (group < 0) {
+    registers_give<24>();
+    if (thread_index() == 0) block.bring_all();
+  } else {
+    registers_take<240>();
+    if (TURNS && group == 1) named_barrier_arrive(1, 256);
+    int before = 0;
+    for (int64_t i = block_x(); i < block.items; i += grid_x()) {
+      const HopperItem item = block.item(i);
+      hopper_consumer<KEYS, STAGES, TURNS, AHEAD, LAZY>(block, item, group, before);
+      before += item.total();
+    }
+  }
+}
+
+KERNEL(attention_hopper_d128, HopperArgs, 384, 1) { hopper_attention<128, 2, true, true, false>(args); }
 
 #endif

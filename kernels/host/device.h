@@ -5,7 +5,6 @@
 
 #define DEVICE inline
 #define UNROLL
-#define HAS_GROUP_PRODUCTS 1
 #define KERNEL(name, Args, threads, blocks)                                                        \
   static void name(const Args& args);                                                           \
   static const emulation::Kernel name##_entry{                                                  \
@@ -56,17 +55,6 @@ struct MultiplyAdd {
   const uint32_t* a;
   uint32_t b[2];
 };
-struct SharedOperand {
-  const unsigned char* at;
-  int leading, stride;
-};
-// A warp's share of a product of four warps.
-struct GroupProduct {
-  float (*d)[4];
-  const uint32_t* a;  // in registers, or null
-  SharedOperand rows, columns;
-  bool add;
-};
 struct Shuffle {
   float value;
   int from;
@@ -76,7 +64,7 @@ void load_matrices(void* const* lanes);
 void load_matrices_transposed(void* const* lanes);
 void multiply_add(void* const* lanes);
 void shuffle(void* const* lanes);
-void group_product(void* const* lanes);
+void any_lane(void* const* lanes);
 
 }  // namespace emulation
 
@@ -99,6 +87,11 @@ inline float shuffle(float x, int from) {
   return operands.result;
 }
 inline float shuffle_xor(float x, int mask) { return shuffle(x, lane() ^ mask); }
+inline bool any_lane(bool x) {
+  bool operand = x;
+  emulation::together("any_lane", &operand, emulation::any_lane);
+  return operand;
+}
 inline float atomic_add(float* at, float x) {
   const float before = *at;
   *at = before + x;
@@ -140,20 +133,4 @@ inline void copy_wait() {
   emulation::finish_copies(pending);
 }
 
-using SharedOperand = emulation::SharedOperand;
-inline SharedOperand shared_operand(const void* at, int leading_bytes, int stride_bytes) {
-  return {static_cast<const unsigned char*>(at), leading_bytes, stride_bytes};
-}
-inline void publish_shared() {}
-inline void products_begin() { emulation::together("products_begin", nullptr, nullptr); }
-inline void products_wait(float (&)[16][4]) {
-  emulation::together("products_wait", nullptr, nullptr);
-}
-inline void multiply_add_scores(float (&d)[16][4], SharedOperand a, SharedOperand b, bool add) {
-  emulation::GroupProduct operands{d, nullptr, a, b, add};
-  emulation::together("multiply_add_scores", &operands, emulation::group_product);
-}
-inline void multiply_add_values(float (&d)[16][4], const uint32_t (&a)[4], SharedOperand b) {
-  emulation::GroupProduct operands{d, a, {}, b, true};
-  emulation::together("multiply_add_values", &operands, emulation::group_product);
-}
+#include "hopper.h"

@@ -102,6 +102,42 @@ struct Warp {
   int arrived;
 };
 
+// Products of four warps that one of them has begun, see emulation_hopper.h.
+struct BegunProduct {
+  GroupProduct lanes[32];
+  float a[16][16];
+  std::vector<float> b;
+};
+struct BegunSums {
+  float (*d[32])[4];
+  std::vector<float> values;
+  uint64_t last;  // commit
+};
+struct WarpProducts {
+  std::vector<BegunProduct> products;
+  std::vector<uint64_t> commits;  // of each product
+  std::vector<BegunSums> sums;
+  uint64_t committed, finished;
+};
+
+struct NamedBarrier {
+  int arrived, threads;
+  std::vector<int> waiting;
+};
+
+struct TileCopy {
+  unsigned char* to;
+  const TileMap* map;
+  int row, piece, batch;
+};
+struct PhaseBarrier {
+  const CountingBarrier* at;
+  int count, missing, parity;
+  int64_t bytes;  // announced and not arrived yet
+  std::vector<TileCopy> copies;
+  std::vector<int> waiting;
+};
+
 struct Scheduler {
   Context home;
   unsigned char* stacks = nullptr;
@@ -110,6 +146,9 @@ struct Scheduler {
   std::vector<int> ready;
   size_t next_ready;
   int at_barrier;
+  WarpProducts products[THREADS_MAX / 32];
+  NamedBarrier named[16];
+  std::vector<PhaseBarrier> phases;
   int order;
   uint32_t random;
   const Kernel* kernel;
@@ -246,66 +285,19 @@ void multiply_add(void* const* lanes) {
   }
 }
 
-// An element of an operand with rows of 128 bytes, whose 16-byte pieces are mixed by the number of the row.
-static float shared_element(const unsigned char* at, long offset) {
-  uintptr_t address = reinterpret_cast<uintptr_t>(at) + offset;
-  address ^= (address >> 7 & 7) << 4;
-  uint16_t bits;
-  memcpy(&bits, reinterpret_cast<const void*>(address), 2);
-  return to_float(bf16{bits});
-}
-
-// By columns: a column's 16 numbers lie in a row of 128 bytes.
-static float by_columns(const SharedOperand& b, int column, int k) {
-  return shared_element(b.at, long(column / 8) * b.stride + column % 8 * 128 + 2 * k);
-}
-
-// By rows: 64 columns of one k lie in a row of 128 bytes.
-static float by_rows(const SharedOperand& b, int column, int k) {
-  const long row = long(k / 8) * b.stride + k % 8 * 128;
-  return shared_element(b.at, row + long(column / 64) * b.leading + 2 * (column % 64));
-}
-
-void group_product(void* const* lanes) {
-  const auto& first = *static_cast<GroupProduct*>(lanes[0]);
-  const int warp = place.thread / 32 % 4;
-  float a[16][16], b[128][16];
-  for (int i = 0; i < 32; ++i) {
-    const auto& operands = *static_cast<GroupProduct*>(lanes[i]);
-    if (!operands.a) continue;
-    for (int part = 0; part < 4; ++part) {
-      float* to = &a[i / 4 + 8 * (part % 2)][2 * (i % 4) + 8 * (part / 2)];
-      to[0] = low_float(operands.a[part]);
-      to[1] = high_float(operands.a[part]);
-    }
-  }
-  for (int row = 0; row < 16 && !first.a; ++row) {
-    for (int k = 0; k < 16; ++k) a[row][k] = by_columns(first.rows, 16 * warp + row, k);
-  }
-  for (int column = 0; column < 128; ++column) {
-    for (int k = 0; k < 16; ++k) {
-      b[column][k] = first.a ? by_rows(first.columns, column, k) : by_columns(first.columns, column, k);
-    }
-  }
-  for (int i = 0; i < 32; ++i) {
-    const auto& operands = *static_cast<GroupProduct*>(lanes[i]);
-    for (int n = 0; n < 16; ++n) {
-      for (int part = 0; part < 4; ++part) {
-        const float* row = a[i / 4 + 8 * (part / 2)];
-        const float* column = b[8 * n + 2 * (i % 4) + part % 2];
-        float sum = operands.add ? operands.d[n][part] : 0.0f;
-        for (int k = 0; k < 16; ++k) sum += row[k] * column[k];
-        operands.d[n][part] = sum;
-      }
-    }
-  }
-}
+#include "emulation_hopper.h"
 
 void shuffle(void* const* lanes) {
   for (int i = 0; i < 32; ++i) {
     auto& operands = *static_cast<Shuffle*>(lanes[i]);
     operands.result = static_cast<Shuffle*>(lanes[operands.from])->value;
   }
+}
+
+void any_lane(void* const* lanes) {
+  bool any = false;
+  for (int i = 0; i < 32; ++i) any |= *static_cast<bool*>(lanes[i]);
+  for (int i = 0; i < 32; ++i) *static_cast<bool*>(lanes[i]) = any;
 }
 
 static void run_fiber() {
@@ -342,6 +334,9 @@ static bool run_block(int threads) {
   scheduler.ready.clear();
   scheduler.next_ready = 0;
   for (Warp& warp : scheduler.warps) warp.arrived = 0;
+  for (WarpProducts& products : scheduler.products) products = {};
+  for (NamedBarrier& barrier : scheduler.named) barrier = {};
+  scheduler.phases.clear();
   for (int i = 0; i < threads; ++i) {
     Fiber& fiber = scheduler.fibers[i];
     fiber.done = false;
@@ -363,7 +358,7 @@ static bool run_block(int threads) {
       return false;
     }
   }
-  return true;
+  return nothing_begun();
 }
 
 }  // namespace emulation
@@ -397,7 +392,11 @@ extern "C" const char* pentimento_emulate(const char* name, const int64_t grid[3
   constexpr size_t ALIGNMENT = 1024;
   std::vector<unsigned char> shared(shared_bytes + ALIGNMENT);
   scheduler.kernel = kernel;
-  scheduler.args = args;
+  // As aligned as the structs may ask for.
+  alignas(64) unsigned char aligned[4096];
+  if (argument_bytes > sizeof aligned) return "its arguments are too large";
+  memcpy(aligned, args, argument_bytes);
+  scheduler.args = aligned;
   scheduler.order = int(order);
   scheduler.random = order;
   place.threads = int(threads);
