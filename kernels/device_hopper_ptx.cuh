@@ -1,4 +1,4 @@
-// The machine's side of hopper.cuh for compute capability 9.0 with its own instructions: products of four
+// The machine's side of hopper.cu for compute capability 9.0 with its own instructions: products of four
 // warps, copies of whole tiles, and barriers that count what arrives.
 // PTX ISA: https://docs.nvidia.com/cuda/parallel-thread-execution/
 #pragma once
@@ -71,9 +71,6 @@ DEVICE void copy_tile(void* to_shared, const TileMap& map, CountingBarrier* arri
       "l"(&map), "r"(shared_address(arrived)), "r"(0), "r"(row), "r"(piece), "r"(batch)
       : "memory");
 }
-DEVICE void prefetch_map(const TileMap& map) {
-  asm volatile("prefetch.tensormap [%0];" ::"l"(&map) : "memory");
-}
 
 // Where an operand of a warpgroup lies in shared memory, with rows of 128 bytes mixed as SharedRows<64> does
 // (the 128-byte swizzle). `stride` is the distance of groups of eight rows; `leading` that of pieces of
@@ -113,36 +110,20 @@ DEVICE void settle(float (&d)[N][4]) {
   "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, "               \
   "%32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, "               \
   "%48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63"
-#define PLACES_80 PLACES_64 ", %64, %65, %66, %67, %68, %69, %70, %71, %72, %73, %74, %75, %76, %77, %78, %79"
-#define PLACES_88 PLACES_80 ", %80, %81, %82, %83, %84, %85, %86, %87"
-#define PLACES_96 PLACES_88 ", %88, %89, %90, %91, %92, %93, %94, %95"
-#define SCORES_PRODUCT(COLUMNS, PLACES, A, B, ADD)                                    \
-  "{\n.reg .pred p;\nsetp.ne.b32 p, " ADD ", 0;\n"                                    \
-  "wgmma.mma_async.sync.aligned.m64n" COLUMNS "k16.f32.bf16.bf16 {" PLACES "}, " A ", " B \
-  ", p, 1, 1, 0, 0;\n}\n"
+#define PLACES_96                                                                                  \
+  PLACES_64                                                                                        \
+  ", %64, %65, %66, %67, %68, %69, %70, %71, %72, %73, %74, %75, %76, %77, %78, %79, "             \
+  "%80, %81, %82, %83, %84, %85, %86, %87, %88, %89, %90, %91, %92, %93, %94, %95"
 
-// d (+)= a · b, a: 64×16 by rows, b: 16×KEYS by columns, both in shared memory; a warp holds 16 rows of d
+// d (+)= a · b, a: 64×16 by rows, b: 16×192 by columns, both in shared memory; a warp holds 16 rows of d
 // as multiply_add lays them out. The products replace d unless `add`.
-template <int KEYS>
-DEVICE void multiply_scores(float (&d)[KEYS / 8][4], SharedOperand a, SharedOperand b, bool add) {
-  if constexpr (KEYS == 128) {
-    asm volatile(SCORES_PRODUCT("128", PLACES_64, "%64", "%65", "%66")
-                 : SUMS_64(d)
-                 : "l"(a), "l"(b), "r"(int(add)));
-  } else if constexpr (KEYS == 160) {
-    asm volatile(SCORES_PRODUCT("160", PLACES_80, "%80", "%81", "%82")
-                 : SUMS_64(d), SUMS_16(d, 16)
-                 : "l"(a), "l"(b), "r"(int(add)));
-  } else if constexpr (KEYS == 176) {
-    asm volatile(SCORES_PRODUCT("176", PLACES_88, "%88", "%89", "%90")
-                 : SUMS_64(d), SUMS_16(d, 16), SUMS_4(d, 20), SUMS_4(d, 21)
-                 : "l"(a), "l"(b), "r"(int(add)));
-  } else {
-    static_assert(KEYS == 192, "there is no product of this width");
-    asm volatile(SCORES_PRODUCT("192", PLACES_96, "%96", "%97", "%98")
-                 : SUMS_64(d), SUMS_16(d, 16), SUMS_16(d, 20)
-                 : "l"(a), "l"(b), "r"(int(add)));
-  }
+DEVICE void multiply_scores(float (&d)[24][4], SharedOperand a, SharedOperand b, bool add) {
+  asm volatile(
+      "{\n.reg .pred p;\nsetp.ne.b32 p, %98, 0;\n"
+      "wgmma.mma_async.sync.aligned.m64n192k16.f32.bf16.bf16 {" PLACES_96
+      "}, %96, %97, p, 1, 1, 0, 0;\n}\n"
+      : SUMS_64(d), SUMS_16(d, 16), SUMS_16(d, 20)
+      : "l"(a), "l"(b), "r"(int(add)));
 }
 
 // d += a · b, a: 64×16 in registers, b: 16×128 by rows in shared memory.

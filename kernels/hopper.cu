@@ -1,4 +1,25 @@
 // Joint attention with Hopper's own instructions, for compute capability 9.0 only.
+//
+// attention_hopper_d128: what attention_joint_d128 computes, see attention.cuh. A block has three groups of
+//   four warps. One thread of the first brings tiles of 192 keys and values (TMA), two of each at a time;
+//   the other two groups own 64 rows of queries each. The tensor cores read operands from shared memory
+//   (wgmma). A group begins a tile's scores before it sums the last tile's values, so that its
+//   exponentials are computed while products run, and the groups take turns at the tensor cores, so that
+//   the exponentials of one fall into the products of the other.
+//   Grid: as many blocks as run at a time, or one for each tile of 128 rows where these are fewer; a
+//   block takes tiles in turn. 384 threads; 224 KiB of shared memory.
+//
+// Tried on an H200, 24 heads, TFLOP/s at 8704 tokens, at 8704 twice, and at 16896 (its best run):
+//   as it is                              674  696  725
+//   176 keys a tile                       670  686  716
+//   160 keys                              649  629  700
+//   128 keys                              655  608  703; with three tiles at a time 659 609 709
+//   128 keys, a block for each tile       659  606  702
+//   128 keys, without turns               639  606  686
+//   128 keys, scores not begun ahead      592  571  632; without turns either 533 554 572
+//   128 keys, sums left where their factor is one: 645 644 685
+//   two groups, tiles brought by all threads, nothing ahead (its predecessor): 276 289 299
+//   attention_joint_d128                  240  258  269
 #include "attention.cuh"
 
 #ifdef HAS_GROUP_PRODUCTS
@@ -26,18 +47,20 @@ struct HopperItem {
   AttentionWork work;
   int64_t head, batch;
   int rows[2], tiles[2];  // of keys, of each stream
+  int padded;             // the tile that ends in rows of text which the entry does not have, or -1
 
   DEVICE int total() const { return tiles[0] + tiles[1]; }
 };
 
-template <int KEYS, int STAGES>
 struct HopperBlock {
+  static constexpr int KEYS = 192, STAGES = 2;
   static constexpr int D = 128, GROUPS = 2, GROUP_ROWS = 64, ROWS = GROUPS * GROUP_ROWS;
-  static constexpr int THREADS = 128 * (GROUPS + 1), CONSUMERS = 128 * GROUPS;
+  static constexpr int CONSUMERS = 128 * GROUPS;  // threads
+  // Named barriers: 1 and 2 are the groups' turns, 3 and 4 their own, 5 is both groups'.
+  static constexpr int TURNS = 1, OWN = 3, BOTH = 5;
   static constexpr int EIGHT_ROWS = 8 * SharedRows<64>::ROW_BYTES;
   using Queries = PiecedRows<ROWS>;
   using Keys = PiecedRows<KEYS>;
-  static constexpr int SHARED_BYTES = Queries::BYTES + 2 * STAGES * Keys::BYTES + 4 * 8 * STAGES;
 
   const HopperArgs& args;
   unsigned char *queries, *keys, *values;
@@ -70,6 +93,8 @@ struct HopperBlock {
     item.rows[0] = int(own.lengths ? own.lengths[item.batch] : own.stream[0].key_rows);
     item.rows[1] = int(own.stream[1].key_rows);
     for (int k = 0; k < 2; ++k) item.tiles[k] = (item.rows[k] + KEYS - 1) / KEYS;
+    const bool ends_early = item.rows[0] % KEYS != 0 && item.rows[0] < own.stream[0].key_rows;
+    item.padded = ends_early ? item.tiles[0] - 1 : -1;
     return item;
   }
 
@@ -130,11 +155,21 @@ struct HopperBlock {
       words[i] = load_words(from + tokens[i] * own.query_stride);
     }
     prepare_chunks<D>(words, own.prepare, tokens, chunk);
-    named_barrier(3 + group, 128);  // nobody reads what was there before
+    named_barrier(OWN + group, 128);  // nobody reads what was there before
     UNROLL
     for (int i = 0; i < EACH; ++i) store_words(Queries::at(queries, first + 8 * i, chunk), words[i]);
     publish_shared();
-    named_barrier(3 + group, 128);
+    named_barrier(OWN + group, 128);
+  }
+
+  // Clears the values of tile `t` from `row` on: their weights are zero, but zero times NaN is NaN.
+  DEVICE void clear_values(int row, int t) {
+    unsigned char* tile = values + stage(t) * Keys::BYTES;
+    for (int i = thread_index() - 128; i < (KEYS - row) * Keys::CHUNKS; i += CONSUMERS) {
+      store_words(Keys::at(tile, row + i / Keys::CHUNKS, i % Keys::CHUNKS), {{0, 0, 0, 0}});
+    }
+    publish_shared();
+    named_barrier(BOTH, CONSUMERS);
   }
 
   DEVICE void begin_scores(float (&scores)[KEYS / 8][4], int group, int t) {
@@ -144,10 +179,10 @@ struct HopperBlock {
     UNROLL
     for (int k = 0; k < D / 16; ++k) {
       const int piece = k / 4, column = 32 * (k % 4);  // bytes
-      multiply_scores<KEYS>(scores,
-                            shared_operand(own + piece * Queries::PIECE_BYTES + column, 16, EIGHT_ROWS),
-                            shared_operand(tile + piece * Keys::PIECE_BYTES + column, 16, EIGHT_ROWS),
-                            k > 0);
+      multiply_scores(scores,
+                      shared_operand(own + piece * Queries::PIECE_BYTES + column, 16, EIGHT_ROWS),
+                      shared_operand(tile + piece * Keys::PIECE_BYTES + column, 16, EIGHT_ROWS),
+                      k > 0);
     }
     products_commit();
   }
@@ -206,26 +241,18 @@ struct SoftmaxRows {
 };
 
 // What a group does with one item. `before` counts the tiles that the block has seen before.
-// TURNS: the groups take turns at the tensor cores. AHEAD: a tile's scores are computed before the last one's
-// values are summed.
-template <int KEYS, int STAGES, bool TURNS, bool AHEAD, bool LAZY>
-DEVICE void hopper_consumer(HopperBlock<KEYS, STAGES>& block, const HopperItem& item, int group,
-                            int before) {
-  using Block = HopperBlock<KEYS, STAGES>;
-  using Queries = typename Block::Queries;
+DEVICE void hopper_consumer(HopperBlock& block, const HopperItem& item, int group, int before) {
+  constexpr int KEYS = HopperBlock::KEYS;
+  using Queries = HopperBlock::Queries;
   const float factor = float(block.args.attention.scale * 1.4426950408889634);
   const int total = item.total();
-  auto my_turn = [&] {
-    if (TURNS) named_barrier(1 + group, Block::CONSUMERS);
-  };
-  auto your_turn = [&] {
-    if (TURNS) named_barrier_arrive(2 - group, Block::CONSUMERS);
-  };
+  auto my_turn = [&] { named_barrier(HopperBlock::TURNS + group, HopperBlock::CONSUMERS); };
+  auto your_turn = [&] { named_barrier_arrive(HopperBlock::TURNS + 1 - group, HopperBlock::CONSUMERS); };
   auto wait = [&](CountingBarrier* there, int t) {
-    barrier_wait(there + Block::stage(before + t), Block::parity(before + t));
+    barrier_wait(there + HopperBlock::stage(before + t), HopperBlock::parity(before + t));
   };
   auto release = [&](CountingBarrier* read, int t) {
-    if (lane() == 0) barrier_arrive(read + Block::stage(before + t));
+    if (lane() == 0) barrier_arrive(read + HopperBlock::stage(before + t));
   };
   block.load_queries(item, group);
 
@@ -239,13 +266,12 @@ DEVICE void hopper_consumer(HopperBlock<KEYS, STAGES>& block, const HopperItem& 
   uint32_t weights[KEYS / 16][4];
   float keep[2];
   auto soften = [&](float (&scores)[KEYS / 8][4], int t) {
-    const int there = t < item.tiles[0] ? item.rows[0] - t * KEYS : item.rows[1] - (t - item.tiles[0]) * KEYS;
+    const int there =
+        t < item.tiles[0] ? item.rows[0] - t * KEYS : item.rows[1] - (t - item.tiles[0]) * KEYS;
     if (there < KEYS) hide<KEYS>(scores, 0, there, 0, 1, false, 0);
     softmax.soften<KEYS>(scores, factor, keep);
   };
   auto rescale = [&] {
-    // Multiplying by one changes nothing.
-    if (LAZY && !any_lane(keep[0] != 1.0f || keep[1] != 1.0f)) return;
     UNROLL
     for (int n = 0; n < 16; ++n) {
       UNROLL
@@ -256,70 +282,55 @@ DEVICE void hopper_consumer(HopperBlock<KEYS, STAGES>& block, const HopperItem& 
     UNROLL
     for (int k = 0; k < KEYS / 16; ++k) weights_operand<KEYS>(weights[k], scores, k);
   };
+  // Both groups come here before either takes its turn.
+  auto clear_padding = [&](int t) {
+    if (t != item.padded) return;
+    wait(block.values_there, t);
+    block.clear_values(item.rows[0] - t * KEYS, before + t);
+  };
 
-  if constexpr (AHEAD) {
-    if (total > 0) {
-      float scores[KEYS / 8][4];
-      wait(block.keys_there, 0);
-      block.begin_scores(scores, group, before);
-      products_wait_for<0>();
-      settle(scores);
-      release(block.keys_read, 0);
-      soften(scores, 0);
-      pack(scores);
-    }
-    for (int t = 1; t < total; ++t) {
-      float scores[KEYS / 8][4];
-      wait(block.keys_there, t);
-      my_turn();
-      block.begin_scores(scores, group, before + t);
-      wait(block.values_there, t - 1);
-      block.begin_values(out, weights, before + t - 1);
-      your_turn();
-      products_wait_for<1>();
-      settle(scores);
-      release(block.keys_read, t);
-      soften(scores, t);
-      products_wait_for<0>();
-      settle(out);
-      release(block.values_read, t - 1);
-      settle(scores);
-      rescale();
-      pack(scores);
-    }
-    if (total > 0) {
-      wait(block.values_there, total - 1);
-      block.begin_values(out, weights, before + total - 1);
-      products_wait_for<0>();
-      settle(out);
-      release(block.values_read, total - 1);
-    }
-  } else {
+  if (total > 0) {
+    float scores[KEYS / 8][4];
+    wait(block.keys_there, 0);
+    block.begin_scores(scores, group, before);
+    products_wait_for<0>();
+    settle(scores);
+    release(block.keys_read, 0);
+    soften(scores, 0);
+    pack(scores);
+  }
+  for (int t = 1; t < total; ++t) {
+    float scores[KEYS / 8][4];
+    clear_padding(t - 1);
+    wait(block.keys_there, t);
     my_turn();
-    for (int t = 0; t < total; ++t) {
-      float scores[KEYS / 8][4];
-      wait(block.keys_there, t);
-      block.begin_scores(scores, group, before + t);
-      your_turn();
-      products_wait_for<0>();
-      settle(scores);
-      release(block.keys_read, t);
-      soften(scores, t);
-      rescale();
-      pack(scores);
-      wait(block.values_there, t);
-      my_turn();
-      block.begin_values(out, weights, before + t);
-      products_wait_for<0>();
-      settle(out);
-      release(block.values_read, t);
-    }
+    block.begin_scores(scores, group, before + t);
+    wait(block.values_there, t - 1);
+    block.begin_values(out, weights, before + t - 1);
     your_turn();
+    products_wait_for<1>();
+    settle(scores);
+    release(block.keys_read, t);
+    soften(scores, t);
+    products_wait_for<0>();
+    settle(out);
+    release(block.values_read, t - 1);
+    settle(scores);
+    rescale();
+    pack(scores);
+  }
+  if (total > 0) {
+    clear_padding(total - 1);
+    wait(block.values_there, total - 1);
+    block.begin_values(out, weights, before + total - 1);
+    products_wait_for<0>();
+    settle(out);
+    release(block.values_read, total - 1);
   }
 
   // The queries' place takes the output.
-  named_barrier(3 + group, 128);
-  const int first = group * Block::GROUP_ROWS + warp() % 4 * 16;
+  named_barrier(HopperBlock::OWN + group, 128);
+  const int first = group * HopperBlock::GROUP_ROWS + warp() % 4 * 16;
   UNROLL
   for (int half = 0; half < 2; ++half) {
     const float sum = sum_lanes(softmax.sum[half], 4);
@@ -336,26 +347,23 @@ DEVICE void hopper_consumer(HopperBlock<KEYS, STAGES>& block, const HopperItem& 
                            item.head, 1);
 }
 
-template <int KEYS, int STAGES, bool TURNS, bool AHEAD, bool LAZY>
-DEVICE void hopper_attention(const HopperArgs& args) {
-  HopperBlock<KEYS, STAGES> block(args);
+KERNEL(attention_hopper_d128, HopperArgs, 384, 1) {
+  HopperBlock block(args);
   block.start_barriers();
   const int group = warp_group() - 1;
   if (group < 0) {
     registers_give<24>();
     if (thread_index() == 0) block.bring_all();
-  } else {
-    registers_take<240>();
-    if (TURNS && group == 1) named_barrier_arrive(1, 256);
-    int before = 0;
-    for (int64_t i = block_x(); i < block.items; i += grid_x()) {
-      const HopperItem item = block.item(i);
-      hopper_consumer<KEYS, STAGES, TURNS, AHEAD, LAZY>(block, item, group, before);
-      before += item.total();
-    }
+    return;
+  }
+  registers_take<240>();
+  if (group == 1) named_barrier_arrive(HopperBlock::TURNS, HopperBlock::CONSUMERS);  // group 0 begins
+  int before = 0;
+  for (int64_t i = block_x(); i < block.items; i += grid_x()) {
+    const HopperItem item = block.item(i);
+    hopper_consumer(block, item, group, before);
+    before += item.total();
   }
 }
-
-KERNEL(attention_hopper_d128, HopperArgs, 384, 1) { hopper_attention<128, 2, true, true, false>(args); }
 
 #endif

@@ -38,6 +38,9 @@ pub(crate) fn fatbin(out: &Path) -> Result<(), Box<dyn Error>> {
     let Some(first) = architectures.first() else {
         return Err(format!("{}: knows none of {list}, but\n{known}", nvcc.display()).into());
     };
+    if architectures.contains(&"90a") {
+        println!("cargo::rustc-env=PENTIMENTO_HAS_HOPPER=1");
+    }
     let mut command = Command::new(&nvcc);
     command.args(["-fatbin", "-std=c++17", "-O3", "--threads", "2", "-o"]).arg(out);
     for name in &architectures {

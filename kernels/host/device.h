@@ -64,7 +64,6 @@ void load_matrices(void* const* lanes);
 void load_matrices_transposed(void* const* lanes);
 void multiply_add(void* const* lanes);
 void shuffle(void* const* lanes);
-void any_lane(void* const* lanes);
 
 }  // namespace emulation
 
@@ -87,11 +86,6 @@ inline float shuffle(float x, int from) {
   return operands.result;
 }
 inline float shuffle_xor(float x, int mask) { return shuffle(x, lane() ^ mask); }
-inline bool any_lane(bool x) {
-  bool operand = x;
-  emulation::together("any_lane", &operand, emulation::any_lane);
-  return operand;
-}
 inline float atomic_add(float* at, float x) {
   const float before = *at;
   *at = before + x;

@@ -294,12 +294,6 @@ void shuffle(void* const* lanes) {
   }
 }
 
-void any_lane(void* const* lanes) {
-  bool any = false;
-  for (int i = 0; i < 32; ++i) any |= *static_cast<bool*>(lanes[i]);
-  for (int i = 0; i < 32; ++i) *static_cast<bool*>(lanes[i]) = any;
-}
-
 static void run_fiber() {
   scheduler.kernel->run(scheduler.args);
   scheduler.fibers[place.thread].done = true;

@@ -81,9 +81,8 @@ inline void products_wait_for() {
 }
 template <int N>
 inline void settle(float (&)[N][4]) {}
-template <int KEYS>
-inline void multiply_scores(float (&d)[KEYS / 8][4], SharedOperand a, SharedOperand b, bool add) {
-  emulation::GroupProduct operands{d, KEYS, nullptr, a, b, add};
+inline void multiply_scores(float (&d)[24][4], SharedOperand a, SharedOperand b, bool add) {
+  emulation::GroupProduct operands{d, 192, nullptr, a, b, add};
   emulation::together("multiply_scores", &operands, emulation::group_product);
 }
 inline void multiply_values(float (&d)[16][4], const uint32_t (&a)[4], SharedOperand b) {

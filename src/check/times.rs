@@ -20,7 +20,7 @@ use crate::{
     ops::{
         self, Conv2dShape, JointShape, JointStream, Mask, PackedConv2d, PackedLinear, Padding,
         Sinusoids,
-        cuda::{Format, StoredMatrix, has_hopper, use_blas_lt, use_float8_products, use_hopper},
+        cuda::{Format, StoredMatrix, has_hopper, use_blas_lt, use_float8_products, with_hopper},
     },
     progress::CancelToken,
     weights::{ModelFiles, Precision, Storage},
@@ -149,9 +149,11 @@ fn taken(
 }
 
 fn operations(device: &Device, shrink: usize) -> Vec<Row> {
-    use_hopper(false);
-    taken(device, "operations", 20_usize.div_ceil(shrink), |timer| {
-        joint(timer, shrink).and_then(|()| causal(timer, shrink))
+    let runs = 20_usize.div_ceil(shrink);
+    with_hopper(false, || {
+        taken(device, "operations", runs, |timer| {
+            joint(timer, shrink).and_then(|()| causal(timer, shrink))
+        })
     })
 }
 
@@ -166,10 +168,8 @@ fn attentions(device: &Device, part: &'static str, shrink: usize) -> Vec<Row> {
     if !on_kernels(device, || has_hopper(device)) {
         return Vec::new();
     }
-    use_hopper(true);
-    let rows = taken(device, part, 20_usize.div_ceil(shrink), |timer| joint(timer, shrink));
-    use_hopper(false);
-    rows
+    let runs = 20_usize.div_ceil(shrink);
+    with_hopper(true, || taken(device, part, runs, |timer| joint(timer, shrink)))
 }
 
 fn joint(timer: &mut Timer<'_>, shrink: usize) -> Result<()> {

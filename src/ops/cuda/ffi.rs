@@ -13,7 +13,7 @@ use std::{
 use candle_core::{CpuStorage, DType, Device, Result, Storage, Tensor, bail, quantized::QTensor};
 use half::bf16;
 
-use super::launch::Launch;
+use super::launch::{Launch, TILE_MAP, Tiles};
 
 /// The address of a tensor's first element; the rest lies by its strides.
 pub(super) fn address(tensor: &Tensor) -> Result<u64> {
@@ -116,6 +116,42 @@ impl Output {
     }
 }
 
+/// A `TileMap` of the kernels: what the driver makes of `tiles`, or their description for the emulation.
+pub(super) fn tile_map(device: &Device, tiles: &Tiles) -> Result<[u64; TILE_MAP]> {
+    match device {
+        #[cfg(feature = "cuda")]
+        Device::Cuda(_) => device::tile_map(tiles),
+        _ => {
+            let Tiles { batch, rows, heads, stride, batch_stride, tile_rows, .. } = *tiles;
+            let bytes = |elements: usize| elements * size_of::<bf16>();
+            let counts = [
+                rows,
+                heads * Tiles::PIECES,
+                batch,
+                bytes(stride),
+                bytes(Tiles::PIECE),
+                bytes(batch_stride),
+                tile_rows,
+                Tiles::PIECES,
+            ];
+            let mut map = [0; TILE_MAP];
+            let fields = [tiles.address].into_iter().chain(counts.map(|count| count as u64));
+            map.iter_mut().zip(fields).for_each(|(field, value)| *field = value);
+            Ok(map)
+        }
+    }
+}
+
+/// Blocks that take a whole multiprocessor each and run at a time.
+pub(super) fn multiprocessors(device: &Device) -> Result<usize> {
+    match device {
+        #[cfg(feature = "cuda")]
+        Device::Cuda(device) => device::multiprocessors(device),
+        // Few, so that each takes several tiles.
+        _ => Ok(3),
+    }
+}
+
 /// Kernels that were started in this process.
 static LAUNCHES: AtomicU64 = AtomicU64::new(0);
 
@@ -210,13 +246,16 @@ mod device {
     use cudarc::{
         driver::{
             CudaFunction, CudaModule, DevicePtr, DeviceRepr, LaunchConfig, PushKernelArg,
-            sys::CUfunction_attribute_enum::CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES,
+            sys::{
+                self, CUdevice_attribute_enum::CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT,
+                CUfunction_attribute_enum::CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES,
+            },
         },
         nvrtc::Ptx,
     };
     use half::bf16;
 
-    use super::super::launch::Launch;
+    use super::super::launch::{Launch, TILE_MAP, Tiles};
     use crate::memory::CudaPool;
 
     /// Every kernel for every architecture, as the build script compiled them.
@@ -224,7 +263,7 @@ mod device {
     /// Shared memory that every kernel may use without asking.
     const SHARED_BYTES_FREE: usize = 48 << 10;
     /// 8-byte fields that the arguments of a kernel may have.
-    const FIELDS_MAX: usize = 64;
+    const FIELDS_MAX: usize = 128;
 
     /// A kernel's arguments with room to spare; the driver reads as many bytes as the kernel takes.
     #[repr(C)]
@@ -305,6 +344,51 @@ mod device {
     /// The device's compute capability.
     pub(in super::super) fn capability(device: &CudaDevice) -> Result<(i32, i32)> {
         device.cuda_stream().context().compute_capability().w()
+    }
+
+    pub(super) fn multiprocessors(device: &CudaDevice) -> Result<usize> {
+        let stream = device.cuda_stream();
+        let count = stream.context().attribute(CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT).w()?;
+        usize::try_from(count).map_err(Error::wrap)
+    }
+
+    /// What the driver makes of `tiles`: pure arithmetic on the host. Axes: 64 columns, rows, pieces of
+    /// 64 columns, batch entries.
+    pub(super) fn tile_map(tiles: &Tiles) -> Result<[u64; TILE_MAP]> {
+        const AXES: u32 = 4;
+        let wide = |n: usize| n as u64;
+        let bytes = |elements: usize| wide(elements * size_of::<bf16>());
+        let small = |n: usize| u32::try_from(n).map_err(Error::wrap);
+        let piece = Tiles::PIECE;
+        let pieces = tiles.heads * Tiles::PIECES;
+        let sizes = [wide(piece), wide(tiles.rows), wide(pieces), wide(tiles.batch)];
+        let strides = [bytes(tiles.stride), bytes(piece), bytes(tiles.batch_stride)];
+        let tile = [small(piece)?, small(tiles.tile_rows)?, small(Tiles::PIECES)?, 1];
+        let every = [1; AXES as usize];
+        let mut map = sys::CUtensorMap { opaque: [0; TILE_MAP] };
+        // SAFETY: the driver reads the four arrays, which have an element for each axis and for each
+        // axis but the first, and writes the map, which is aligned by its type. It does not follow the
+        // tensor's address.
+        let done = unsafe {
+            sys::cuTensorMapEncodeTiled(
+                &raw mut map,
+                sys::CUtensorMapDataType::CU_TENSOR_MAP_DATA_TYPE_BFLOAT16,
+                AXES,
+                std::ptr::with_exposed_provenance_mut(
+                    usize::try_from(tiles.address).map_err(Error::wrap)?,
+                ),
+                sizes.as_ptr(),
+                strides.as_ptr(),
+                tile.as_ptr(),
+                every.as_ptr(),
+                sys::CUtensorMapInterleave::CU_TENSOR_MAP_INTERLEAVE_NONE,
+                sys::CUtensorMapSwizzle::CU_TENSOR_MAP_SWIZZLE_128B,
+                sys::CUtensorMapL2promotion::CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
+                sys::CUtensorMapFloatOOBfill::CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE,
+            )
+        };
+        done.result().w()?;
+        Ok(map.opaque)
     }
 
     /// The device's name and compute capability.

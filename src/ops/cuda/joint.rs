@@ -1,21 +1,24 @@
 //! Joint attention: `kernels/joint_attention.cu`.
 
-use candle_core::{DType, Result, Tensor};
+use candle_core::{DType, Device, Result, Tensor};
 
 use super::{
     attention::{StreamArgs, shared_bytes},
-    ffi::{Output, launch},
-    launch::{Args, Launch, Rows},
+    ffi::{self, Output, launch},
+    launch::{Args, Launch, Rows, Tiles},
 };
 use crate::ops::joint::{JointOutput, JointShape, JointStream};
 
 /// Rows of queries that a block owns, and its threads.
 const ROWS: usize = 128;
 const THREADS: usize = 128;
-/// Width of the heads, threads and shared memory of Hopper's kernel, which owns as many rows.
+/// Width of the heads of Hopper's kernel, keys of a tile, threads of a block, which owns [`ROWS`] rows, and
+/// its shared memory: the queries, two tiles of keys and of values, and eight barriers.
 const HOPPER_WIDTH: usize = 128;
-const HOPPER_THREADS: usize = 256;
-const HOPPER_SHARED_BYTES: usize = 160 << 10;
+const HOPPER_KEYS: usize = 192;
+const HOPPER_THREADS: usize = 384;
+const HOPPER_SHARED_BYTES: usize =
+    (ROWS + 4 * HOPPER_KEYS) * HOPPER_WIDTH * size_of::<half::bf16>() + size_of::<[u64; 8]>();
 /// Elements that one thread prepares.
 const TOGETHER: usize = 8;
 
@@ -47,18 +50,51 @@ pub(in crate::ops) fn joint_attention(
     }
     args.counts([h, 1]).tensor(lengths.as_ref())?.address(0);
     args.counts([0, 0, 1]).address(0).address(0).number(f64::from(shape.scale));
-    let grid = [tiles, h, b];
-    let start = if d == HOPPER_WIDTH && super::hopper_is_used(device) {
-        let kernel = "attention_hopper_d128".to_owned();
-        let [threads, shared_bytes] = [HOPPER_THREADS, HOPPER_SHARED_BYTES];
-        Launch { kernel, grid, threads, shared_bytes, args }
-    } else {
-        let (kernel, shared_bytes) = (format!("attention_joint_d{d}"), shared_bytes(ROWS, d));
-        Launch { kernel, grid, threads: THREADS, shared_bytes, args }
+    let start = match on_hopper(device, &prepared, &args, [b, h, tiles])? {
+        Some(start) => start,
+        None => Launch {
+            kernel: format!("attention_joint_d{d}"),
+            grid: [tiles, h, b],
+            threads: THREADS,
+            shared_bytes: shared_bytes(ROWS, d),
+            args,
+        },
     };
     launch(device, &start)?;
     let [text, image] = prepared.map(Prepared::into_output);
     Ok(Some(JointOutput { text: text?, image: image? }))
+}
+
+/// Hopper's kernel for what `args` say, or `None` where it is not used or cannot read keys and values as they
+/// lie.
+fn on_hopper(
+    device: &Device,
+    streams: &[Prepared; 2],
+    args: &Args,
+    [b, h, tiles]: [usize; 3],
+) -> Result<Option<Launch>> {
+    if streams[0].heads_width != h * HOPPER_WIDTH || !super::hopper_is_used(device) {
+        return Ok(None);
+    }
+    let mut all = Args::default();
+    for of in [Prepared::key_tiles, Prepared::value_tiles] {
+        for stream in streams {
+            let tiles = of(stream, b, h)?;
+            if tiles.is_some_and(|tiles| !tiles.fit()) {
+                return Ok(None);
+            }
+            all.tiles(device, tiles.as_ref())?;
+        }
+    }
+    all.0.extend(&args.0); // the kernel's AttentionArgs
+    all.count(b).aligned();
+    Ok(Some(Launch {
+        kernel: "attention_hopper_d128".to_owned(),
+        grid: [(tiles * h * b).min(ffi::multiprocessors(device)?), 1, 1],
+        threads: HOPPER_THREADS,
+        shared_bytes: HOPPER_SHARED_BYTES,
+        args: all,
+    }))
 }
 
 /// Whether the kernel reads the stream's types.
@@ -127,6 +163,24 @@ impl Prepared {
                 eps: self.eps,
             }),
         }
+    }
+
+    fn key_tiles(&self, batch: usize, heads: usize) -> Result<Option<Tiles>> {
+        let Some(key) = &self.key else { return Ok(None) };
+        let (rows, stride) = (self.value.rows, self.heads_width);
+        let (address, batch_stride) = (ffi::address(key)?, rows * stride);
+        let tile_rows = HOPPER_KEYS;
+        Ok(Some(Tiles { address, batch, rows, heads, stride, batch_stride, tile_rows }))
+    }
+
+    fn value_tiles(&self, batch: usize, heads: usize) -> Result<Option<Tiles>> {
+        let Rows { tensor, rows, stride, batch_stride } = &self.value;
+        if *rows == 0 {
+            return Ok(None);
+        }
+        let (address, tile_rows) = (ffi::address(tensor)?, HOPPER_KEYS);
+        let (rows, stride, batch_stride) = (*rows, *stride, *batch_stride);
+        Ok(Some(Tiles { address, batch, rows, heads, stride, batch_stride, tile_rows }))
     }
 
     fn into_output(self) -> Result<Option<Tensor>> {

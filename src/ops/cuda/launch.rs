@@ -1,6 +1,6 @@
 //! What a kernel is started with.
 
-use candle_core::{Result, Tensor};
+use candle_core::{Device, Result, Tensor};
 
 use super::ffi;
 
@@ -41,6 +41,57 @@ impl Args {
     pub(super) fn number(&mut self, number: f64) -> &mut Self {
         self.0.push(number.to_bits());
         self
+    }
+
+    /// A `TileMap` of `tiles`, or one that is not used; on 64 bytes, as it must lie.
+    pub(super) fn tiles(&mut self, device: &Device, tiles: Option<&Tiles>) -> Result<&mut Self> {
+        self.aligned();
+        match tiles {
+            Some(tiles) => self.0.extend(ffi::tile_map(device, tiles)?),
+            None => self.0.extend([0; TILE_MAP]),
+        }
+        Ok(self)
+    }
+
+    /// Fills up to a multiple of 64 bytes, as structs end that hold a `TileMap`.
+    pub(super) fn aligned(&mut self) -> &mut Self {
+        self.0.resize(self.0.len().next_multiple_of(8), 0);
+        self
+    }
+}
+
+/// 8-byte fields of a `TileMap` of the kernels.
+pub(super) const TILE_MAP: usize = 16;
+
+/// `[b, n, h, 128]` of bf16 with the heads of a token side by side, from which a kernel copies the rows of a
+/// head in tiles.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Tiles {
+    pub(super) address: u64,
+    pub(super) batch: usize,
+    pub(super) rows: usize,
+    pub(super) heads: usize,
+    /// Elements between tokens.
+    pub(super) stride: usize,
+    /// Elements between batch entries.
+    pub(super) batch_stride: usize,
+    /// Rows of a tile.
+    pub(super) tile_rows: usize,
+}
+
+impl Tiles {
+    /// Elements of a piece of a row, which is as wide as the swizzle.
+    pub(super) const PIECE: usize = 64;
+    /// Pieces of a head's row.
+    pub(super) const PIECES: usize = 2;
+
+    /// Whether the hardware can copy from there: places and distances are multiples of 16 bytes, and
+    /// distances below 2⁴⁰ bytes.
+    pub(super) fn fit(&self) -> bool {
+        const STRIDE_END: usize = 1 << 39;
+        let strides = [self.stride, self.batch_stride];
+        self.address.is_multiple_of(16)
+            && strides.iter().all(|at| (1..STRIDE_END).contains(at) && at.is_multiple_of(8))
     }
 }
 

@@ -20,7 +20,10 @@ mod rows;
 
 use std::{
     cell::Cell,
-    sync::atomic::{AtomicBool, Ordering},
+    sync::{
+        Mutex, PoisonError,
+        atomic::{AtomicBool, Ordering},
+    },
 };
 
 use candle_core::{DType, Device, Error, Result, Tensor};
@@ -114,12 +117,22 @@ fn with_order<T>(order: Option<u32>, work: impl FnOnce() -> T) -> T {
 }
 
 /// Whether joint attention uses Hopper's own instructions where there are any.
-static HOPPER: AtomicBool = AtomicBool::new(false);
+static HOPPER: AtomicBool = AtomicBool::new(true);
 
-/// Lets joint attention use Hopper's own instructions on devices that have them. Off at the start,
-/// until a check on a GPU has shown that kernel right.
+/// Lets joint attention use Hopper's own instructions on devices that have them, or not. On at the start.
 pub fn use_hopper(on: bool) {
     HOPPER.store(on, Ordering::Relaxed);
+}
+
+/// Runs `work` with [`use_hopper`] set to `on`, and sets it back. One at a time does.
+#[cfg(any(feature = "cuda", feature = "cuda-emulation"))]
+pub(crate) fn with_hopper<T>(on: bool, work: impl FnOnce() -> T) -> T {
+    static ONE: Mutex<()> = Mutex::new(());
+    let _one = ONE.lock().unwrap_or_else(PoisonError::into_inner);
+    let before = HOPPER.swap(on, Ordering::Relaxed);
+    let result = work();
+    use_hopper(before);
+    result
 }
 
 /// Whether `device` has Hopper's own instructions, or emulates them.
@@ -133,7 +146,9 @@ pub fn has_hopper(device: &Device) -> bool {
 }
 
 fn hopper_is_used(device: &Device) -> bool {
-    HOPPER.load(Ordering::Relaxed) && has_hopper(device)
+    // Kernels for other architectures than `90a` leave that one out.
+    const COMPILED: bool = option_env!("PENTIMENTO_HAS_HOPPER").is_some();
+    HOPPER.load(Ordering::Relaxed) && has_hopper(device) && (COMPILED || device.is_cpu())
 }
 
 /// The order of an emulated block's threads, where kernels are emulated in this thread.

@@ -20,6 +20,12 @@ const CASES: &[Sizes] = &[
     [1, 1, 1, 1, 1, 128],
     [2, 7, 70, 70, 3, 16],
     [1, 20, 40, 40, 2, 32],
+    // Around the tiles of the kernels, with several tiles of queries.
+    [2, 4, 192, 130, 1, 128],
+    [1, 192, 193, 193, 2, 128],
+    [2, 193, 191, 20, 1, 128],
+    [1, 191, 400, 40, 1, 128],
+    [1, 0, 385, 257, 1, 128],
 ];
 
 pub(super) fn check(suite: &mut Suite) {
@@ -33,7 +39,7 @@ pub(super) fn check(suite: &mut Suite) {
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Variant {
     Plain,
-    /// The last text tokens of each batch entry are padding.
+    /// The last text tokens of each batch entry are padding, with keys and values that are no numbers.
     Lengths,
     /// The text has no queries.
     NoText,
@@ -42,7 +48,7 @@ enum Variant {
 fn one(suite: &mut Suite, sizes: Sizes, variant: Variant) {
     let [b, n_text, n_image, queries, h, d] = sizes;
     let mut rows = |n: usize| suite.random(&[b, n, h, d]);
-    let (q_text, k_text, v_text) = (rows(n_text), rows(n_text), rows(n_text));
+    let (q_text, mut k_text, mut v_text) = (rows(n_text), rows(n_text), rows(n_text));
     let (q_image, k_image, v_image) = (rows(queries), rows(n_image), rows(n_image));
     let norms: Vec<Tensor> = (0..4).map(|_| suite.random(&[d])).collect();
     let case =
@@ -52,14 +58,29 @@ fn one(suite: &mut Suite, sizes: Sizes, variant: Variant) {
     else {
         return;
     };
+    let lengths: Vec<usize> = (0..b).map(|i| n_text.saturating_sub(3 * i + 1)).collect();
+    if variant == Variant::Lengths {
+        let spoilt = |x: &Tensor| padded(x, &lengths).unwrap_or_else(|_| x.clone());
+        (k_text, v_text) = (spoilt(&k_text), spoilt(&v_text));
+    }
     let inputs = [
         &q_text, &k_text, &v_text, &q_image, &k_image, &v_image, &norms[0], &norms[1], &norms[2],
         &norms[3], &cos_text, &sin_text, &cos_image, &sin_image,
     ];
-    let lengths: Vec<usize> = (0..b).map(|i| n_text.saturating_sub(3 * i + 1)).collect();
     let attend = |inputs: [&Tensor; 14]| attend(inputs, variant, &lengths);
     let plain = crate::ops::cuda::not_emulated(|| plain(inputs, variant, &lengths));
     suite.compare_to("joint attention", case, (inputs, &[10, 11, 12, 13]), attend, plain);
+}
+
+/// `x: [b, n, h, d]` with NaN in the rows of each batch entry beyond its length.
+fn padded(x: &Tensor, lengths: &[usize]) -> Result<Tensor> {
+    let (_, n, h, d) = x.dims4()?;
+    let mut entries = Vec::new();
+    for (i, length) in lengths.iter().enumerate() {
+        let nan = Tensor::full(f32::NAN, (1, n - length, h, d), x.device())?;
+        entries.push(Tensor::cat(&[&x.narrow(0, i, 1)?.narrow(1, 0, *length)?, &nan], 1)?);
+    }
+    Tensor::cat(&entries, 0) // (b, n, h, d)
 }
 
 fn attend(inputs: [&Tensor; 14], variant: Variant, lengths: &[usize]) -> Result<Tensor> {

@@ -48,7 +48,10 @@ pub struct Group {
 
 /// The checks of every operation.
 pub const GROUPS: [Group; 4] = [
-    Group { name: "joint attention", check: joint::check },
+    Group {
+        name: "joint attention",
+        check: |suite| super::with_hopper(false, || joint::check(suite)),
+    },
     Group { name: "attention", check: attention::check },
     Group { name: "elementwise", check: elementwise::check },
     Group { name: "products", check: products::check },
@@ -80,15 +83,12 @@ pub fn run_blas(device: &Device, orders: &[u32]) -> Vec<Outcome> {
     suite.outcomes
 }
 
-/// The checks of the kernel that [`use_hopper`](super::use_hopper) switches on, with it on. Run them
-/// last: a kernel that a device does not stand spoils what comes after it.
+/// The checks of joint attention with Hopper's own instructions, which those of [`GROUPS`] do without.
 #[must_use]
 pub fn run_hopper(device: &Device, orders: &[u32]) -> Vec<Outcome> {
     let (device, orders) = (device.clone(), orders.to_vec());
     let mut suite = Suite { device, orders, seed: 2, outcomes: Vec::new() };
-    super::use_hopper(true);
-    joint::check(&mut suite);
-    super::use_hopper(false);
+    super::with_hopper(true, || joint::check(&mut suite));
     suite.outcomes
 }
 
