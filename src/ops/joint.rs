@@ -34,7 +34,7 @@ pub struct JointShape<'a> {
     /// Epsilon of the RMS norms.
     pub eps: f64,
     /// How many text tokens of each batch entry are there, `b` numbers of at most `n_text`; the
-    /// rest is padding that nobody attends to. `None`: all.
+    /// rest is padding that nobody attends to, whatever its keys and values are. `None`: all.
     pub text_lengths: Option<&'a [usize]>,
 }
 
