@@ -20,10 +20,7 @@ mod rows;
 
 use std::{
     cell::Cell,
-    sync::{
-        Mutex, PoisonError,
-        atomic::{AtomicBool, Ordering},
-    },
+    sync::atomic::{AtomicBool, Ordering},
 };
 
 use candle_core::{DType, Device, Error, Result, Tensor};
@@ -127,6 +124,7 @@ pub fn use_hopper(on: bool) {
 /// Runs `work` with [`use_hopper`] set to `on`, and sets it back. One at a time does.
 #[cfg(any(feature = "cuda", feature = "cuda-emulation"))]
 pub(crate) fn with_hopper<T>(on: bool, work: impl FnOnce() -> T) -> T {
+    use std::sync::{Mutex, PoisonError};
     static ONE: Mutex<()> = Mutex::new(());
     let _one = ONE.lock().unwrap_or_else(PoisonError::into_inner);
     let before = HOPPER.swap(on, Ordering::Relaxed);
