@@ -61,6 +61,26 @@ DEVICE float half_to_float(uint16_t half) {
   return bits_to_float(sign | float_to_bits(bits_to_float(rest << 13) * 5.192296858534828e33f));
 }
 
+// The nearest number of e4m3, ties to even; beyond its range the largest.
+DEVICE uint32_t to_e4m3(float x) {
+  const uint32_t bits = float_to_bits(x), sign = bits >> 24 & 0x80u, size = bits & 0x7fffffffu;
+  if (size > 0x7f800000u) return 0x7fu;  // NaN
+  if (size < 0x3c800000u) {  // 1/64: multiples of 1/512, rounded where a float has no more bits
+    return sign | (float_to_bits(bits_to_float(size) * 512.0f + 8388608.0f) & 0xffu);
+  }
+  const uint32_t code = ((size + 0x7ffffu + (size >> 20 & 1u)) >> 20) - (120u << 3);
+  return sign | (code < 0x7eu ? code : 0x7eu);
+}
+
+// Two of them; `low` comes to the lower address. The instruction gives the same bits.
+DEVICE uint32_t pack_e4m3(float low, float high) {
+#ifdef HAS_E4M3
+  return convert_to_e4m3(low, high);
+#else
+  return to_e4m3(low) | to_e4m3(high) << 8;
+#endif
+}
+
 // 16 bytes, moved at once.
 struct alignas(16) Words {
   uint32_t at[4];

@@ -47,6 +47,16 @@ DEVICE uint32_t pack_bf16(float low, float high) {
   return pair;
 }
 
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 890
+#define HAS_E4M3
+// Two numbers of e4m3, to nearest even and no further than the largest.
+DEVICE uint32_t convert_to_e4m3(float low, float high) {
+  uint16_t pair;
+  asm("cvt.rn.satfinite.e4m3x2.f32 %0, %1, %2;" : "=h"(pair) : "f"(high), "f"(low));
+  return pair;
+}
+#endif
+
 DEVICE uint32_t shared_address(const void* at) {
   return static_cast<uint32_t>(__cvta_generic_to_shared(at));
 }

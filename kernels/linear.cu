@@ -5,15 +5,22 @@
 // linear_few_F: up to 8 rows. A warp owns one output; its lanes share the depth, eight numbers each.
 //   Bound by reading the weights. Grid: (outs / 8, 1, 1); 256 threads.
 // linear_many_F: tiles of 128 rows by 128 outputs, see product.cuh; a tile of weights is widened to
-//   bf16 in shared memory. Grid: (row tiles, out tiles, 1); 256 threads.
-// F: q8_0, q4_k, q5_k, q6_k, f8_e4m3 (with one scale for the matrix), bf16.
+//   bf16 in shared memory. Grid: (row tiles, out tiles, 1); 256 threads. For where cuBLASLt is not used.
+// widen_F: the matrix as bf16, for a product by cuBLASLt; fp8 without its scale, so that it is exact.
+//   Bound by writing. Grid: (chunks of 8 numbers / 256, 1, 1); 256 threads.
+// F: q8_0, q4_k, q5_k, q6_k, f8_e4m3 (with one scale for the matrix), bf16 (but for widen).
+// Tried (H200): widening within the product stays at 128-135 TFLOP/s at 8704 rows, and takes 124-136 us for
+//   64 rows as for 256 (3072 to 3072). Widening first takes 29-34 us for 3072 x 12288 numbers (3200-3800 GB/s
+//   read and written) and the product 12 us for 64 of the former rows; at 8704 rows it is 1/30 of the product.
+//   Two or four chunks a thread: 0-3 and 7-12 % slower than one.
 //
-// float8_rows: each bf16 row [depth] as e4m3 bytes and a float32 scale, with the row's largest number at
-//   448; for products by cuBLASLt. Bound by reading x. Grid: (rows, 1, 1); 128 threads; shared memory: a
-//   float for each warp.
-// Tried: reading the row twice, the second time from the cache of the second level; a row of 12288 numbers
-//   would fill half of a multiprocessor's shared memory. The rounding is done in integers, since the
-//   instruction for it comes with compute capability 8.9.
+// float8_rows_3, _6: each bf16 row [depth] as e4m3 bytes and a float32 scale, with the row's largest number
+//   at 448; for products by cuBLASLt. A thread keeps 3 or 6 chunks of 8 numbers in registers, so x is read
+//   once. Bound by reading x. Grid: (rows, 1, 1); up to 256 threads, as many as the row needs; shared memory:
+//   a float for each warp.
+// float8_rows: rows of any length, read twice, the second time from the cache. 256 threads.
+// Tried (H200): reading twice and rounding in integers, 128 threads: 39 us for 8704 rows of 3072 and 152 us
+//   for 12288, 2050-2100 GB/s of bytes that must be read and written once.
 #include "product.cuh"
 #include "quantized.cuh"
 
@@ -140,6 +147,31 @@ KERNEL(linear_many_q6_k, LinearArgs, 256, 2) { linear_many<Q6K>(args); }
 KERNEL(linear_many_f8_e4m3, LinearArgs, 256, 2) { linear_many<Float8>(args); }
 KERNEL(linear_many_bf16, LinearArgs, 256, 2) { linear_many<Plain>(args); }
 
+struct WidenArgs {
+  const uint8_t* weight;  // rows of whole blocks, one after the other
+  bf16* out;              // their numbers
+  int64_t chunks;         // of 8 numbers
+};
+
+template <class Format>
+DEVICE void widen_matrix(const WidenArgs& args) {
+  constexpr int CHUNKS = Format::NUMBERS / 8;
+  const int64_t chunk = block_x() * block_threads() + thread_index();
+  if (chunk >= args.chunks) return;
+  float w[8];
+  Format::widen(args.weight + chunk / CHUNKS * Format::BYTES, int(chunk % CHUNKS), w);
+  Words words;
+  UNROLL
+  for (int j = 0; j < 4; ++j) words.at[j] = pack_bf16(w[2 * j], w[2 * j + 1]);
+  store_words(args.out + 8 * chunk, words);
+}
+
+KERNEL(widen_q8_0, WidenArgs, 256, 1) { widen_matrix<Q8_0>(args); }
+KERNEL(widen_q4_k, WidenArgs, 256, 1) { widen_matrix<Q4K>(args); }
+KERNEL(widen_q5_k, WidenArgs, 256, 1) { widen_matrix<Q5K>(args); }
+KERNEL(widen_q6_k, WidenArgs, 256, 1) { widen_matrix<Q6K>(args); }
+KERNEL(widen_f8_e4m3, WidenArgs, 256, 1) { widen_matrix<Float8>(args); }
+
 struct Float8RowsArgs {
   const bf16* x;  // [rows][depth], depth: a multiple of 8
   uint8_t* out;   // [rows][depth]
@@ -147,45 +179,68 @@ struct Float8RowsArgs {
   int64_t rows, depth;
 };
 
-// The nearest number of e4m3, ties to even; beyond its range the largest.
-DEVICE uint32_t to_e4m3(float x) {
-  const uint32_t bits = float_to_bits(x), sign = bits >> 24 & 0x80u, size = bits & 0x7fffffffu;
-  if (size > 0x7f800000u) return sign | 0x7fu;  // NaN
-  if (size < 0x3c800000u) {  // 1/64: multiples of 1/512, rounded where a float has no more bits
-    return sign | (float_to_bits(bits_to_float(size) * 512.0f + 8388608.0f) & 0xffu);
+// The largest magnitude of eight numbers and one more. NaN is no maximum, and stays NaN when rounded.
+DEVICE float largest_of(Words words, float largest) {
+  UNROLL
+  for (int j = 0; j < 4; ++j) {
+    largest = fmaxf(largest, fmaxf(fabsf(low_float(words.at[j])), fabsf(high_float(words.at[j]))));
   }
-  const uint32_t code = ((size + 0x7ffffu + (size >> 20 & 1u)) >> 20) - (120u << 3);
-  return sign | (code < 0x7eu ? code : 0x7eu);
+  return largest;
 }
 
-KERNEL(float8_rows, Float8RowsArgs, 128, 1) {
-  float* scratch = reinterpret_cast<float*>(shared_memory());
-  const bf16* x = args.x + block_x() * args.depth;
-  float largest = 0.0f;
-  for (int64_t i = 8 * thread_index(); i < args.depth; i += 8 * block_threads()) {
-    const Words words = load_words(x + i);
-    UNROLL
-    for (int j = 0; j < 4; ++j) {
-      // NaN is no maximum, and stays NaN below.
-      largest = fmaxf(largest, fmaxf(fabsf(low_float(words.at[j])), fabsf(high_float(words.at[j]))));
-    }
-  }
-  largest = max_block(largest, scratch);
-  const float factor = largest == 0.0f ? 1.0f : 448.0f / largest;
+// What a row is multiplied by; one thread writes its scale.
+DEVICE float row_factor(const Float8RowsArgs& args, float largest) {
   if (thread_index() == 0) {
     args.scales[block_x()] = largest == 0.0f ? 1.0f : largest / 448.0f;
   }
-  for (int64_t i = 8 * thread_index(); i < args.depth; i += 8 * block_threads()) {
-    const Words words = load_words(x + i);
-    uint32_t bytes[2] = {0, 0};
-    UNROLL
-    for (int j = 0; j < 4; ++j) {
-      const uint32_t pair = to_e4m3(low_float(words.at[j]) * factor) |
-                            to_e4m3(high_float(words.at[j]) * factor) << 8;
-      bytes[j / 2] |= pair << (16 * (j & 1));
-    }
-    uint32_t* out = reinterpret_cast<uint32_t*>(args.out + block_x() * args.depth + i);
-    out[0] = bytes[0];
-    out[1] = bytes[1];
+  return largest == 0.0f ? 1.0f : 448.0f / largest;
+}
+
+DEVICE void store_e4m3(uint8_t* to, Words words, float factor) {
+  uint64_t bytes = 0;
+  UNROLL
+  for (int j = 0; j < 4; ++j) {
+    const uint64_t pair =
+        pack_e4m3(low_float(words.at[j]) * factor, high_float(words.at[j]) * factor);
+    bytes |= pair << (16 * j);
+  }
+  *reinterpret_cast<uint64_t*>(to) = bytes;
+}
+
+template <int CHUNKS>
+DEVICE void float8_row_in_registers(const Float8RowsArgs& args) {
+  const int64_t at = block_x() * args.depth;
+  Words words[CHUNKS];
+  UNROLL
+  for (int i = 0; i < CHUNKS; ++i) {
+    const int k = 8 * (thread_index() + i * block_threads());
+    words[i] = {{0, 0, 0, 0}};
+    if (k < args.depth) words[i] = load_words(args.x + at + k);
+  }
+  float largest = 0.0f;
+  UNROLL
+  for (int i = 0; i < CHUNKS; ++i) largest = largest_of(words[i], largest);
+  largest = max_block(largest, reinterpret_cast<float*>(shared_memory()));
+  const float factor = row_factor(args, largest);
+  UNROLL
+  for (int i = 0; i < CHUNKS; ++i) {
+    const int k = 8 * (thread_index() + i * block_threads());
+    if (k < args.depth) store_e4m3(args.out + at + k, words[i], factor);
+  }
+}
+
+KERNEL(float8_rows_3, Float8RowsArgs, 256, 4) { float8_row_in_registers<3>(args); }
+KERNEL(float8_rows_6, Float8RowsArgs, 256, 4) { float8_row_in_registers<6>(args); }
+
+KERNEL(float8_rows, Float8RowsArgs, 256, 1) {
+  const int64_t at = block_x() * args.depth;
+  float largest = 0.0f;
+  for (int64_t k = 8 * thread_index(); k < args.depth; k += 8 * block_threads()) {
+    largest = largest_of(load_words(args.x + at + k), largest);
+  }
+  largest = max_block(largest, reinterpret_cast<float*>(shared_memory()));
+  const float factor = row_factor(args, largest);
+  for (int64_t k = 8 * thread_index(); k < args.depth; k += 8 * block_threads()) {
+    store_e4m3(args.out + at + k, load_words(args.x + at + k), factor);
   }
 }

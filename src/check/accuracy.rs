@@ -13,7 +13,6 @@ use crate::{
         qwen_image::{ModelInput, Outputs},
     },
     error::Result,
-    ops::cuda::use_float8_products,
     progress::CancelToken,
     weights::{ModelFiles, Precision, Storage},
 };
@@ -38,9 +37,7 @@ pub(super) fn check(device: &Device, options: &Options) -> Vec<Row> {
     ];
     let mut rows = Vec::new();
     for (name, matrices, storage, float8) in kept {
-        use_float8_products(float8);
-        let found = compared(device, options, (matrices, storage));
-        use_float8_products(false);
+        let found = compared(device, options, (matrices, storage, float8));
         let of = |what: &str, finding| Row {
             part: "accuracy".into(),
             name: format!("{what} with {name}"),
@@ -66,7 +63,7 @@ pub(super) fn check(device: &Device, options: &Options) -> Vec<Row> {
 fn compared(
     device: &Device,
     options: &Options,
-    (matrices, storage): (Matrices, Storage),
+    (matrices, storage, float8_products): (Matrices, Storage, bool),
 ) -> Result<[f64; 2]> {
     let dims = Dimensions::new(options.shrink);
     let folder = options.scratch.join(format!("accuracy-{matrices:?}"));
@@ -77,8 +74,9 @@ fn compared(
     let hidden_states = random([1, TEXT.div_ceil(options.shrink), dims.conditioning])?;
     let conditioning = Conditioning { hidden_states };
     let predict = |compute: DType, storage: Storage| -> Result<Tensor> {
+        let device = device.clone();
         let precision =
-            Precision { device: device.clone(), compute, storage, ..Precision::reference() };
+            Precision { device, compute, storage, float8_products, ..Precision::reference() };
         let files = ModelFiles::Folder(folder.clone());
         let model = Transformer::load(&files, &precision)?.repeated(dims.layers);
         let cancel = CancelToken::new();

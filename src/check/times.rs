@@ -20,7 +20,7 @@ use crate::{
     ops::{
         self, Conv2dShape, JointShape, JointStream, Mask, PackedConv2d, PackedLinear, Padding,
         Sinusoids,
-        cuda::{Format, StoredMatrix, has_hopper, use_blas_lt, use_float8_products, with_hopper},
+        cuda::{Format, StoredMatrix, has_hopper, use_blas_lt, with_hopper},
     },
     progress::CancelToken,
     weights::{ModelFiles, Precision, Storage},
@@ -34,20 +34,18 @@ pub(super) const PARTS: &[Part] = &[
     timed("time of products", |device, options| products(device, options.shrink)),
     timed("time of epilogues", |device, options| epilogues(device, options.shrink)),
     timed("time of the transformer in bf16", |device, options| {
-        transformer(device, options, (Matrices::Bf16, Storage::Compute), "Compute")
+        transformer(device, options, (Matrices::Bf16, Storage::Compute, false), "Compute")
     }),
     timed("time of the transformer in Q8_0", |device, options| {
-        transformer(device, options, (Matrices::Bf16, Storage::Q8_0), "Q8_0")
+        transformer(device, options, (Matrices::Bf16, Storage::Q8_0, false), "Q8_0")
     }),
     timed("time of the transformer in Q4_K", |device, options| {
-        transformer(device, options, (Matrices::Bf16, Storage::Q4K), "Q4K")
+        transformer(device, options, (Matrices::Bf16, Storage::Q4K, false), "Q4K")
     }),
     timed("time of the transformer in fp8", |device, options| {
-        let kept = (Matrices::Float8, Storage::Compute);
-        let mut rows = transformer(device, options, kept, "fp8 widened");
-        use_float8_products(true);
-        rows.extend(transformer(device, options, kept, "fp8"));
-        use_float8_products(false);
+        let kept = |products| (Matrices::Float8, Storage::Compute, products);
+        let mut rows = transformer(device, options, kept(false), "fp8 widened");
+        rows.extend(transformer(device, options, kept(true), "fp8"));
         rows
     }),
     timed("time of the autoencoder", |device, options| {
@@ -372,7 +370,6 @@ fn epilogues(device: &Device, shrink: usize) -> Vec<Row> {
     let runs = 20_usize.div_ceil(shrink);
     let rows = taken(device, "epilogues", runs, |timer| all_epilogues(timer, shrink));
     use_blas_lt(true);
-    use_float8_products(false);
     rows
 }
 
@@ -384,8 +381,9 @@ fn all_epilogues(timer: &mut Timer<'_>, shrink: usize) -> Result<()> {
     let weight = ops::LinearWeight::Dense(random(device, &[outs, depth])?);
     let plain = PackedLinear::new(weight, Some(bias.clone()))?;
     let blocks = Tensor::ones(depth * outs, DType::U8, device)?;
-    let float8 = StoredMatrix::new(blocks, Format::F8E4M3, (outs, depth), 1.0)?;
-    let float8 = PackedLinear::stored(float8, Some(bias));
+    let stored = StoredMatrix::new(blocks, Format::F8E4M3, (outs, depth), 1.0)?;
+    let widened = PackedLinear::stored(stored.clone(), Some(bias.clone()));
+    let float8 = PackedLinear::stored(stored.clone().with_float8_products()?, Some(bias));
     let work = (amount(&[2, rows, depth, outs]) / 1e12, "TFLOP/s");
     let size = format!("{rows} rows, {depth} to {outs}, bias and GELU");
     for (name, on) in [("bf16 of the library", false), ("bf16 of cuBLASLt", true)] {
@@ -395,25 +393,32 @@ fn all_epilogues(timer: &mut Timer<'_>, shrink: usize) -> Result<()> {
             Ok(())
         });
     }
-    for (name, on) in [("fp8 widened", false), ("fp8 of cuBLASLt", true)] {
-        use_float8_products(on);
+    for (name, layer) in [("fp8 widened", widened), ("fp8 of cuBLASLt", float8)] {
         timer.time(format!("{name}, {size}"), work, || {
-            float8.forward_gelu_tanh(&x)?;
+            layer.forward_gelu_tanh(&x)?;
             Ok(())
         });
     }
-    let bytes = (amount(&[3, rows, depth]) / 1e9, "GB/s");
-    timer.time(format!("fp8 rows, {rows} rows of {depth}"), bytes, || {
-        ops::float8_rows(&x)?;
+    let bytes = (amount(&[3, outs, depth]) / 1e9, "GB/s");
+    timer.time(format!("fp8 to bf16, {outs} rows of {depth}"), bytes, || {
+        stored.widened(0..outs)?;
         Ok(())
     });
+    for depth in [depth, outs] {
+        let x = random(device, &[rows, depth])?;
+        let bytes = (amount(&[3, rows, depth]) / 1e9, "GB/s");
+        timer.time(format!("fp8 rows, {rows} rows of {depth}"), bytes, || {
+            ops::float8_rows(&x)?;
+            Ok(())
+        });
+    }
     Ok(())
 }
 
 fn transformer(
     device: &Device,
     options: &Options,
-    (matrices, storage): (Matrices, Storage),
+    (matrices, storage, float8_products): (Matrices, Storage, bool),
     kept: &str,
 ) -> Vec<Row> {
     let Options { scratch, shrink, .. } = options;
@@ -422,7 +427,14 @@ fn transformer(
     let folder = scratch.join(format!("{matrices:?}"));
     taken(device, part, runs, |timer| {
         weights::write(&folder, device, dims, matrices)?;
-        forward(timer, &folder, (dims, storage, kept), *shrink)
+        let precision = Precision {
+            device: device.clone(),
+            compute: DType::BF16,
+            storage,
+            float8_products,
+            ..Precision::reference()
+        };
+        forward(timer, &folder, (dims, &precision, kept), *shrink)
     })
 }
 
@@ -431,18 +443,12 @@ fn transformer(
 fn forward(
     timer: &mut Timer<'_>,
     folder: &Path,
-    (dims, storage, kept): (Dimensions, Storage, &str),
+    (dims, precision, kept): (Dimensions, &Precision, &str),
     shrink: usize,
 ) -> Result<()> {
     let device = timer.device;
-    let precision = Precision {
-        device: device.clone(),
-        compute: DType::BF16,
-        storage,
-        ..Precision::reference()
-    };
     let files = ModelFiles::Folder(folder.to_owned());
-    let model = Transformer::load(&files, &precision)?.repeated(dims.layers);
+    let model = Transformer::load(&files, precision)?.repeated(dims.layers);
     let side = 64_usize.div_ceil(shrink);
     let grid = Grid { height: side, width: side };
     let text = TEXT_TOKENS.div_ceil(shrink);

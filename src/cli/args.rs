@@ -87,6 +87,10 @@ pub(crate) struct ModelArgs {
     /// Type in which the large matrices are kept in memory
     #[arg(long, value_enum, default_value_t = DtypeArg::Auto)]
     pub(crate) dtype: DtypeArg,
+    /// Where the transformer's weights are fp8 (e4m3), multiply them by activations in fp8: faster on
+    /// Hopper, and less exact
+    #[arg(long)]
+    pub(crate) fp8_matmul: bool,
     /// Threads of the computation [default: all cores]
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u16).range(1..))]
     pub(crate) threads: Option<u16>,

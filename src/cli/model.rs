@@ -65,6 +65,7 @@ pub(crate) fn options(args: &ModelArgs, cancel: &CancelToken) -> Result<EngineOp
             DtypeArg::Q8_0 => Some(Storage::Q8_0),
             DtypeArg::Q4K => Some(Storage::Q4K),
         },
+        float8_products: args.fp8_matmul,
         budget: Budget {
             ram: args.memory.max_ram.unwrap_or_default(),
             vram: args.memory.max_vram.unwrap_or_default(),

@@ -14,7 +14,7 @@ use rayon::prelude::*;
 use super::{
     activation, buffers,
     cpu::Floats,
-    cuda::{self, Epilogue, StoredMatrix},
+    cuda::{self, Activations, Epilogue, StoredMatrix},
     matrix::PackedMatrix,
     quantize,
     simd::{
@@ -220,9 +220,14 @@ impl PackedLinear {
     /// # Errors
     /// Another width, or a failure of the device.
     pub fn forward(&self, x: &Tensor) -> Result<Tensor> {
-        if let Some(y) = self.on_blas(x, false)? {
+        self.multiply(&Activations::new(x))
+    }
+
+    fn multiply(&self, activations: &Activations<'_>) -> Result<Tensor> {
+        if let Some(y) = self.on_blas(activations, false)? {
             return Ok(y);
         }
+        let x = activations.tensor();
         let y = match &self.weight {
             Kernel::Packed(weight) if is_host(x) => {
                 return by_rows(x, self.bias.as_ref(), weight.dims(), |x, bias, y| {
@@ -235,7 +240,7 @@ impl PackedLinear {
                 });
             }
             Kernel::Stored(weight, blocks) => {
-                match (weight.forward(x, self.bias.as_ref())?, blocks) {
+                match (weight.by_kernel(x, self.bias.as_ref())?, blocks) {
                     (Some(y), _) => return Ok(y),
                     (None, Some(blocks)) => dense(x, &blocks.dequantize(x.device())?)?,
                     (None, None) => bail!("linear: no kernel for {:?} {:?}", x.dtype(), x.dims()),
@@ -259,17 +264,17 @@ impl PackedLinear {
     /// # Errors
     /// As [`Self::forward`].
     pub fn forward_gelu_tanh(&self, x: &Tensor) -> Result<Tensor> {
-        match self.on_blas(x, true)? {
+        match self.on_blas(&Activations::new(x), true)? {
             Some(y) => Ok(y),
             None => activation::gelu_tanh_owned(self.forward(x)?),
         }
     }
 
     /// The product by cuBLASLt, with bias and GELU within it; `None` where it does not do it.
-    fn on_blas(&self, x: &Tensor, gelu_tanh: bool) -> Result<Option<Tensor>> {
+    fn on_blas(&self, x: &Activations<'_>, gelu_tanh: bool) -> Result<Option<Tensor>> {
         let epilogue = Epilogue { bias: self.bias.as_ref(), gelu_tanh };
         match &self.weight {
-            Kernel::Dense(weight) => cuda::blas_linear(x, weight, epilogue),
+            Kernel::Dense(weight) => cuda::blas_linear(x.tensor(), weight, epilogue),
             Kernel::Stored(weight, _) => weight.on_blas(x, epilogue),
             Kernel::Packed(_) | Kernel::Blocks(_) | Kernel::Quantized(_) => Ok(None),
         }
@@ -277,7 +282,7 @@ impl PackedLinear {
 }
 
 /// [`PackedLinear::forward`] of one `x` by each of `linears`: the same numbers, with less done for each
-/// matrix where that is possible, as for one row of activations.
+/// matrix where that is possible, as for one row of activations, or for rows that are rounded to fp8.
 ///
 /// # Errors
 /// As [`PackedLinear::forward`].
@@ -289,7 +294,8 @@ pub fn forward_each<const N: usize>(
     if let Some(results) = row_by_each(&linears, x)? {
         return Ok(results);
     }
-    let results = linears.iter().map(|linear| linear.forward(x));
+    let activations = Activations::new(x);
+    let results = linears.iter().map(|linear| linear.multiply(&activations));
     let results: Vec<Tensor> = results.collect::<Result<_>>()?;
     let Ok(results) = <[Tensor; N]>::try_from(results) else {
         bail!("linear: a result is missing")

@@ -74,7 +74,8 @@ impl VisionLanguageModel {
         let scratch = 2 * threads * tokens * text.head_dim as u64 * 4;
         let logits = if load.answer_tokens > 0 { 4 * text.vocab_size as u64 * 4 } else { 0 };
         let prefill = tokens * rows + scratch + logits;
-        tower.max(prefill) + cache_bytes(text, load, number)
+        let widening = self.weights().checkpoint().widening_bytes(self.weights().precision());
+        tower.max(prefill) + cache_bytes(text, load, number) + widening
     }
 
     /// Bytes that are kept for later: the pictures' patches and tokens, and a prompt's hidden

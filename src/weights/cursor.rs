@@ -56,6 +56,9 @@ pub struct Precision {
     pub storage: Storage,
     /// The products inside attention.
     pub attention: AttentionType,
+    /// Whether products of the transformer's blocks with fp8 weights round their activations to fp8 as
+    /// well, with a scale for each row, on GPUs that multiply such numbers.
+    pub float8_products: bool,
     /// Looked at before each tensor is read.
     pub cancel: CancelToken,
 }
@@ -69,6 +72,7 @@ impl Precision {
             compute: DType::F32,
             storage: Storage::Compute,
             attention: AttentionType::Compute,
+            float8_products: false,
             cancel: CancelToken::new(),
         }
     }
@@ -82,6 +86,7 @@ pub struct Weights {
     prefix: String,
     changes: Option<Arc<LowRankChanges>>,
     asked: Option<Arc<Asked>>,
+    float8_products: bool,
 }
 
 impl Weights {
@@ -89,7 +94,14 @@ impl Weights {
     #[must_use]
     pub fn new(checkpoint: Checkpoint, precision: Precision) -> Self {
         let (checkpoint, prefix) = (Arc::new(checkpoint), String::new());
-        Self { checkpoint, precision, prefix, changes: None, asked: None }
+        Self { checkpoint, precision, prefix, changes: None, asked: None, float8_products: false }
+    }
+
+    /// The same place; [`Precision::float8_products`] holds for linear layers that are read from it, or
+    /// below it.
+    #[must_use]
+    pub(crate) fn with_float8_products(&self) -> Self {
+        Self { float8_products: self.precision.float8_products, ..self.clone() }
     }
 
     /// The same place; `cancel` is looked at before each tensor is read.
@@ -209,7 +221,9 @@ impl Weights {
         let Some((bytes, scale)) = self.checkpoint.load_e4m3(&name, device)? else {
             return Ok(None);
         };
-        Ok(Some(StoredMatrix::new(bytes, Format::F8E4M3, (out, width), scale)?))
+        let matrix = StoredMatrix::new(bytes, Format::F8E4M3, (out, width), scale)?;
+        let rounds = self.float8_products && cuda::multiplies_float8(device);
+        Ok(Some(if rounds { matrix.with_float8_products()? } else { matrix }))
     }
 
     /// Fails when a tensor was not read and no entry of `ignored` is the start of its name.

@@ -7,7 +7,7 @@ use super::{
     cursor::{Precision, Storage},
     stored::StoredType,
 };
-use crate::ops::Kept;
+use crate::ops::{Kept, cuda::SCRATCH_BYTES};
 
 /// Outputs of a panel of blocks.
 const PANEL: usize = 32;
@@ -58,9 +58,27 @@ impl TensorEntry {
                 plain(numbers, self.kind.plain_type().unwrap_or(DType::F32))
             }
             // A kernel multiplies the bytes of the file.
-            (Storage::Compute, None) if self.is_e4m3() && precision.device.is_cuda() => numbers,
+            (Storage::Compute, None) if self.is_e4m3() && precision.device.is_cuda() => {
+                // With a scale for each output.
+                numbers + if precision.float8_products { plain(rows as u64, DType::F32) } else { 0 }
+            }
             (Storage::Compute, None) => plain(numbers, self.compute_type(precision.compute)),
         }
+    }
+
+    /// Bytes that a product with the matrix takes at most besides its operands and its result: on a GPU, what
+    /// blocks and fp8 are widened into.
+    #[must_use]
+    pub fn widening_bytes(&self, precision: &Precision) -> u64 {
+        let is_narrow = match precision.storage {
+            Storage::Plain(_) => false,
+            Storage::Q8_0 | Storage::Q4K => self.multiplied_as().is_some() || self.has_rows_of(32),
+            Storage::Compute => self.multiplied_as().is_some() || self.is_e4m3(),
+        };
+        if !precision.device.is_cuda() || self.shape.len() != 2 || !is_narrow {
+            return 0;
+        }
+        (self.elements() * DType::BF16.size_in_bytes() as u64).min(SCRATCH_BYTES as u64)
     }
 
     /// Bytes that reading the tensor takes at most besides what is kept of it. On the CPU a matrix is
@@ -87,6 +105,12 @@ impl Checkpoint {
     #[must_use]
     pub fn loading_bytes(&self, precision: &Precision) -> u64 {
         self.tensors().map(|(_, entry)| entry.loading_bytes(precision)).max().unwrap_or(0)
+    }
+
+    /// The most that a product with one matrix takes besides its operands and its result.
+    #[must_use]
+    pub fn widening_bytes(&self, precision: &Precision) -> u64 {
+        self.tensors().map(|(_, entry)| entry.widening_bytes(precision)).max().unwrap_or(0)
     }
 
     /// Size of all tensors in memory in bytes when they are read as `precision` says.

@@ -102,6 +102,7 @@ pub(super) struct Block {
 
 impl Block {
     pub(super) fn load(weights: &Weights, config: &Config) -> Result<Self> {
+        let weights = &weights.with_float8_products();
         let attention = weights.pp("attn");
         let image_attention = StreamAttention::load(&attention, config, &IMAGE_NAMES)?;
         let attention_in_bf16 = weights.precision().attention == AttentionType::LikeWeights

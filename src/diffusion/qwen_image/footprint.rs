@@ -138,6 +138,12 @@ impl Footprint {
         bytes.max().unwrap_or(0)
     }
 
+    /// The most bytes that a product with one matrix takes besides its operands and its result.
+    fn widening(&self) -> u64 {
+        let bytes = self.entries.iter().map(|(_, entry)| entry.widening_bytes(&self.precision));
+        bytes.max().unwrap_or(0)
+    }
+
     /// The most bytes of activations in one step on so many threads.
     #[must_use]
     pub fn activations(&self, tokens: TokenCounts, pass: GuidancePass, threads: usize) -> u64 {
@@ -164,7 +170,7 @@ impl Footprint {
         let latents = 4 * image * self.config.latent_dim as u64 * 4;
         let conditioning = 2 * text * self.config.conditioning_dim as u64 * number;
         let rotations = 2 * all * self.config.head_dim as u64 * 4;
-        rows + latents + conditioning + rotations
+        rows + latents + conditioning + rotations + self.widening()
     }
 
     /// Bytes of the modulation of `steps` steps, as far as it is kept.

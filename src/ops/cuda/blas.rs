@@ -1,29 +1,29 @@
 //! Products by cuBLASLt, which adds the bias and applies GELU within the product, and multiplies numbers
 //! of eight bits as they are.
 //!
-//! Nothing here has run on a GPU yet. So the first product on a device is one whose result is known: where
-//! it is wrong, or the library is missing something, cuBLASLt is not used on that device and the other
-//! kernels are. Sizes that it has no algorithm for go the same way.
+//! The first product on a device is one whose result is known: where it is wrong, or the library is missing
+//! something, cuBLASLt is not used on that device and the other kernels are. Sizes that it has no
+//! algorithm for go the same way.
 
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::{
+    ops::Range,
+    sync::atomic::{AtomicBool, Ordering},
+};
 
 use candle_core::{Result, Tensor};
 
-/// Whether plain products use cuBLASLt where it was found right.
-static ON: AtomicBool = AtomicBool::new(true);
-/// Whether products with fp8 weights round their activations to fp8 as well.
-static FLOAT8: AtomicBool = AtomicBool::new(false);
+use super::{float8::Activations, linear::StoredMatrix};
 
-/// Lets products with bf16 weights on a GPU use cuBLASLt; on at the start.
+/// Whether products use cuBLASLt where it was found right.
+static ON: AtomicBool = AtomicBool::new(true);
+
+/// Lets products of many rows on a GPU use cuBLASLt; on at the start.
 pub fn use_blas_lt(on: bool) {
     ON.store(on, Ordering::Relaxed);
 }
 
-/// Lets products of many rows with fp8 weights on Hopper round their activations to fp8, with a scale for
-/// each row. Off at the start: it is faster, and the numbers are others than those of bf16 activations.
-pub fn use_float8_products(on: bool) {
-    FLOAT8.store(on, Ordering::Relaxed);
-}
+/// Most bytes that a matrix takes in bf16 while it is multiplied; a larger one is widened in parts.
+pub const SCRATCH_BYTES: usize = 96 << 20;
 
 /// What a product ends with.
 #[derive(Debug, Clone, Copy)]
@@ -35,14 +35,16 @@ pub(in crate::ops) struct Epilogue<'a> {
     pub(in crate::ops) gelu_tanh: bool,
 }
 
-/// Weights `[outs, depth]` for a product.
-#[derive(Debug, Clone, Copy)]
+/// The operands of a product.
+#[derive(Clone, Copy)]
 #[cfg_attr(not(feature = "cuda"), expect(dead_code, reason = "there is no library to call"))]
-pub(super) enum Matrix<'a> {
-    /// In bf16.
-    Bf16(&'a Tensor),
-    /// Bytes of e4m3, outputs and depth, and the scale of all of them.
-    Float8(&'a Tensor, (usize, usize), f64),
+pub(super) enum Operands<'a> {
+    /// Activations and weights in bf16.
+    Bf16(&'a Tensor, &'a Tensor),
+    /// Activations in bf16, and weights that are widened into so many bytes at a time.
+    Widened(&'a Tensor, &'a StoredMatrix, usize),
+    /// Both in fp8.
+    Float8(&'a Activations<'a>, &'a StoredMatrix),
 }
 
 /// `x · weightᵀ` with what follows it: `x: [.., depth]` and `weight: [outs, depth]` in bf16 →
@@ -55,24 +57,49 @@ pub(in crate::ops) fn linear(
     if !ON.load(Ordering::Relaxed) || !super::takes(&[x, weight]) {
         return Ok(None);
     }
-    product(x, Matrix::Bf16(weight), epilogue)
+    product(Operands::Bf16(x, weight), epilogue)
 }
 
-/// [`linear`] with the bytes of fp8 weights, `[outs · depth]`, where that is wanted.
-pub(super) fn linear_float8(
+/// [`linear`] with weights in blocks, which are widened to bf16 into at most `scratch` bytes at a time.
+pub(super) fn linear_widened(
     x: &Tensor,
-    (bytes, dims, scale): (&Tensor, (usize, usize), f64),
+    matrix: &StoredMatrix,
     epilogue: Epilogue<'_>,
+    scratch: usize,
 ) -> Result<Option<Tensor>> {
-    if !FLOAT8.load(Ordering::Relaxed) || !super::takes(&[x]) {
+    if !ON.load(Ordering::Relaxed) || !super::takes(&[x]) || !matrix.is_widened() {
         return Ok(None);
     }
-    product(x, Matrix::Float8(bytes, dims, scale), epilogue)
+    product(Operands::Widened(x, matrix, scratch), epilogue)
+}
+
+/// [`linear`] with weights and activations in fp8, where the matrix is made for that.
+pub(super) fn linear_float8(
+    x: &Activations<'_>,
+    matrix: &StoredMatrix,
+    epilogue: Epilogue<'_>,
+) -> Result<Option<Tensor>> {
+    if !super::takes(&[x.tensor()]) || matrix.float8().is_none() {
+        return Ok(None);
+    }
+    product(Operands::Float8(x, matrix), epilogue)
+}
+
+/// Outputs of a matrix `[outs, depth]` that are widened at a time: parts alike in size, each of at most
+/// `scratch` bytes, that begin at multiples of 64.
+#[cfg_attr(not(any(feature = "cuda", test)), expect(dead_code, reason = "nothing is widened"))]
+fn parts([outs, depth]: [usize; 2], scratch: usize) -> impl Iterator<Item = Range<usize>> {
+    const TOGETHER: usize = 64;
+    const BF16_BYTES: usize = 2;
+    let most = scratch.checked_div(BF16_BYTES * depth).unwrap_or(outs).max(TOGETHER);
+    let count = outs.div_ceil(most - most.checked_rem(TOGETHER).unwrap_or(0)).max(1);
+    let outs_each = outs.div_ceil(count).next_multiple_of(TOGETHER);
+    (0..outs).step_by(outs_each.max(1)).map(move |start| start..(start + outs_each).min(outs))
 }
 
 #[cfg(not(feature = "cuda"))]
 #[expect(clippy::unnecessary_wraps, reason = "fails in a build with the library")]
-fn product(_x: &Tensor, _matrix: Matrix<'_>, _epilogue: Epilogue<'_>) -> Result<Option<Tensor>> {
+fn product(_operands: Operands<'_>, _epilogue: Epilogue<'_>) -> Result<Option<Tensor>> {
     Ok(None)
 }
 
@@ -92,10 +119,11 @@ mod device {
         super::{
             blas_lt::{Inputs, Library, Scales},
             ffi::{Output, address, capability},
-            linear::float8_rows,
+            float8::Activations,
+            linear::{Format, StoredMatrix},
             rows::aligned,
         },
-        Epilogue, Matrix,
+        Epilogue, Operands,
     };
     use crate::ops::float8::e4m3;
 
@@ -108,62 +136,75 @@ mod device {
     const FLOAT8_ROWS: usize = 32;
 
     pub(super) fn product(
-        x: &Tensor,
-        matrix: Matrix<'_>,
+        operands: Operands<'_>,
         epilogue: Epilogue<'_>,
     ) -> Result<Option<Tensor>> {
-        let Device::Cuda(device) = x.device() else { return Ok(None) };
-        if !fits(x, matrix, epilogue)? {
+        let Device::Cuda(device) = operands.x().device() else { return Ok(None) };
+        if !fits(operands, epilogue)? {
             return Ok(None);
         }
-        match library(device, matrix)? {
-            Some(library) => multiply(&library, x, matrix, epilogue),
+        match library(device, operands.are_float8())? {
+            Some(library) => multiply(&library, operands, epilogue),
             None => Ok(None),
         }
     }
 
-    fn dims(matrix: Matrix<'_>) -> Result<(usize, usize)> {
-        match matrix {
-            Matrix::Bf16(weight) => weight.dims2(),
-            Matrix::Float8(_, dims, _) => Ok(dims),
+    impl<'a> Operands<'a> {
+        fn x(&self) -> &'a Tensor {
+            match self {
+                Self::Bf16(x, _) | Self::Widened(x, ..) => x,
+                Self::Float8(x, _) => x.tensor(),
+            }
+        }
+
+        fn are_float8(&self) -> bool {
+            matches!(self, Self::Float8(..))
+        }
+
+        /// Outputs and depth.
+        fn dims(&self) -> Result<(usize, usize)> {
+            match self {
+                Self::Bf16(_, weight) => weight.dims2(),
+                Self::Widened(_, matrix, _) | Self::Float8(_, matrix) => Ok(matrix.dims()),
+            }
         }
     }
 
-    fn fits(x: &Tensor, matrix: Matrix<'_>, epilogue: Epilogue<'_>) -> Result<bool> {
-        let (outs, depth) = dims(matrix)?;
+    fn fits(operands: Operands<'_>, epilogue: Epilogue<'_>) -> Result<bool> {
+        let (x, (outs, depth)) = (operands.x(), operands.dims()?);
         if x.dim(D::Minus1)? != depth || epilogue.bias.is_some_and(|bias| bias.dims() != [outs]) {
             bail!("linear: {:?} does not fit a matrix [{outs}, {depth}]", x.dims());
         }
         let rows = x.elem_count().checked_div(depth).unwrap_or(0);
         let bias_fits = epilogue.bias.is_none_or(|bias| super::super::takes(&[bias]));
-        let multiple = match matrix {
-            Matrix::Bf16(_) => 8, // 16 bytes
-            Matrix::Float8(..) => ALIGNMENT,
-        };
+        // 16 bytes.
+        let multiple = if operands.are_float8() { ALIGNMENT } else { 8 };
         let wide = depth.is_multiple_of(multiple) && outs.is_multiple_of(multiple);
-        let many = matches!(matrix, Matrix::Bf16(_)) || rows >= FLOAT8_ROWS;
+        let many = !operands.are_float8() || rows >= FLOAT8_ROWS;
         Ok(bias_fits && wide && many && rows > 0 && outs > 0)
     }
 
     /// The library, where this kind of product came out right on the device.
-    fn library(device: &CudaDevice, matrix: Matrix<'_>) -> Result<Option<Arc<Library>>> {
-        let float8 = matches!(matrix, Matrix::Float8(..));
+    fn library(device: &CudaDevice, float8: bool) -> Result<Option<Arc<Library>>> {
         let key = (device.id(), float8);
         let lock = || KNOWN.lock().unwrap_or_else(PoisonError::into_inner);
-        if let Some(known) = lock().get_or_insert_default().get(&key) {
-            return Ok(known.clone());
+        let known = |key| lock().get_or_insert_default().get(key).cloned();
+        if let Some(known) = known(&key) {
+            return Ok(known);
         }
+        let opened = match known(&(device.id(), !float8)).flatten() {
+            // One for both kinds: it has memory of its own.
+            Some(library) => Ok(library),
+            None => Library::open(device).map(Arc::new),
+        };
         // Rows with a scale each are Hopper's.
-        let found = if float8 && capability(device)? != (9, 0) {
+        let found = if float8 && capability(device)? != super::super::FLOAT8_CAPABILITY {
             Err(Error::msg("fp8 with a scale for each row needs compute capability 9.0"))
         } else {
-            Library::open(device).and_then(|library| {
-                check(&library, device, float8)?;
-                Ok(library)
-            })
+            opened.and_then(|library| check(&library, device, float8).map(|()| library))
         };
         let found = match found {
-            Ok(library) => Some(Arc::new(library)),
+            Ok(library) => Some(library),
             Err(error) => {
                 tracing::warn!(%error, float8, "cuBLASLt is not used; other kernels are");
                 None
@@ -175,12 +216,11 @@ mod device {
 
     fn multiply(
         library: &Library,
-        x: &Tensor,
-        matrix: Matrix<'_>,
+        operands: Operands<'_>,
         epilogue: Epilogue<'_>,
     ) -> Result<Option<Tensor>> {
-        let (outs, depth) = dims(matrix)?;
-        let x = aligned(x)?;
+        let (outs, depth) = operands.dims()?;
+        let x = aligned(operands.x())?;
         let rows = x.elem_count().checked_div(depth).unwrap_or(0);
         let mut result = x.dims().to_vec();
         if let Some(last) = result.last_mut() {
@@ -188,39 +228,72 @@ mod device {
         }
         let bias = epilogue.bias.map(Tensor::contiguous).transpose()?;
         let out = Output::new(x.device(), &result, DType::BF16)?;
-        // Kept alive until the product is queued.
-        let (left, right, scales);
-        match matrix {
-            Matrix::Bf16(weight) => {
-                (left, right, scales) = (weight.contiguous()?, x, None);
-            }
-            Matrix::Float8(bytes, _, scale) => {
-                let Some((quantized, row_scales)) = float8_rows(&x)? else { return Ok(None) };
-                let ones = Tensor::ones(outs, DType::F32, x.device())?;
-                let of_outs = (ones * scale)?;
-                (left, right, scales) = (bytes.clone(), quantized, Some([of_outs, row_scales]));
-            }
-        }
-        let inputs = Inputs {
-            weight: address(&left)?,
-            x: address(&right)?,
+        let whole = Inputs {
+            weight: 0,
+            x: address(&x)?,
             bias: bias.as_ref().map(address).transpose()?,
             out: out.address(),
-            scales: match &scales {
-                Some([of_outs, of_rows]) => {
-                    Some(Scales { weight: address(of_outs)?, x: address(of_rows)? })
-                }
-                None => None,
-            },
+            apart: outs,
+            scales: None,
+            scale: 1.0,
             gelu_tanh: epilogue.gelu_tanh,
             sizes: [rows, depth, outs],
         };
+        let done = match operands {
+            Operands::Bf16(_, weight) => {
+                let weight = weight.contiguous()?;
+                aligned_product(library, &Inputs { weight: address(&weight)?, ..whole })?
+            }
+            Operands::Float8(activations, matrix) => {
+                let (rounded, float8) = (activations.rounded()?, matrix.float8());
+                let (Some((rows, of_rows)), Some((weight, of_outs))) = (rounded, float8) else {
+                    return Ok(None);
+                };
+                let scales = Scales { weight: address(of_outs)?, x: address(of_rows)? };
+                let (weight, x, scales) = (address(weight)?, address(rows)?, Some(scales));
+                aligned_product(library, &Inputs { weight, x, scales, ..whole })?
+            }
+            Operands::Widened(_, matrix, scratch) => by_parts(library, &whole, matrix, scratch)?,
+        };
+        if done { out.into_tensor().map(Some) } else { Ok(None) }
+    }
+
+    /// The product with `matrix`, part after part of the outputs. What a part was widened into is free for
+    /// the next one: all is queued on one stream.
+    fn by_parts(
+        library: &Library,
+        whole: &Inputs,
+        matrix: &StoredMatrix,
+        scratch: usize,
+    ) -> Result<bool> {
+        let [rows, depth, outs] = whole.sizes;
+        #[expect(clippy::cast_possible_truncation, reason = "a scale is a float32 in its file")]
+        let scale = matrix.scale() as f32;
+        for part in super::parts([outs, depth], scratch) {
+            let offset = (part.start * DType::BF16.size_in_bytes()) as u64;
+            let sizes = [rows, depth, part.len()];
+            let Some(weight) = matrix.widened(part)? else { return Ok(false) };
+            let inputs = Inputs {
+                weight: address(&weight)?,
+                bias: whole.bias.map(|bias| bias + offset),
+                out: whole.out + offset,
+                scales: None,
+                scale,
+                sizes,
+                ..*whole
+            };
+            if !aligned_product(library, &inputs)? {
+                return Ok(false);
+            }
+        }
+        Ok(true)
+    }
+
+    /// Queues the product, where its addresses are such as it was asked for.
+    fn aligned_product(library: &Library, inputs: &Inputs) -> Result<bool> {
         let addresses = [Some(inputs.weight), Some(inputs.x), inputs.bias, Some(inputs.out)];
         let is_aligned = |at: &u64| at.is_multiple_of(ALIGNMENT as u64);
-        if !addresses.iter().flatten().all(is_aligned) || !library.multiply(&inputs)? {
-            return Ok(None);
-        }
-        out.into_tensor().map(Some)
+        Ok(addresses.iter().flatten().all(is_aligned) && library.multiply(inputs)?)
     }
 
     /// A product whose result is known, with bias and GELU and without.
@@ -241,9 +314,12 @@ mod device {
         let bytes = weight.flatten_all()?.to_vec1::<f32>()?;
         let bytes: Vec<u8> = bytes.into_iter().map(e4m3).collect();
         let bytes = Tensor::from_vec(bytes, outs * depth, &device)?;
-        let matrix = match float8 {
-            true => Matrix::Float8(&bytes, (outs, depth), 1.0),
-            false => Matrix::Bf16(&weight_near),
+        let stored = StoredMatrix::new(bytes, Format::F8E4M3, (outs, depth), 1.0)?;
+        let stored = stored.with_float8_products()?;
+        let activations = Activations::new(&x_near);
+        let operands = match float8 {
+            true => Operands::Float8(&activations, &stored),
+            false => Operands::Bf16(&x_near, &weight_near),
         };
         for (bias_near, gelu_tanh) in
             [(None, false), (Some(&bias_near), false), (Some(&bias_near), true)]
@@ -256,7 +332,7 @@ mod device {
                 expected = expected.gelu()?;
             }
             let epilogue = Epilogue { bias: bias_near, gelu_tanh };
-            let Some(found) = multiply(library, &x_near, matrix, epilogue)? else {
+            let Some(found) = multiply(library, operands, epilogue)? else {
                 bail!("cuBLASLt has no algorithm for a product of {SIZES:?}");
             };
             let found = found.to_device(&Device::Cpu)?.to_dtype(DType::F32)?;
@@ -271,5 +347,32 @@ mod device {
             }
         }
         Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn parts_cover_a_matrix_and_fit_the_scratch() {
+        for ([outs, depth], scratch, count) in [
+            ([3072, 3072], SCRATCH_BYTES, 1),
+            ([12_288, 3072], SCRATCH_BYTES, 1),
+            ([18_944, 3584], SCRATCH_BYTES, 2),
+            ([152_064, 3584], SCRATCH_BYTES, 11),
+            ([200, 256], 64 * 512, 4),
+            // No part has fewer outputs than are copied together.
+            ([200, 256], 1, 4),
+            ([8, 0], 1, 1),
+        ] {
+            let found: Vec<_> = parts([outs, depth], scratch).collect();
+            assert_eq!(found.len(), count, "{outs} outputs of {depth}");
+            assert_eq!(found.first().map(|part| part.start), Some(0));
+            assert_eq!(found.last().map(|part| part.end), Some(outs));
+            assert!(found.windows(2).all(|pair| pair[0].end == pair[1].start));
+            let most = found.iter().map(ExactSizeIterator::len).max().unwrap();
+            assert!(most * depth * 2 <= scratch.max(64 * depth * 2), "{most} of {depth}");
+        }
     }
 }

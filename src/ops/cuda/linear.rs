@@ -1,6 +1,6 @@
 //! Products with weights as they are stored: `kernels/linear.cu`.
 
-use std::sync::Arc;
+use std::{ops::Range, sync::Arc};
 
 use candle_core::{
     D, DType, Result, Tensor, bail,
@@ -10,6 +10,7 @@ use candle_core::{
 use super::{
     blas::{self, Epilogue},
     ffi::{Output, address, blocks_address, launch},
+    float8::Activations,
     launch::{Args, Launch},
     takes,
 };
@@ -89,6 +90,8 @@ pub struct StoredMatrix {
     outs: usize,
     depth: usize,
     scale: f64,
+    /// The scale once for each output, where activations are rounded to fp8 as well.
+    float8: Option<Tensor>,
 }
 
 #[derive(Debug, Clone)]
@@ -108,7 +111,7 @@ impl StoredMatrix {
         let Some(format) = Format::of(matrix.dtype()).filter(|_| near) else { return Ok(None) };
         let (outs, depth) = matrix.shape().dims2()?;
         let blocks = Blocks::Quantized(Arc::clone(matrix));
-        Ok(Some(Self { blocks, format, outs, depth, scale: 1.0 }))
+        Ok(Some(Self { blocks, format, outs, depth, scale: 1.0, float8: None }))
     }
 
     /// `bytes: [outs · bytes of a row]`; `scale` multiplies every weight.
@@ -130,7 +133,7 @@ impl StoredMatrix {
             let (dims, dtype) = (bytes.dims(), bytes.dtype());
             bail!("a matrix [{outs}, {depth}] of {format:?} does not have {dims:?} of {dtype:?}");
         }
-        Ok(Self { blocks: Blocks::Bytes(bytes), format, outs, depth, scale })
+        Ok(Self { blocks: Blocks::Bytes(bytes), format, outs, depth, scale, float8: None })
     }
 
     /// `[outs, depth]`.
@@ -139,18 +142,93 @@ impl StoredMatrix {
         (self.outs, self.depth)
     }
 
-    /// The product by cuBLASLt, with activations rounded to fp8; `None` where that is not wanted or
-    /// not possible.
+    /// The same, so that products of many rows round their activations to fp8, with a scale for each row,
+    /// and multiply numbers of eight bits, where the device does that
+    /// ([`multiplies_float8`](super::multiplies_float8)). It is faster, and the numbers are others than
+    /// those of bf16 activations. Nothing changes for other formats.
+    ///
+    /// # Errors
+    /// A failure of the device.
+    pub fn with_float8_products(self) -> Result<Self> {
+        let Blocks::Bytes(bytes) = &self.blocks else { return Ok(self) };
+        if self.format != Format::F8E4M3 {
+            return Ok(self);
+        }
+        let ones = Tensor::ones(self.outs, DType::F32, bytes.device())?;
+        let float8 = Some((ones * self.scale)?);
+        Ok(Self { float8, ..self })
+    }
+
+    /// The bytes of fp8 weights, `[outs · depth]`, and the scale of each output, where activations are
+    /// to be rounded to fp8 as well.
+    pub(super) fn float8(&self) -> Option<(&Tensor, &Tensor)> {
+        match &self.blocks {
+            Blocks::Bytes(bytes) => self.float8.as_ref().map(|scales| (bytes, scales)),
+            Blocks::Quantized(_) => None,
+        }
+    }
+
+    /// Whether a product is to widen the matrix first. bf16 lies as the library reads it.
+    pub(super) fn is_widened(&self) -> bool {
+        self.format != Format::Bf16
+    }
+
+    /// What every widened number is to be multiplied by.
+    #[cfg_attr(not(feature = "cuda"), expect(dead_code, reason = "for products by the library"))]
+    pub(super) fn scale(&self) -> f64 {
+        self.scale
+    }
+
+    /// Rows `outs` of the matrix in bf16, `[outs, depth]`, without the matrix's scale; `None` where no
+    /// kernel fits.
+    ///
+    /// # Errors
+    /// Rows beyond the matrix, or a failure of the device.
+    pub fn widened(&self, outs: Range<usize>) -> Result<Option<Tensor>> {
+        if outs.start > outs.end || outs.end > self.outs {
+            bail!("rows {outs:?} of a matrix of {}", self.outs);
+        }
+        let (numbers, block_bytes) = self.format.block();
+        let device = match &self.blocks {
+            Blocks::Bytes(bytes) => bytes.device().clone(),
+            Blocks::Quantized(matrix) => matrix.device(),
+        };
+        if !self.is_widened() || outs.is_empty() || self.depth == 0 || !super::runs_on(&device) {
+            return Ok(None);
+        }
+        let row_bytes = self.depth.div_euclid(numbers) * block_bytes;
+        let out = Output::new(&device, &[outs.len(), self.depth], DType::BF16)?;
+        let chunks = (outs.len() * self.depth) >> 3;
+        let mut args = Args::default();
+        // An offset fits: memory is addressed with it.
+        args.address(self.address()? + (outs.start * row_bytes) as u64);
+        args.address(out.address()).count(chunks);
+        let kernel = format!("widen_{}", self.format.name());
+        let grid = [chunks.div_ceil(THREADS), 1, 1];
+        launch(&device, &Launch { kernel, grid, threads: THREADS, shared_bytes: 0, args })?;
+        out.into_tensor().map(Some)
+    }
+
+    fn address(&self) -> Result<u64> {
+        match &self.blocks {
+            Blocks::Bytes(bytes) => address(bytes),
+            Blocks::Quantized(matrix) => blocks_address(matrix),
+        }
+    }
+
+    /// The product by cuBLASLt: of numbers of eight bits where that is wanted, of the widened matrix for
+    /// rows that are not few. `None` where the library does not do it.
     pub(in crate::ops) fn on_blas(
         &self,
-        x: &Tensor,
+        x: &Activations<'_>,
         epilogue: Epilogue<'_>,
     ) -> Result<Option<Tensor>> {
-        match (&self.blocks, self.format) {
-            (Blocks::Bytes(bytes), Format::F8E4M3) => {
-                blas::linear_float8(x, (bytes, (self.outs, self.depth), self.scale), epilogue)
-            }
-            _ => Ok(None),
+        if x.tensor().elem_count() <= FEW_ROWS * self.depth {
+            return Ok(None);
+        }
+        match blas::linear_float8(x, self, epilogue)? {
+            Some(y) => Ok(Some(y)),
+            None => blas::linear_widened(x.tensor(), self, epilogue, blas::SCRATCH_BYTES),
         }
     }
 
@@ -159,6 +237,18 @@ impl StoredMatrix {
     /// # Errors
     /// Another width, or a failure of the device.
     pub fn forward(&self, x: &Tensor, bias: Option<&Tensor>) -> Result<Option<Tensor>> {
+        match self.on_blas(&Activations::new(x), Epilogue { bias, gelu_tanh: false })? {
+            Some(y) => Ok(Some(y)),
+            None => self.by_kernel(x, bias),
+        }
+    }
+
+    /// [`Self::forward`] by the kernels that widen the weights within the product.
+    pub(in crate::ops) fn by_kernel(
+        &self,
+        x: &Tensor,
+        bias: Option<&Tensor>,
+    ) -> Result<Option<Tensor>> {
         if x.dim(D::Minus1)? != self.depth || bias.is_some_and(|bias| bias.dims() != [self.outs]) {
             bail!("linear: {:?} does not fit a matrix [{}, {}]", x.dims(), self.outs, self.depth);
         }
@@ -174,11 +264,7 @@ impl StoredMatrix {
         let out = Output::new(x.device(), &dims, DType::BF16)?;
         let bias = bias.map(Tensor::contiguous).transpose()?;
         let mut args = Args::default();
-        let blocks = match &self.blocks {
-            Blocks::Bytes(bytes) => address(bytes)?,
-            Blocks::Quantized(matrix) => blocks_address(matrix)?,
-        };
-        args.tensor(Some(&x))?.address(blocks).tensor(bias.as_ref())?;
+        args.tensor(Some(&x))?.address(self.address()?).tensor(bias.as_ref())?;
         args.address(out.address()).counts([rows, self.depth, self.outs]).number(self.scale);
         let name = self.format.name();
         let start = if rows <= FEW_ROWS {
@@ -201,31 +287,4 @@ impl StoredMatrix {
         launch(x.device(), &start)?;
         out.into_tensor().map(Some)
     }
-}
-
-/// [`crate::ops::float8_rows`], or `None` where there is no kernel for the type and width.
-pub(in crate::ops) fn float8_rows(x: &Tensor) -> Result<Option<(Tensor, Tensor)>> {
-    const ROW_THREADS: usize = 128;
-    let depth = x.dims().last().copied().unwrap_or(0);
-    if !takes(&[x]) || x.elem_count() == 0 || !depth.is_multiple_of(8) {
-        return Ok(None);
-    }
-    let x = super::rows::aligned(x)?;
-    let rows = x.elem_count().checked_div(depth).unwrap_or(0);
-    let bytes = Output::new(x.device(), &[rows, depth], DType::U8)?;
-    let scales = Output::new(x.device(), &[rows], DType::F32)?;
-    let mut args = Args::default();
-    args.tensor(Some(&x))?.address(bytes.address()).address(scales.address());
-    args.counts([rows, depth]);
-    launch(
-        x.device(),
-        &Launch {
-            kernel: "float8_rows".to_owned(),
-            grid: [rows, 1, 1],
-            threads: ROW_THREADS,
-            shared_bytes: (ROW_THREADS >> 5) * DType::F32.size_in_bytes(),
-            args,
-        },
-    )?;
-    Ok(Some((bytes.into_tensor()?, scales.into_tensor()?)))
 }

@@ -10,6 +10,7 @@ mod blas;
 mod blas_lt;
 mod conv;
 mod ffi;
+mod float8;
 mod joint;
 mod latents;
 mod launch;
@@ -27,12 +28,12 @@ use candle_core::{DType, Device, Error, Result, Tensor};
 
 pub(super) use attention::attention;
 pub(super) use blas::{Epilogue, linear as blas_linear};
-pub use blas::{use_blas_lt, use_float8_products};
+pub use blas::{SCRATCH_BYTES, use_blas_lt};
 pub(super) use conv::StoredKernel;
 pub use ffi::launches;
+pub(super) use float8::{Activations, float8_rows};
 pub(super) use joint::joint_attention;
 pub(super) use latents::{pack_patches, timestep_embedding, unpack_patches};
-pub(super) use linear::float8_rows;
 pub use linear::{Format, StoredMatrix};
 pub(super) use rows::{
     Activation, activate, channel_rms_norm, gated_add, gated_add_norm, guided_step, layer_norm,
@@ -140,6 +141,20 @@ pub fn has_hopper(device: &Device) -> bool {
         #[cfg(feature = "cuda")]
         Device::Cuda(device) => ffi::capability(device).is_ok_and(|(major, _)| major == 9),
         device => runs_on(device),
+    }
+}
+
+/// The compute capability whose products in fp8 have a scale for each row of both operands: Hopper's.
+#[cfg(feature = "cuda")]
+const FLOAT8_CAPABILITY: (i32, i32) = (9, 0);
+
+/// Whether products on `device` can multiply numbers of eight bits that have a scale for each row.
+#[must_use]
+pub fn multiplies_float8(device: &Device) -> bool {
+    match device {
+        #[cfg(feature = "cuda")]
+        Device::Cuda(device) => ffi::capability(device).is_ok_and(|of| of == FLOAT8_CAPABILITY),
+        _ => false,
     }
 }
 

@@ -2,18 +2,33 @@
 
 use candle_core::{DType, Device, Result, Tensor, bail};
 
-use super::{Suite, products::e4m3, rounded};
+use super::{
+    Suite,
+    products::{e4m3, stored},
+    rounded,
+};
 use crate::ops::{
     self,
-    cuda::{self, Epilogue, Format, StoredMatrix},
+    cuda::{
+        self, Activations, Epilogue, Format, StoredMatrix,
+        blas::{linear_float8, linear_widened},
+    },
 };
 
 /// Rows, depth, outputs.
 const CASES: &[[usize; 3]] = &[[1, 64, 48], [33, 256, 192], [70, 512, 64], [130, 3072, 32]];
 
+/// Rows and their length: each kernel's shortest and longest.
+const ROWS: &[[usize; 2]] = &[[1, 8], [33, 256], [9, 3072], [5, 6152], [3, 12_288], [2, 12_296]];
+
 pub(super) fn check(suite: &mut Suite) {
-    for sizes in CASES {
+    for sizes in ROWS {
         rows(suite, *sizes);
+    }
+    for sizes in CASES {
+        for format in [Format::Q8_0, Format::F8E4M3] {
+            widened_product(suite, format, *sizes);
+        }
         for gelu_tanh in [false, true] {
             plain_product(suite, *sizes, gelu_tanh);
             float8_product(suite, *sizes, gelu_tanh);
@@ -41,7 +56,7 @@ fn uneven(suite: &mut Suite, rows: usize, depth: usize) -> Result<Tensor> {
         .to_dtype(DType::F32)
 }
 
-fn rows(suite: &mut Suite, [rows, depth, _]: [usize; 3]) {
+fn rows(suite: &mut Suite, [rows, depth]: [usize; 2]) {
     let case = format!("[{rows}, {depth}]");
     let x = match uneven(suite, rows, depth) {
         Ok(x) => x,
@@ -52,7 +67,56 @@ fn rows(suite: &mut Suite, [rows, depth, _]: [usize; 3]) {
         _ => widened(ops::float8_rows(x)?),
     };
     let plain = cuda::not_emulated(|| of(&x.to_dtype(DType::BF16)?));
-    suite.compare_to("fp8 rows", case, ([&x], &[]), |[x]| of(x), plain);
+    suite.compare_to("fp8 rows", case.clone(), ([&x], &[]), |[x]| of(x), plain);
+    // They are the same bytes, where a number is NaN too.
+    let mut numbers = x.flatten_all().and_then(|x| x.to_vec1::<f32>()).unwrap_or_default();
+    if let Some([x, y]) = numbers.first_chunk_mut() {
+        [*x, *y] = [f32::NAN, -f32::NAN];
+    }
+    let x = match Tensor::from_vec(numbers, (rows, depth), &Device::Cpu) {
+        Ok(x) => x,
+        Err(error) => return suite.judge("fp8 rows, bytes", &case, Err(error), vec![]),
+    };
+    let bytes =
+        |x: &Tensor| -> Result<Tensor> { Ok(ops::float8_rows(&x.to_dtype(DType::BF16)?)?.0) };
+    let wide = |x: Tensor| x.to_device(&Device::Cpu)?.to_dtype(DType::F64);
+    let plain = cuda::not_emulated(|| wide(bytes(&x)?)).map(|plain| (plain.clone(), plain));
+    let on_device = |order| suite.on_kernels(order, || bytes(&x.to_device(&suite.device)?));
+    let kernels = suite.orders.iter().map(|order| wide(on_device(*order)?)).collect();
+    suite.judge("fp8 rows, bytes", &case, plain, kernels);
+}
+
+/// A product whose weights are widened first, with bias and GELU, in parts where the library does it.
+fn widened_product(suite: &mut Suite, format: Format, [rows, depth, outs]: [usize; 3]) {
+    let case = format!("{format:?}, {rows} rows, {depth} to {outs}");
+    let [x, numbers] = [[rows, depth], [outs, depth]].map(|dims| suite.random(&dims));
+    let bias = suite.random(&[outs]);
+    let (matrix, widened) = match stored(&numbers, format, &suite.device) {
+        Ok(both) => both,
+        Err(error) => return suite.judge("widened product", &case, Err(error), vec![]),
+    };
+    let inputs = [&x, &widened, &bias];
+    let plain = in_steps(inputs, true);
+    suite.compare_to(
+        "widened product",
+        case,
+        (inputs, &[]),
+        |inputs| {
+            let [x, widened, bias] = inputs;
+            match (x.dtype(), x.device().is_cuda()) {
+                (DType::F64, _) => defined(inputs, true),
+                (_, false) => in_steps([x, widened, bias], true),
+                (_, true) => {
+                    let epilogue = Epilogue { bias: Some(bias), gelu_tanh: true };
+                    match linear_widened(x, &matrix, epilogue, 1)? {
+                        Some(y) => Ok(y),
+                        None => bail!("cuBLASLt does not do it"),
+                    }
+                }
+            }
+        },
+        plain,
+    );
 }
 
 /// The product by its definition, in the type of `x`.
@@ -120,8 +184,8 @@ fn float8_product(suite: &mut Suite, [rows, depth, outs]: [usize; 3], gelu_tanh:
         (inputs, &[]),
         |inputs| {
             let [x, _, bias] = inputs;
-            // One to eight rows are not worth rounding, and only Hopper has a scale for each row.
-            let by_library = x.device().is_cuda() && rows >= 32 && cuda::has_hopper(x.device());
+            // Few rows are not worth rounding.
+            let by_library = rows >= 32 && cuda::multiplies_float8(x.device());
             match x.dtype() {
                 DType::F64 => return defined(inputs, gelu_tanh),
                 _ if !by_library => return composed(inputs),
@@ -130,10 +194,9 @@ fn float8_product(suite: &mut Suite, [rows, depth, outs]: [usize; 3], gelu_tanh:
             let stored = Tensor::from_slice(&bytes, bytes.len(), x.device())?;
             let scale = f64::from(SCALE);
             let matrix = StoredMatrix::new(stored, Format::F8E4M3, (outs, depth), scale)?;
-            cuda::use_float8_products(true);
-            let y = matrix.on_blas(x, Epilogue { bias: Some(bias), gelu_tanh });
-            cuda::use_float8_products(false);
-            match y? {
+            let matrix = matrix.with_float8_products()?;
+            let epilogue = Epilogue { bias: Some(bias), gelu_tanh };
+            match linear_float8(&Activations::new(x), &matrix, epilogue)? {
                 Some(y) => Ok(y),
                 None => bail!("cuBLASLt does not do it"),
             }

@@ -15,19 +15,24 @@ use crate::ops::{
 
 /// Rows, depth, outputs.
 const CASES: &[[usize; 3]] =
-    &[[1, 256, 70], [3, 512, 33], [8, 768, 16], [9, 256, 40], [150, 512, 190]];
+    &[[1, 256, 70], [3, 512, 33], [8, 768, 16], [9, 256, 40], [150, 512, 190], [70, 512, 192]];
 
 pub(super) fn check(suite: &mut Suite) {
     for format in Format::ALL {
         for sizes in CASES {
             product(suite, format, *sizes);
         }
+        widened_rows(suite, format);
     }
     convolutions(suite);
 }
 
 /// A matrix in `format` from `numbers: [outs, depth]`, and the numbers that it holds.
-fn stored(numbers: &Tensor, format: Format, device: &Device) -> Result<(StoredMatrix, Tensor)> {
+pub(super) fn stored(
+    numbers: &Tensor,
+    format: Format,
+    device: &Device,
+) -> Result<(StoredMatrix, Tensor)> {
     let dims = numbers.dims2()?;
     let quantized = |dtype| {
         let matrix = QTensor::quantize(numbers, dtype)?;
@@ -76,6 +81,36 @@ pub(super) fn e4m3(byte: u8) -> f32 {
         _ => (1.0 + fraction) * 2.0_f32.powi(exponent - 7),
     };
     if byte & 0x80 == 0 { size } else { -size }
+}
+
+/// Rows of a matrix in bf16, all and some.
+fn widened_rows(suite: &mut Suite, format: Format) {
+    const DIMS: [usize; 2] = [37, 768];
+    if format == Format::Bf16 {
+        return;
+    }
+    let numbers = suite.random(&DIMS);
+    for outs in [0..37, 5..36] {
+        let case = format!("{format:?}, rows {outs:?} of {DIMS:?}");
+        let found = stored(&numbers, format, &suite.device);
+        let (matrix, widened) = match found {
+            Ok(both) => both,
+            Err(error) => return suite.judge("widen", &case, Err(error), vec![]),
+        };
+        let scale = if format == Format::F8E4M3 { SCALE } else { 1.0 };
+        let expected = widened.narrow(0, outs.start, outs.len());
+        let expected = expected.and_then(|x| {
+            let x = (x / scale)?;
+            Ok((x.clone(), rounded::rounded(&x)?))
+        });
+        let kernel =
+            |order: &u32| match suite.on_kernels(*order, || matrix.widened(outs.clone()))? {
+                Some(wide) => Ok(wide),
+                None => candle_core::bail!("no kernel"),
+            };
+        let kernels: Vec<_> = suite.orders.iter().map(kernel).collect();
+        suite.judge("widen", &case, expected, kernels);
+    }
 }
 
 fn product(suite: &mut Suite, format: Format, [rows, depth, outs]: [usize; 3]) {
