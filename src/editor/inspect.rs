@@ -2,6 +2,7 @@
 
 use std::{collections::BTreeMap, path::Path};
 
+use safetensors::Dtype;
 use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
 
@@ -16,7 +17,8 @@ use super::{
 use crate::{
     diffusion::qwen_image::header::Header,
     error::Result,
-    weights::{Checkpoint, ModelFiles},
+    ops::cuda::multiplies_float8,
+    weights::{Checkpoint, ModelFiles, Precision, Storage},
 };
 
 /// The folders with weights, and the name of the file in each.
@@ -140,6 +142,26 @@ impl ModelInfo {
         })
     }
 
+    /// Why products in fp8 that were asked for are not done so.
+    pub(super) fn float8_note(&self, precision: &Precision) -> Option<String> {
+        if !precision.float8_products {
+            return None;
+        }
+        let transformer = self.parts.iter().filter(|part| part.name == "transformer");
+        let is_float8 = transformer
+            .flat_map(|part| part.types.keys())
+            .any(|name| name.starts_with(Dtype::F8_E4M3.to_string().as_str()));
+        let why = match (is_float8, precision.storage) {
+            (false, _) => "the transformer's weights are not fp8 (e4m3)",
+            (true, Storage::Compute) if multiplies_float8(&precision.device) => return None,
+            (true, Storage::Compute) => {
+                "only a GPU of compute capability 9.0 (Hopper) has such products"
+            }
+            (true, _) => "--dtype keeps the weights in another type",
+        };
+        Some(format!("--fp8-matmul has no effect: {why}"))
+    }
+
     /// The first digits of the digest, for a person.
     #[must_use]
     pub fn short_digest(&self) -> &str {
@@ -160,5 +182,25 @@ impl PartInfo {
             stored_bytes: checkpoint.stored_bytes(),
             types,
         }
+    }
+}
+
+#[cfg(all(test, feature = "mini"))]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn products_in_fp8_that_cannot_be_are_explained() {
+        let mut info = ModelInfo::read(&ModelSource::Mini).unwrap();
+        let asked = Precision { float8_products: true, ..Precision::reference() };
+        let note = |info: &ModelInfo, storage| {
+            info.float8_note(&Precision { storage, ..asked.clone() }).unwrap()
+        };
+        assert_eq!(info.float8_note(&Precision::reference()), None);
+        assert!(note(&info, Storage::Compute).contains("not fp8"));
+        let transformer = info.parts.iter_mut().find(|part| part.name == "transformer").unwrap();
+        transformer.types.insert("F8_E4M3".to_owned(), 1);
+        assert!(note(&info, Storage::Q8_0).contains("--dtype"));
+        assert!(note(&info, Storage::Compute).contains("Hopper"));
     }
 }

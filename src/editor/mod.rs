@@ -50,7 +50,6 @@ use crate::{
     diffusion::{DiffusionModel, schedule::ScheduleConfig},
     error::{Error, Result},
     memory::{self, Budget, Device, DeviceMemory, Holding},
-    ops::cuda::multiplies_float8,
     pixels::Size,
     progress::{CancelToken, Event, Observer, Stage},
     request::{
@@ -494,7 +493,7 @@ fn note_files(
     for note in files.notes() {
         observer.event(&Event::Note(note));
     }
-    if let Some(note) = float8_note(info, precision) {
+    if let Some(note) = info.float8_note(precision) {
         observer.event(&Event::Note(&note));
     }
     let has = |start: &str| {
@@ -512,23 +511,4 @@ fn note_files(
     if has("IQ4_") && !matches!(precision.storage, Storage::Plain(_)) {
         observer.event(&Event::Note("IQ4 weights are kept as Q8_0, in 8.5 bits each"));
     }
-}
-
-/// Why products in fp8 that were asked for are not done so.
-fn float8_note(info: &ModelInfo, precision: &Precision) -> Option<String> {
-    if !precision.float8_products {
-        return None;
-    }
-    let of_transformer = info.parts.iter().filter(|part| part.name == "transformer");
-    let is_float8 =
-        of_transformer.flat_map(|part| part.types.keys()).any(|name| name.starts_with("F8_E4M3"));
-    let why = match (is_float8, precision.storage) {
-        (false, _) => "the transformer's weights are not fp8 (e4m3)",
-        (true, Storage::Compute) if multiplies_float8(&precision.device) => return None,
-        (true, Storage::Compute) => {
-            "the device has no such products; a GPU of compute capability 9.0 (Hopper) has"
-        }
-        (true, _) => "--dtype keeps the weights in another type",
-    };
-    Some(format!("--fp8-matmul has no effect: {why}"))
 }
