@@ -17,7 +17,6 @@ use super::{
 use crate::{
     diffusion::qwen_image::header::Header,
     error::Result,
-    ops::cuda::multiplies_float8,
     weights::{Checkpoint, ModelFiles, Precision, Storage},
 };
 
@@ -153,7 +152,7 @@ impl ModelInfo {
             .any(|name| name.starts_with(Dtype::F8_E4M3.to_string().as_str()));
         let why = match (is_float8, precision.storage) {
             (false, _) => "the transformer's weights are not fp8 (e4m3)",
-            (true, Storage::Compute) if multiplies_float8(&precision.device) => return None,
+            (true, Storage::Compute) if precision.multiplies_float8() => return None,
             (true, Storage::Compute) => {
                 "only a GPU of compute capability 9.0 (Hopper) has such products"
             }

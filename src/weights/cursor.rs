@@ -76,6 +76,12 @@ impl Precision {
             cancel: CancelToken::new(),
         }
     }
+
+    /// Whether [`Self::float8_products`] is asked for and the device has such products.
+    #[must_use]
+    pub fn multiplies_float8(&self) -> bool {
+        self.float8_products && cuda::multiplies_float8(&self.device)
+    }
 }
 
 /// A place in a checkpoint, named by a prefix; cheap to clone.
@@ -101,7 +107,7 @@ impl Weights {
     /// below it.
     #[must_use]
     pub(crate) fn with_float8_products(&self) -> Self {
-        Self { float8_products: self.precision.float8_products, ..self.clone() }
+        Self { float8_products: self.precision.multiplies_float8(), ..self.clone() }
     }
 
     /// The same place; `cancel` is looked at before each tensor is read.
@@ -222,8 +228,7 @@ impl Weights {
             return Ok(None);
         };
         let matrix = StoredMatrix::new(bytes, Format::F8E4M3, (out, width), scale)?;
-        let rounds = self.float8_products && cuda::multiplies_float8(device);
-        Ok(Some(if rounds { matrix.with_float8_products()? } else { matrix }))
+        Ok(Some(if self.float8_products { matrix.with_float8_products()? } else { matrix }))
     }
 
     /// Fails when a tensor was not read and no entry of `ignored` is the start of its name.

@@ -60,7 +60,8 @@ impl TensorEntry {
             // A kernel multiplies the bytes of the file.
             (Storage::Compute, None) if self.is_e4m3() && precision.device.is_cuda() => {
                 // With a scale for each output.
-                numbers + if precision.float8_products { plain(rows as u64, DType::F32) } else { 0 }
+                numbers
+                    + if precision.multiplies_float8() { plain(rows as u64, DType::F32) } else { 0 }
             }
             (Storage::Compute, None) => plain(numbers, self.compute_type(precision.compute)),
         }

@@ -128,7 +128,10 @@ mod device {
     use crate::ops::float8::e4m3;
 
     /// What is known of a device: nothing yet, or whether each kind of product came out right.
-    static KNOWN: Mutex<Option<HashMap<(DeviceId, bool), Option<Arc<Library>>>>> = Mutex::new(None);
+    static KNOWN: Mutex<Option<HashMap<Kind, Option<Arc<Library>>>>> = Mutex::new(None);
+
+    /// A device, and whether products are in fp8.
+    type Kind = (DeviceId, bool);
 
     /// Sizes of products in fp8 are multiples of this, and addresses of all.
     const ALIGNMENT: usize = 16;
