@@ -230,7 +230,7 @@ DEVICE void float8_row_in_registers(const Float8RowsArgs& args) {
 }
 
 KERNEL(float8_rows_3, Float8RowsArgs, 256, 4) { float8_row_in_registers<3>(args); }
-KERNEL(float8_rows_6, Float8RowsArgs, 256, 4) { float8_row_in_registers<6>(args); }
+KERNEL(float8_rows_6, Float8RowsArgs, 256, 3) { float8_row_in_registers<6>(args); }
 
 KERNEL(float8_rows, Float8RowsArgs, 256, 1) {
   const int64_t at = block_x() * args.depth;
