@@ -14,6 +14,7 @@ KERNEL(attention_d32, AttentionArgs, 128, 1) { attention_block<32, 4, 1, 64, fal
 KERNEL(attention_d64, AttentionArgs, 128, 1) { attention_block<64, 4, 1, 64, false>(args); }
 KERNEL(attention_d80, AttentionArgs, 128, 1) { attention_block<80, 4, 1, 64, false>(args); }
 KERNEL(attention_d128, AttentionArgs, 128, 1) { attention_block<128, 4, 1, 64, false>(args); }
+KERNEL(attention_d384, AttentionArgs, 128, 1) { attention_block<384, 4, 1, 32, false>(args); }
 KERNEL(attention_split_d16, AttentionArgs, 32, 1) { attention_block<16, 1, 1, 64, false>(args); }
 KERNEL(attention_split_d32, AttentionArgs, 32, 1) { attention_block<32, 1, 1, 64, false>(args); }
 KERNEL(attention_split_d64, AttentionArgs, 32, 1) { attention_block<64, 1, 1, 64, false>(args); }

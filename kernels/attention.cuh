@@ -58,7 +58,7 @@ struct AttentionArgs {
 template <int D>
 struct SharedRows {
   static constexpr int CHUNKS = D / 8;
-  static constexpr int STRIDE = CHUNKS <= 8 ? 8 : 16;
+  static constexpr int STRIDE = CHUNKS <= 8 ? 8 : CHUNKS <= 16 ? 16 : CHUNKS;
   static constexpr int ROW_BYTES = 16 * STRIDE;
   DEVICE static unsigned char* at(unsigned char* rows, int row, int chunk) {
     return rows + 16 * (row * STRIDE + (chunk ^ (row & 7)));

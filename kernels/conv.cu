@@ -1,106 +1,79 @@
-// Two-dimensional convolution of pictures [b][in][h][w] as a matrix product that never stores its patches:
-//   y[out][pixel] = sum over (tap, in) of w[out][tap][in] x[in][pixel moved by the tap] + bias[out]
-// with zeros around the picture. Rows of the product are outputs, columns are pixels, the depth runs
-// over taps and channels; see product.cuh. Channels are filled up to a multiple of 64 in the weights,
-// so that a tile of the depth has one tap.
+// Two-dimensional convolutions of pictures, see conv.cuh:
+//   y[pixel][out] = sum over (tap, in) of w[tap][out][in] x[pixel moved by the tap][in] + bias[out]
+// with zeros around the picture, and the shortcut's product with it where there is one.
 //
-// conv2d: grid (out tiles of 128, pixel tiles of 128, b); 256 threads.
-// The weights: [out][taps][channels up to 64] in bf16.
-#include "product.cuh"
+// conv2d_N: blocks of 16 × 16 pixels by N outputs. Eight warps own two rows of pixels each; slabs of 32
+//   channels with the weights of their taps are doubled in shared memory, so that the next ones arrive while
+//   these are multiplied. Grid: (tiles, 1, 1); 256 threads.
+#include "conv.cuh"
 
-struct ConvArgs {
-  const bf16* x;
-  const bf16* weight;
-  const bf16* bias;  // [outs], or null
-  bf16* y;           // [b][outs][out_height][out_width]
-  int64_t channels, channels_padded, outs;
-  int64_t height, width, out_height, out_width;
-  int64_t kernel_height, kernel_width, stride, pad_top, pad_left;
-};
-
-struct ConvOperands {
-  const ConvArgs& args;
-  // Where the eight pixels begin that this thread brings: they stay the same along the depth.
-  int out_y, out_x, pixels_left;
-
-  DEVICE ConvOperands(const ConvArgs& args) : args(args) {
-    const int64_t first = block_y() * PRODUCT_COLUMNS + 8 * (thread_index() % (PRODUCT_COLUMNS / 8));
-    out_y = int(first / args.out_width);
-    out_x = int(first % args.out_width);
-    pixels_left = int(min64(8, args.out_height * args.out_width - first));
-  }
-
-  DEVICE int64_t depth() const {
-    return args.kernel_height * args.kernel_width * args.channels_padded;
-  }
-
-  DEVICE void copy_rows(unsigned char* to, int64_t first, int k) const {
-    copy_row_tile(to, args.weight, depth(), first, args.outs, k);
-  }
-
-  static constexpr bool COLUMNS_BY_DEPTH = true;  // a channel's pixels lie side by side
-  // A thread brings 8 neighbouring pixels of four channels.
-  static constexpr int HELD = PRODUCT_COLUMNS * PRODUCT_DEPTH / 8 / PRODUCT_THREADS;
-  struct Held {
-    Words words[HELD];
-  };
-
-  DEVICE void fetch_columns(Held& held, int64_t, int k) const {
-    const int padded = int(args.channels_padded), kernel_width = int(args.kernel_width);
-    const int height = int(args.height), width = int(args.width), stride = int(args.stride);
-    const int tap = k / padded, channel_first = k % padded;
-    const int move_y = tap / kernel_width - int(args.pad_top);
-    const int move_x = tap % kernel_width - int(args.pad_left);
-    const int64_t plane = args.height * args.width;
-    int places[8];  // within a plane, or -1
-    int y = out_y, x = out_x;
+template <int COLUMNS>
+DEVICE void conv_block(const ConvArgs& args) {
+  constexpr int CHUNK = 32, THREADS = 256, ROWS = 2;
+  using Rows = PixelRows<CHUNK>;
+  constexpr int SLAB_BYTES = CONV_SLAB_ROWS * CONV_SIDE * Rows::ROW_BYTES;
+  constexpr int TAP_BYTES = COLUMNS * Rows::ROW_BYTES;
+  constexpr int STAGE_BYTES = SLAB_BYTES + 3 * TAP_BYTES;
+  const ConvTile tile(args, block_x(), COLUMNS);
+  float sums[ROWS][COLUMNS / 8][4];
+  UNROLL
+  for (int m = 0; m < ROWS; ++m) {
     UNROLL
-    for (int j = 0; j < 8; ++j) {
-      const int in_y = y * stride + move_y, in_x = x * stride + move_x;
-      const bool there =
-          j < pixels_left && in_y >= 0 && in_y < height && in_x >= 0 && in_x < width;
-      places[j] = there ? in_y * width + in_x : -1;
-      if (++x == int(args.out_width)) {
-        x = 0;
-        ++y;
-      }
-    }
-    UNROLL
-    for (int i = 0; i < HELD; ++i) {
-      const int row = (thread_index() + i * PRODUCT_THREADS) / (PRODUCT_COLUMNS / 8);
-      const int channel = channel_first + row;
-      held.words[i] = {{0, 0, 0, 0}};
-      if (channel >= args.channels) continue;
-      const bf16* from = args.x + (block_z() * args.channels + channel) * plane;
+    for (int n = 0; n < COLUMNS / 8; ++n) {
       UNROLL
-      for (int j = 0; j < 8; ++j) {
-        const uint32_t bits = places[j] < 0 ? 0 : from[places[j]].bits;
-        held.words[i].at[j / 2] |= bits << (16 * (j & 1));
+      for (int part = 0; part < 4; ++part) sums[m][n][part] = 0.0f;
+    }
+  }
+
+  const int outs = int(args.outs);
+  int stage = 0, taps = 0, steps = 0;  // of the slab that is multiplied next
+  auto multiply = [&](unsigned char* slab_rows) {
+    for (int tap = 0; tap < taps; ++tap) {
+      unsigned char* tap_rows = slab_rows + SLAB_BYTES + tap * TAP_BYTES;
+      for (int k = 0; k < steps; ++k) {
+        uint32_t a[ROWS][4];
+        UNROLL
+        for (int m = 0; m < ROWS; ++m) {
+          const int row = (ROWS * warp() + m + tap) * CONV_SIDE + (lane() & 15);
+          load_matrices(a[m], Rows::at(slab_rows, row, 2 * k + (lane() >> 4)));
+        }
+        UNROLL
+        for (int n = 0; n < COLUMNS / 16; ++n) {
+          uint32_t b[4];
+          const int row = 16 * n + (lane() & 7) + 8 * (lane() >> 4);
+          load_matrices(b, Rows::at(tap_rows, row, 2 * k + (lane() >> 3 & 1)));
+          UNROLL
+          for (int m = 0; m < ROWS; ++m) {
+            multiply_add(sums[m][2 * n], a[m], b[0], b[1]);
+            multiply_add(sums[m][2 * n + 1], a[m], b[2], b[3]);
+          }
+        }
       }
     }
-  }
-
-  DEVICE void place_columns(unsigned char* to, const Held& held) const {
-    UNROLL
-    for (int i = 0; i < HELD; ++i) {
-      const int at = thread_index() + i * PRODUCT_THREADS;
-      const int row = at / (PRODUCT_COLUMNS / 8), chunk = at % (PRODUCT_COLUMNS / 8);
-      store_words(SharedRows<PRODUCT_COLUMNS>::at(to, row, chunk), held.words[i]);
+  };
+  conv_slabs<CHUNK, false>(args, tile, [&](const ConvSlab& slab) {
+    unsigned char* next = shared_memory() + (1 - stage) * STAGE_BYTES;
+    copy_slab<CHUNK, CONV_SIDE, THREADS>(next, slab, thread_index());
+    for (int tap = 0; tap < slab.rows; ++tap) {
+      copy_tap<CHUNK, COLUMNS, THREADS>(next + SLAB_BYTES + tap * TAP_BYTES, slab, tile, tap, 0, outs,
+                                        thread_index());
     }
-  }
+    copy_commit();
+    multiply(shared_memory() + stage * STAGE_BYTES);
+    copy_wait<0>();
+    block_barrier();  // the next slab is there, and nobody reads this one any more
+    stage = 1 - stage;
+    taps = slab.rows;
+    steps = slab.steps(CHUNK);
+  });
+  multiply(shared_memory() + stage * STAGE_BYTES);
 
-  DEVICE void store(int64_t out, int64_t pixel, float first, float second) const {
-    const int64_t pixels = args.out_height * args.out_width;
-    if (out >= args.outs) return;
-    const float bias = args.bias ? to_float(args.bias[out]) : 0.0f;
-    bf16* y = args.y + (block_z() * args.outs + out) * pixels + pixel;
-    if (pixel + 1 < pixels && pixels % 2 == 0) {
-      *reinterpret_cast<uint32_t*>(y) = pack_bf16(first + bias, second + bias);
-      return;
-    }
-    if (pixel < pixels) y[0] = from_float<bf16>(first + bias);
-    if (pixel + 1 < pixels) y[1] = from_float<bf16>(second + bias);
+  UNROLL
+  for (int m = 0; m < ROWS; ++m) {
+    finish_pixels<COLUMNS / 8, false>(args, tile, ROWS * warp() + m, 0, sums[m]);
   }
-};
+}
 
-KERNEL(conv2d, ConvArgs, 256, 2) { product_block(ConvOperands(args)); }
+KERNEL(conv2d_96, ConvArgs, 256, 2) { conv_block<96>(args); }
+KERNEL(conv2d_64, ConvArgs, 256, 2) { conv_block<64>(args); }
+KERNEL(conv2d_16, ConvArgs, 256, 2) { conv_block<16>(args); }

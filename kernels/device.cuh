@@ -81,6 +81,9 @@ DEVICE uint32_t pack_e4m3(float low, float high) {
 #endif
 }
 
+// 1 / (1 + exp(-x)), within some units in the last place of float32.
+DEVICE float sigmoid(float x) { return inverse_fast(1.0f + exp2_fast(-1.4426950408889634f * x)); }
+
 // 16 bytes, moved at once.
 struct alignas(16) Words {
   uint32_t at[4];

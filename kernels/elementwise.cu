@@ -1,8 +1,8 @@
 // One number in, one out: activations, rotation, norms over a picture's channels, one step of the
 // sampler. bf16 unless said otherwise, computed in float32 and rounded once.
 //
-// activate: f(x + bias), f of ACTIVATIONS below; with `up`, f(x + bias) * (up + up_bias). A bias has the
-//   width of a row. Grid: (chunks of 8 / 256, 1, 1); 256 threads.
+// activate: f(x), f of Activation below; with `up`, f(x) * up. Each thread has two pieces of 8 numbers.
+//   Grid: (pieces / 512, 1, 1); 256 threads.
 // rotate: pairs (x0, x1), (x2, x3), .. or halves (x[i], x[i + d / 2]) of x: [b * n][h][d], turned by the
 //   angles [n][d / 2], which are float32 or bf16. Grid: (pairs / 256, 1, 1); 256 threads.
 // channel_norm: x / max(|x|, 1e-12) * sqrt(channels) * gamma over the channels of [b][channels][pixels],
@@ -13,9 +13,7 @@
 //   warp for each row.
 #include "device.cuh"
 
-enum Activation { IDENTITY = 0, GELU_TANH = 1, GELU_ERF = 2, SILU = 3 };
-
-DEVICE float sigmoid(float x) { return 1.0f / (1.0f + exp2_fast(-1.4426950408889634f * x)); }
+enum Activation { GELU_TANH = 1, GELU_ERF = 2, SILU = 3 };
 
 DEVICE float activated(float x, int64_t kind) {
   switch (kind) {
@@ -32,28 +30,59 @@ DEVICE float activated(float x, int64_t kind) {
 }
 
 struct ActivateArgs {
-  const bf16* x;        // [rows][width]
-  const bf16* up;       // [rows][width], or null
-  const bf16* bias;     // [width], or null
-  const bf16* up_bias;  // [width], or null
+  const bf16* x;   // [count], at a multiple of 16 bytes, as the others
+  const bf16* up;  // [count], or null
   bf16* out;
-  int64_t count, width;  // count: rows * width
+  int64_t count;
   int64_t kind;
 };
 
-KERNEL(activate, ActivateArgs, 256, 1) {
-  const int64_t first = 8 * (block_x() * block_threads() + thread_index());
-  const int64_t end = min64(first + 8, args.count);
-  for (int64_t i = first; i < end; ++i) {
-    float x = to_float(args.x[i]);
-    if (args.bias) x += to_float(args.bias[i % args.width]);
-    float y = activated(x, args.kind);
-    if (args.up) {
-      float up = to_float(args.up[i]);
-      if (args.up_bias) up += to_float(args.up_bias[i % args.width]);
-      y *= up;
+template <int KIND, bool GATED>
+DEVICE void activate_pieces(const ActivateArgs& args) {
+  constexpr int PIECES = 2;
+  int64_t at[PIECES];
+  Words x[PIECES], up[PIECES];
+  UNROLL
+  for (int i = 0; i < PIECES; ++i) {
+    at[i] = 8 * ((PIECES * block_x() + i) * block_threads() + thread_index());
+    if (at[i] + 8 > args.count) continue;
+    x[i] = load_words(args.x + at[i]);
+    if (GATED) up[i] = load_words(args.up + at[i]);
+  }
+  UNROLL
+  for (int i = 0; i < PIECES; ++i) {
+    if (at[i] + 8 <= args.count) {
+      Words out;
+      UNROLL
+      for (int j = 0; j < 4; ++j) {
+        float low = activated(low_float(x[i].at[j]), KIND);
+        float high = activated(high_float(x[i].at[j]), KIND);
+        if (GATED) {
+          low *= low_float(up[i].at[j]);
+          high *= high_float(up[i].at[j]);
+        }
+        out.at[j] = pack_bf16(low, high);
+      }
+      store_words(args.out + at[i], out);
+      continue;
     }
-    args.out[i] = from_float<bf16>(y);
+    for (int64_t j = at[i]; j < args.count; ++j) {
+      const float y = activated(to_float(args.x[j]), KIND);
+      args.out[j] = from_float<bf16>(GATED ? y * to_float(args.up[j]) : y);
+    }
+  }
+}
+
+KERNEL(activate, ActivateArgs, 256, 6) {
+  // The same for all threads, so that each kind has a loop of its own.
+  const bool gated = args.up != nullptr;
+  switch (args.kind) {
+    case GELU_TANH:
+      return gated ? activate_pieces<GELU_TANH, true>(args) : activate_pieces<GELU_TANH, false>(args);
+    case GELU_ERF:
+      return gated ? activate_pieces<GELU_ERF, true>(args) : activate_pieces<GELU_ERF, false>(args);
+    case SILU:
+      return gated ? activate_pieces<SILU, true>(args) : activate_pieces<SILU, false>(args);
   }
 }
 

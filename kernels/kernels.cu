@@ -1,9 +1,11 @@
 // All kernels, as one unit of compilation.
 #include "attention.cu"
 #include "conv.cu"
+#include "conv_hopper.cu"
 #include "elementwise.cu"
 #include "hopper.cu"
 #include "joint_attention.cu"
 #include "latents.cu"
 #include "linear.cu"
+#include "pictures.cu"
 #include "rows.cu"

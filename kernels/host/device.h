@@ -42,6 +42,10 @@ void wait_for_block();
 // Stops the launch and reports why.
 [[noreturn]] void fail(const char* why);
 
+// Gives way until `awake` with the same place.
+void sleep_at(const void* place);
+void awake(const void* place);
+
 void copy_later(void* to, const void* from, bool there);
 void commit_copies();
 void finish_copies(int pending);
@@ -85,6 +89,7 @@ inline float shuffle(float x, int from) {
   emulation::together("shuffle", &operands, emulation::shuffle);
   return operands.result;
 }
+inline int shuffle_int(int x, int from) { return int(shuffle(float(x), from)); }
 inline float shuffle_xor(float x, int mask) { return shuffle(x, lane() ^ mask); }
 inline float atomic_add(float* at, float x) {
   const float before = *at;
@@ -93,6 +98,7 @@ inline float atomic_add(float* at, float x) {
 }
 
 inline float exp2_fast(float x) { return exp2f(x); }
+inline float inverse_fast(float x) { return 1.0f / x; }
 inline float inverse_root(float x) { return 1.0f / sqrtf(x); }
 
 inline uint16_t round_to_bf16(float x) {
@@ -104,6 +110,8 @@ inline uint16_t round_to_bf16(float x) {
 inline uint32_t pack_bf16(float low, float high) {
   return uint32_t(round_to_bf16(low)) | uint32_t(round_to_bf16(high)) << 16;
 }
+
+inline void write_words(void* to, const uint32_t (&words)[4]) { memcpy(to, words, 16); }
 
 inline void load_matrices(uint32_t (&to)[4], const void* row) {
   emulation::LoadMatrices operands{to, row};
