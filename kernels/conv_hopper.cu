@@ -10,8 +10,9 @@
 
 #ifdef HAS_GROUP_PRODUCTS
 
-template <int COLUMNS_, int SLABS_, int TAPS_, int PITCH_>
+template <int COLUMNS_, int SLABS_, int TAPS_, int PITCH_, int AHEAD = 2>
 struct HopperConv {
+  // AHEAD: taps whose copies may be under way before the oldest is awaited.
   static constexpr int COLUMNS = COLUMNS_, SLABS = SLABS_, TAPS = TAPS_, PITCH = PITCH_, CHUNK = 64;
   static constexpr bool WIDE = PITCH > CONV_SIDE;
   static constexpr int PRODUCERS = 128;
@@ -48,8 +49,6 @@ struct HopperConv {
 
   // Brings what all tiles of this block need.
   DEVICE void produce(const ConvArgs& args, int thread) const {
-    // Taps whose copies may be under way before the oldest is awaited.
-    constexpr int AHEAD = 2;
     const int outs = int(args.outs);
     int slab_place = 0, slab_round = 0, place = 0, round = 0, announced = 0, under_way = 0;
     auto announce = [&] {
