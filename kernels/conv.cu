@@ -5,6 +5,10 @@
 // conv2d_N: blocks of 16 × 16 pixels by N outputs. Eight warps own two rows of pixels each; slabs of 32
 //   channels with the weights of their taps are doubled in shared memory, so that the next ones arrive while
 //   these are multiplied. Grid: (tiles, 1, 1); 256 threads.
+//
+// TFLOP/s on an H200: conv2d_96 228 to 245 (96 to 96 channels at 1024 × 1024; 384 to 384 at 256 × 256),
+// conv2d_64 178 to 247; conv2d_16 takes 0.34 ms from 96 channels to 3 outputs at 1024 × 1024.
+// Tried: one block of 96 a multiprocessor with more registers: 203 to 215; one of 128: 182 to 245.
 #include "conv.cuh"
 
 template <int COLUMNS>

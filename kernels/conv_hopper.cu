@@ -1,29 +1,37 @@
 // Convolutions with Hopper's products of four warps (wgmma), for compute capability 9.0 only, see conv.cuh.
 //
 // conv2d_hopper_N: what conv2d_N computes. Four warps bring slabs of 64 channels and the weights tap by tap;
-//   two groups of four multiply, each 8 × 16 pixels by N outputs. Slabs and taps go round in rings of
-//   places in shared memory: a place is full when its copies have arrived and empty when its products
-//   have ended, which barriers in shared memory count. Blocks stay and take one tile after the other,
-//   so that the next tile's first slabs arrive while results are written.
+//   two groups of four multiply, each 8 × 16 pixels by N outputs. A slab has the 18 × 18 pixels that all
+//   nine taps of a block meet: a tap is a place in the slab where a product begins, and eight pixels
+//   beside each other are what a product finds at once, so that rows may be 18 pixels apart. Slabs and
+//   taps go round in rings of places in shared memory: a place is full when its copies have arrived and
+//   empty when its products have ended, which barriers in shared memory count. Blocks stay and take one
+//   tile after the other, so that the next tile's first slabs arrive while results are written.
 //   Grid: (multiprocessors, 1, 1); 384 threads.
+//
+// TFLOP/s on an H200: conv2d_hopper_192 435 to 512 where it fits, conv2d_hopper_96 326 (96 to 96 channels,
+// 1024 × 1024) and 424 (192 to 96, enlarged to 1024 × 1024); with a stride of two 322 and 213.
+// Tried, for 96 to 96 channels at 1024 × 1024 and 384 to 384 at 256 × 256:
+// - a slab for each column of taps, 16 pixels wide, so that products find 64 pixels in one piece: 278 and 433;
+// - rows 24 pixels apart: 328 and 475, with more shared memory;
+// - copies of 4 taps under way in place of 2: 311 and 422 (blocks of 96 outputs);
+// - two slabs and 12 taps in place of 3 and 9, blocks of 96 outputs: 276 and 364.
 #include "conv.cuh"
 
 #ifdef HAS_GROUP_PRODUCTS
 
-template <int COLUMNS_, int SLABS_, int TAPS_, int PITCH_, int AHEAD = 2>
+template <int COLUMNS_, int SLABS_, int TAPS_>
 struct HopperConv {
-  // AHEAD: taps whose copies may be under way before the oldest is awaited.
-  static constexpr int COLUMNS = COLUMNS_, SLABS = SLABS_, TAPS = TAPS_, PITCH = PITCH_, CHUNK = 64;
-  static constexpr bool WIDE = PITCH > CONV_SIDE;
+  static constexpr int COLUMNS = COLUMNS_, SLABS = SLABS_, TAPS = TAPS_, CHUNK = 64;
+  static constexpr int PITCH = CONV_SIDE + 2;
+  static constexpr int AHEAD = 2;  // taps whose copies may be under way before the oldest is awaited
   static constexpr int PRODUCERS = 128;
   static constexpr int SLAB_BYTES =
       (CONV_SLAB_ROWS * PITCH * PixelRows<CHUNK>::ROW_BYTES + 1023) / 1024 * 1024;
   static constexpr int TAP_BYTES = COLUMNS * PixelRows<CHUNK>::ROW_BYTES;
   static constexpr int ROW_BYTES = PixelRows<CHUNK>::ROW_BYTES, EIGHT_ROWS = 8 * ROW_BYTES;
-  // A product's 64 pixels are four rows of 16, which lie side by side, or eight rows of 8 in a wide slab. From
-  // eight pixels to the next, and from a group's first product to the second.
-  static constexpr int NEXT_EIGHT = WIDE ? PITCH * ROW_BYTES : EIGHT_ROWS;
-  static constexpr int SECOND = WIDE ? EIGHT_ROWS : 4 * PITCH * ROW_BYTES;
+  // A product's 64 pixels are eight rows of 8: from one row to the next.
+  static constexpr int NEXT_ROW = PITCH * ROW_BYTES;
 
   unsigned char *slabs, *taps;
   SharedBarrier *full, *empty, *slab_empty;
@@ -66,12 +74,12 @@ struct HopperConv {
     const int64_t tiles = ConvTile::count(args, COLUMNS);
     for (int64_t index = block_x(); index < tiles; index += grid_x()) {
       const ConvTile tile(args, index, COLUMNS);
-      conv_slabs<CHUNK, WIDE>(args, tile, [&](const ConvSlab& slab) {
+      conv_slabs<CHUNK, true>(args, tile, [&](const ConvSlab& slab) {
         await(slab_empty + slab_place, slab_round);
         copy_slab<CHUNK, PITCH, PRODUCERS>(slabs + slab_place * SLAB_BYTES, slab, thread);
         for (int tap = 0; tap < slab.rows * slab.columns; ++tap) {
           await(empty + place, round);
-          const int column = WIDE ? tap / slab.rows : 0, row = tap - column * slab.rows;
+          const int column = tap / slab.rows, row = tap - column * slab.rows;
           copy_tap<CHUNK, COLUMNS, PRODUCERS>(taps + place * TAP_BYTES, slab, tile, row, column, outs,
                                               thread);
           copy_commit();
@@ -106,7 +114,7 @@ struct HopperConv {
       const SharedOperand columns = shared_operand(right + 32 * k, 16, EIGHT_ROWS);
       UNROLL
       for (int m = 0; m < 2; ++m) {
-        const SharedOperand rows = shared_operand(left + m * SECOND + 32 * k, 16, NEXT_EIGHT);
+        const SharedOperand rows = shared_operand(left + m * EIGHT_ROWS + 32 * k, 16, NEXT_ROW);
         multiply_add_group<COLUMNS>(sums[m], rows, columns, add || k > 0);
       }
     }
@@ -127,13 +135,13 @@ struct HopperConv {
       const ConvTile tile(args, index, COLUMNS);
       float sums[2][COLUMNS / 8][4];
       bool add = false;
-      conv_slabs<CHUNK, WIDE>(args, tile, [&](const ConvSlab& slab) {
+      conv_slabs<CHUNK, true>(args, tile, [&](const ConvSlab& slab) {
         const int steps = slab.steps(CHUNK);
         const unsigned char* slab_rows = slabs + slab_place * SLAB_BYTES;
         const int slab_taps = slab.rows * slab.columns;
         for (int tap = 0; tap < slab_taps; ++tap) {
           barrier_wait(full + place, round & 1);
-          const int column = WIDE ? tap / slab.rows : 0, row = tap - column * slab.rows;
+          const int column = tap / slab.rows, row = tap - column * slab.rows;
           const unsigned char* left = slab_rows + ((8 * group + row) * PITCH + column) * ROW_BYTES;
           const unsigned char* right = taps + place * TAP_BYTES;
           // Each number of steps without a loop, so that a tap's products end as one.
@@ -161,9 +169,7 @@ struct HopperConv {
       UNROLL
       for (int m = 0; m < 2; ++m) {
         sums_arrived<COLUMNS>(sums[m]);
-        const int part = warp() % 4;
-        const int row = 8 * group + (WIDE ? 2 * part : 4 * m + part);
-        finish_pixels<COLUMNS / 8, WIDE>(args, tile, row, WIDE ? 8 * m : 0, sums[m]);
+        finish_pixels<COLUMNS / 8, true>(args, tile, 8 * group + 2 * (warp() % 4), 8 * m, sums[m]);
       }
     }
   }
@@ -185,10 +191,10 @@ DEVICE void conv_hopper(const ConvArgs& args) {
 }
 
 KERNEL(conv2d_hopper_96, ConvArgs, 384, 1) {
-  conv_hopper<HopperConv<96, 3, 9, 16>, 104, 200>(args);
+  conv_hopper<HopperConv<96, 3, 8>, 104, 200>(args);
 }
 KERNEL(conv2d_hopper_192, ConvArgs, 384, 1) {
-  conv_hopper<HopperConv<192, 2, 6, 16>, 40, 232>(args);
+  conv_hopper<HopperConv<192, 2, 6>, 40, 232>(args);
 }
 
 #endif

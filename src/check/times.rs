@@ -19,7 +19,7 @@ use crate::{
     error::Result,
     ops::{
         self, Conv2dShape, JointShape, JointStream, Mask, PackedConv2d, PackedLinear, Padding,
-        Sinusoids,
+        Picture, Sinusoids,
         cuda::{Format, StoredMatrix, has_hopper, use_blas_lt, with_hopper},
     },
     progress::CancelToken,
@@ -268,14 +268,15 @@ fn rows(timer: &mut Timer<'_>, shrink: usize) -> Result<()> {
     let shape = Conv2dShape { stride: 1, padding: Padding::all(1) };
     let conv = PackedConv2d::new(&weight, None, shape)?;
     let work = amount(&[2, side, side, 96, 96, 9]) / 1e12;
+    let picture = Picture::new(picture)?;
     timer.time(format!("convolution 3 × 3, 96 channels, side {side}"), (work, "TFLOP/s"), || {
-        conv.forward(&picture)?;
+        conv.apply(&picture)?;
         Ok(())
     });
     let gamma = random(device, &[96])?;
     let work = amount(&[2, side, side, 96, 2]) / 1e9;
     timer.time(format!("channel norm and silu, 96 channels, side {side}"), (work, "GB/s"), || {
-        ops::channel_rms_norm_silu(&picture, &gamma)?;
+        picture.rms_norm_silu(&gamma)?;
         Ok(())
     });
     Ok(())

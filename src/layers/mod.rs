@@ -9,7 +9,7 @@ pub use low_rank::LowRank;
 
 use crate::{
     error::Result,
-    ops::{self, Conv2dShape, PackedConv2d, PackedLinear},
+    ops::{self, Conv2dShape, PackedConv2d, PackedLinear, Picture, ResidualConv2d},
     weights::Weights,
 };
 
@@ -129,16 +129,16 @@ impl ChannelRmsNorm {
     ///
     /// # Errors
     /// Another number of channels, or a failure of the device.
-    pub fn forward(&self, x: &Tensor) -> TensorResult<Tensor> {
-        ops::channel_rms_norm(x, &self.0)
+    pub fn forward(&self, x: &Picture) -> TensorResult<Picture> {
+        x.rms_norm(&self.0)
     }
 
     /// [`Self::forward`] and SiLU after it, in one pass.
     ///
     /// # Errors
     /// Another number of channels, or a failure of the device.
-    pub fn forward_silu(&self, x: &Tensor) -> TensorResult<Tensor> {
-        ops::channel_rms_norm_silu(x, &self.0)
+    pub fn forward_silu(&self, x: &Picture) -> TensorResult<Picture> {
+        x.rms_norm_silu(&self.0)
     }
 }
 
@@ -159,7 +159,24 @@ impl Conv2d {
     ///
     /// # Errors
     /// Another number of channels, or a failure of the device.
-    pub fn forward(&self, x: &Tensor) -> TensorResult<Tensor> {
-        self.0.forward(x)
+    pub fn forward(&self, x: &Picture) -> TensorResult<Picture> {
+        self.0.apply(x)
+    }
+
+    /// [`Self::forward`] of the picture in which each pixel became 2 × 2.
+    ///
+    /// # Errors
+    /// Another number of channels, or a failure of the device.
+    pub fn forward_enlarged(&self, x: Picture) -> TensorResult<Picture> {
+        self.0.apply_enlarged(x)
+    }
+
+    /// This convolution with what `shortcut` makes of a second picture, or that picture itself, added
+    /// to its result.
+    ///
+    /// # Errors
+    /// A failure of the device.
+    pub fn beside(self, shortcut: Option<Self>) -> TensorResult<ResidualConv2d> {
+        ResidualConv2d::new(self.0, shortcut.map(|shortcut| shortcut.0))
     }
 }

@@ -7,7 +7,7 @@ use rayon::prelude::*;
 
 use super::{
     cpu::{Floats, is_fast},
-    cuda::StoredKernel,
+    cuda::{Pixels, StoredKernel},
     direct::PackedKernel,
     simd::{Arch, hugepage},
 };
@@ -53,7 +53,7 @@ pub struct PackedConv2d {
 #[derive(Debug, Clone)]
 enum Kernel {
     Packed(Arc<PackedKernel>),
-    Cuda(Box<StoredKernel>, Tensor),
+    Cuda(Box<StoredKernel>),
     Plain(Tensor),
 }
 
@@ -72,8 +72,8 @@ impl PackedConv2d {
         }
         let kernel = if is_fast(&[weight]) {
             Kernel::Packed(Arc::new(PackedKernel::new(weight, Arch::new())?))
-        } else if let Some(kernel) = StoredKernel::new(weight)? {
-            Kernel::Cuda(Box::new(kernel), weight.contiguous()?)
+        } else if let Some(kernel) = StoredKernel::new(weight, bias)? {
+            Kernel::Cuda(Box::new(kernel))
         } else {
             Kernel::Plain(weight.contiguous()?)
         };
@@ -91,12 +91,24 @@ impl PackedConv2d {
                 kernel.forward(x, bias, self.shape)
             }
             Kernel::Packed(kernel) => conv2d_plain(x, &kernel.unpacked()?, bias, self.shape),
-            Kernel::Cuda(kernel, weight) => match kernel.forward(x, bias, self.shape)? {
-                Some(y) => Ok(y),
-                None => conv2d_plain(x, weight, bias, self.shape),
+            Kernel::Cuda(kernel) => match Pixels::of_planes(x)? {
+                Some(pixels) => kernel.forward(&pixels, (self.shape, false), None)?.to_planes(),
+                None => conv2d_plain(x, &kernel.unpacked()?, bias, self.shape),
             },
             Kernel::Plain(weight) => conv2d_plain(x, weight, bias, self.shape),
         }
+    }
+
+    /// The weights as a GPU's kernels read them, where they do.
+    pub(super) fn stored(&self) -> Option<&StoredKernel> {
+        match &self.kernel {
+            Kernel::Cuda(kernel) => Some(kernel),
+            Kernel::Packed(_) | Kernel::Plain(_) => None,
+        }
+    }
+
+    pub(super) fn shape(&self) -> Conv2dShape {
+        self.shape
     }
 }
 

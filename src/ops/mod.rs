@@ -16,6 +16,7 @@ pub mod linear;
 mod matrix;
 pub mod norm;
 pub mod patches;
+pub mod picture;
 mod quantize;
 pub mod rope;
 mod rows;
@@ -42,6 +43,7 @@ pub use norm::{
     modulated_layer_norm, rms_norm,
 };
 pub use patches::{pack_patches, unpack_patches};
+pub use picture::{Picture, ResidualConv2d};
 pub use rope::{rotate_halves, rotate_pairs};
 pub use sampling::{guided_step, rescaled_guidance};
 pub use simd::blocks::{BlockFormat, PackedBlocks};

@@ -9,7 +9,7 @@ use candle_core::{Result as TensorResult, Tensor};
 use crate::{
     error::Result,
     layers::{ChannelRmsNorm, Conv2d},
-    ops::{self, Conv2dShape, LinearWeight, Mask, PackedLinear, Padding},
+    ops::{self, Conv2dShape, LinearWeight, Mask, PackedLinear, Padding, Picture, ResidualConv2d},
     progress::CancelToken,
     weights::Weights,
 };
@@ -65,8 +65,7 @@ pub(super) struct ResidualBlock {
     norm1: ChannelRmsNorm,
     conv1: Conv2d,
     norm2: ChannelRmsNorm,
-    conv2: Conv2d,
-    shortcut: Option<Conv2d>,
+    conv2: ResidualConv2d,
 }
 
 impl ResidualBlock {
@@ -76,27 +75,22 @@ impl ResidualBlock {
             true => None,
             false => Some(pointwise_conv(&weights.pp("conv_shortcut"), channels, output)?),
         };
+        let conv2 = causal_conv(&weights.pp("conv2"), Channels { input: output, output })?;
         Ok(Self {
             norm1: norm(&weights.pp("norm1"), input)?,
             conv1: causal_conv(&weights.pp("conv1"), channels)?,
             norm2: norm(&weights.pp("norm2"), output)?,
-            conv2: causal_conv(&weights.pp("conv2"), Channels { input: output, output })?,
-            shortcut,
+            conv2: conv2.beside(shortcut)?,
         })
     }
 
     /// `[b, input, h, w]` → `[b, output, h, w]`.
-    fn forward(&self, x: Tensor) -> TensorResult<Tensor> {
+    fn forward(&self, x: Picture) -> TensorResult<Picture> {
         // Each of these may be the largest tensor of all, so none outlives its use.
         let y = self.conv1.forward(&self.norm1.forward_silu(&x)?)?;
         let normed = self.norm2.forward_silu(&y)?;
         drop(y);
-        let y = self.conv2.forward(&normed)?;
-        drop(normed);
-        match &self.shortcut {
-            Some(shortcut) => shortcut.forward(&x)? + y,
-            None => x + y,
-        }
+        self.conv2.apply(normed, x)
     }
 }
 
@@ -133,17 +127,16 @@ impl AttentionBlock {
     }
 
     /// `[b, c, h, w]` → the same shape.
-    fn forward(&self, x: Tensor) -> TensorResult<Tensor> {
-        let (b, c, h, w) = x.dims4()?;
-        let tokens = self.norm.forward(&x)?.flatten_from(2)?.transpose(1, 2)?.contiguous()?; // (b, h·w, c)
-        let qkv = self.to_qkv.forward(&tokens)?.reshape((b, h * w, 3, c))?; // (b, h·w, 3, c)
+    fn forward(&self, x: Picture) -> TensorResult<Picture> {
+        let tokens = self.norm.forward(&x)?.into_tokens()?; // (b, h·w, c)
+        let (b, pixels, c) = tokens.dims3()?;
+        let qkv = self.to_qkv.forward(&tokens)?.reshape((b, pixels, 3, c))?; // (b, h·w, 3, c)
         drop(tokens);
         let part = |i: usize| qkv.narrow(2, i, 1)?.contiguous(); // (b, h·w, 1 head, c)
         #[expect(clippy::cast_precision_loss, reason = "a number of channels is small")]
         let scale = (c as f32).sqrt().recip();
         let attended = ops::attention(&part(0)?, &part(1)?, &part(2)?, scale, Mask::None)?;
-        let out = self.proj.forward(&attended.squeeze(2)?)?; // (b, h·w, c)
-        x + out.transpose(1, 2)?.reshape((b, c, h, w))? // (b, c, h, w)
+        x.add_tokens(&self.proj.forward(&attended.squeeze(2)?)?)
     }
 }
 
@@ -166,7 +159,7 @@ impl MidBlock {
         })
     }
 
-    pub(super) fn forward(&self, x: Tensor, cancel: &CancelToken) -> Result<Tensor> {
+    pub(super) fn forward(&self, x: Picture, cancel: &CancelToken) -> Result<Picture> {
         let x = self.before.forward(x)?;
         cancel.check()?;
         let x = self.attention.forward(x)?;
@@ -204,15 +197,11 @@ impl LocalLayer {
         Ok(Self::Enlarge(plain_conv(&weights.pp("resample.1"), channels, SAME)?))
     }
 
-    fn forward(&self, x: Tensor) -> TensorResult<Tensor> {
+    fn forward(&self, x: Picture) -> TensorResult<Picture> {
         match self {
             Self::Conv(conv) | Self::Halve(conv) => conv.forward(&x),
             Self::Residual(block) => block.forward(x),
-            Self::Enlarge(conv) => {
-                let large = ops::upsample_nearest_2x(&x)?;
-                drop(x);
-                conv.forward(&large)
-            }
+            Self::Enlarge(conv) => conv.forward_enlarged(x),
             Self::Head(head) => head.forward(&x),
         }
     }
@@ -233,7 +222,7 @@ pub(super) fn sight_px(layers: &[LocalLayer], pixel_px: usize) -> usize {
 }
 
 /// Applies `layers` one after the other.
-pub(super) fn run(layers: &[LocalLayer], x: Tensor, cancel: &CancelToken) -> Result<Tensor> {
+pub(super) fn run(layers: &[LocalLayer], x: Picture, cancel: &CancelToken) -> Result<Picture> {
     layers.iter().try_fold(x, |x, layer| {
         cancel.check()?;
         Ok(layer.forward(x)?)
@@ -256,7 +245,7 @@ impl Head {
         })
     }
 
-    pub(super) fn forward(&self, x: &Tensor) -> TensorResult<Tensor> {
+    pub(super) fn forward(&self, x: &Picture) -> TensorResult<Picture> {
         self.conv.forward(&self.norm.forward_silu(x)?)
     }
 }
@@ -309,8 +298,12 @@ mod tests {
         let (x, kernel) = (random(&[4, 1, 5, 6]), random(&[3, 4, 3, 3, 3]));
         let bias = Tensor::zeros(3, candle_core::DType::F32, &Device::Cpu).unwrap();
         let conv = Conv2d::new(&last_time_slice(&kernel).unwrap(), &bias, SAME).unwrap();
-        let flat = conv.forward(&x.squeeze(1).unwrap().unsqueeze(0).unwrap()).unwrap();
-        let flat: Vec<f32> = flat.flatten_all().unwrap().to_vec1().unwrap();
+        let convolved = |frame: Tensor| -> Vec<f32> {
+            let frame = Picture::new(frame.squeeze(1).unwrap().unsqueeze(0).unwrap()).unwrap();
+            let flat = conv.forward(&frame).unwrap().into_planes().unwrap();
+            flat.flatten_all().unwrap().to_vec1().unwrap()
+        };
+        let flat = convolved(x.clone());
         let whole = causal_conv3d(&x, &kernel);
         assert_eq!(flat.len(), whole.len());
         for (a, b) in flat.iter().zip(&whole) {
@@ -320,9 +313,7 @@ mod tests {
         let two = Tensor::cat(&[&x, &random(&[4, 1, 5, 6])], 1).unwrap();
         let frames = causal_conv3d(&two, &kernel);
         assert!(frames[..30].iter().zip(&flat).all(|(a, b)| (a - b).abs() < 1e-4));
-        let second = two.narrow(1, 1, 1).unwrap().squeeze(1).unwrap().unsqueeze(0).unwrap();
-        let second: Vec<f32> =
-            conv.forward(&second).unwrap().flatten_all().unwrap().to_vec1().unwrap();
+        let second = convolved(two.narrow(1, 1, 1).unwrap());
         assert!(frames[30..60].iter().zip(&second).any(|(a, b)| (a - b).abs() > 0.1));
     }
 }

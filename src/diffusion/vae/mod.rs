@@ -11,6 +11,7 @@ use candle_core::{DType, Tensor};
 use crate::{
     error::{Error, Result},
     layers::Conv2d,
+    ops::Picture,
     progress::CancelToken,
     weights::{ModelFiles, Precision, Storage, Weights},
 };
@@ -118,17 +119,19 @@ impl Autoencoder {
         }
         let Precision { device, compute, .. } = &self.precision;
         let x = picture.to_device(device)?.to_dtype(*compute)?;
-        let down = |x: Tensor| run(&self.encoder.down, x, cancel);
+        let down = |x: Tensor| run(&self.encoder.down, Picture::new(x)?, cancel);
         let x = if tiling.applies(h, w) {
             let sight = Sight { unit_px, sight_px: sight_px(&self.encoder.down, 1) };
             #[expect(clippy::integer_division, reason = "checked to be multiples")]
             let tiles = tiling.tiles([h / unit_px, w / unit_px], sight)?;
-            tiles.map(&x, Scale { input: unit_px, output: 1 }, down)?
+            let down = |x: Tensor| Ok(down(x)?.into_planes()?);
+            Picture::new(tiles.map(&x, Scale { input: unit_px, output: 1 }, down)?)?
         } else {
             down(x)?
         };
         let x = self.encoder.mid.forward(x, cancel)?;
         let mean = self.encoder.quant_mean.forward(&self.encoder.head.forward(&x)?)?;
+        let mean = mean.into_planes()?;
         let latents = mean.broadcast_sub(&self.mean)?.broadcast_div(&self.std)?;
         Ok(latents.to_dtype(DType::F32)?)
     }
@@ -156,13 +159,15 @@ impl Autoencoder {
         let Precision { device, compute, .. } = &self.precision;
         let x = latents.to_device(device)?.to_dtype(*compute)?;
         let x = x.broadcast_mul(&self.std)?.broadcast_add(&self.mean)?;
-        let x = self.decoder.conv_in.forward(&self.decoder.post_quant.forward(&x)?)?;
+        let x = self.decoder.post_quant.forward(&Picture::new(x)?)?;
+        let x = self.decoder.conv_in.forward(&x)?;
         let x = self.decoder.mid.forward(x, cancel)?;
-        let up = |x: Tensor| run(&self.decoder.up, x, cancel);
+        let up = |x: Picture| Ok(run(&self.decoder.up, x, cancel)?.into_planes()?);
         let picture = if tiling.applies(h * unit_px, w * unit_px) {
             let sight = Sight { unit_px, sight_px: sight_px(&self.decoder.up, unit_px) };
             let tiles = tiling.tiles([h, w], sight)?;
-            tiles.map(&x, Scale { input: 1, output: unit_px }, up)?
+            let up = |x: Tensor| up(Picture::new(x)?);
+            tiles.map(&x.into_planes()?, Scale { input: 1, output: unit_px }, up)?
         } else {
             up(x)?
         };

@@ -13,6 +13,9 @@ use crate::ops::Mask;
 const ROWS: usize = 64;
 const SPLIT_ROWS: usize = 16;
 const KEYS: usize = 64;
+/// The width of the autoencoder's only head, of which shared memory holds fewer keys.
+const WIDE: usize = 384;
+const WIDE_KEYS: usize = 32;
 const WARP: usize = 32;
 /// Blocks that keep a large GPU busy.
 const BLOCKS: usize = 512;
@@ -67,7 +70,7 @@ pub(in crate::ops) fn attention(
     let (b, n, h, d) = q.dims4()?;
     let (_, m, h_kv, _) = k.dims4()?;
     if !super::takes(&[q, k, v])
-        || !matches!(d, 16 | 32 | 64 | 80 | 128)
+        || !matches!(d, 16 | 32 | 64 | 80 | 128 | WIDE)
         || scale <= 0.0
         || b * n * h * m * h_kv == 0
     {
@@ -94,7 +97,7 @@ pub(in crate::ops) fn attention(
     };
     let tiles = (n * group).div_ceil(SPLIT_ROWS);
     let splits = BLOCKS.checked_div(tiles * h_kv * b).unwrap_or(1).min(m.div_ceil(KEYS));
-    if pieces.is_none() && splits > 1 {
+    if pieces.is_none() && splits > 1 && d != WIDE {
         return call.split(tiles, splits).map(Some);
     }
     call.whole(pieces.as_deref()).map(Some)
@@ -219,9 +222,11 @@ impl Call<'_> {
     }
 }
 
-/// Shared memory of a block; rows take the room of 64 or 128 numbers.
+/// Shared memory of a block; rows take the room of 64 or 128 numbers, or of 384.
 pub(super) fn shared_bytes(rows: usize, d: usize) -> usize {
-    (rows + 2 * KEYS) * d.next_power_of_two().max(64) * DType::BF16.size_in_bytes()
+    let (keys, room) =
+        if d == WIDE { (WIDE_KEYS, WIDE) } else { (KEYS, d.next_power_of_two().max(64)) };
+    (rows + 2 * keys) * room * DType::BF16.size_in_bytes()
 }
 
 /// Numbers of one `AttentionPiece`.

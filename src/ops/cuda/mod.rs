@@ -17,6 +17,7 @@ mod launch;
 mod linear;
 #[cfg(any(feature = "cuda", feature = "cuda-emulation"))]
 pub mod parity;
+mod pictures;
 mod rows;
 
 use std::{
@@ -29,12 +30,13 @@ use candle_core::{DType, Device, Error, Result, Tensor};
 pub(super) use attention::attention;
 pub(super) use blas::{Epilogue, linear as blas_linear};
 pub use blas::{SCRATCH_BYTES, use_blas_lt};
-pub(super) use conv::StoredKernel;
+pub(super) use conv::{Shortcut, StoredKernel};
 pub use ffi::launches;
 pub(super) use float8::{Activations, float8_rows};
 pub(super) use joint::joint_attention;
 pub(super) use latents::{pack_patches, timestep_embedding, unpack_patches};
 pub use linear::{Format, StoredMatrix};
+pub(super) use pictures::Pixels;
 pub(super) use rows::{
     Activation, activate, channel_rms_norm, gated_add, gated_add_norm, guided_step, layer_norm,
     rms_norm, rotate,
@@ -114,10 +116,11 @@ fn with_order<T>(order: Option<u32>, work: impl FnOnce() -> T) -> T {
     work()
 }
 
-/// Whether joint attention uses Hopper's own instructions where there are any.
+/// Whether joint attention and convolutions use Hopper's own instructions where there are any.
 static HOPPER: AtomicBool = AtomicBool::new(true);
 
-/// Lets joint attention use Hopper's own instructions on devices that have them, or not. On at the start.
+/// Lets joint attention and convolutions use Hopper's own instructions on devices that have them, or not.
+/// On at the start.
 pub fn use_hopper(on: bool) {
     HOPPER.store(on, Ordering::Relaxed);
 }
@@ -159,7 +162,7 @@ pub fn multiplies_float8(device: &Device) -> bool {
 }
 
 fn hopper_is_used(device: &Device) -> bool {
-    // Kernels for other architectures than `90a` leave that one out.
+    // Kernels for other architectures than `90a` leave those out.
     const COMPILED: bool = option_env!("PENTIMENTO_HAS_HOPPER").is_some();
     HOPPER.load(Ordering::Relaxed) && has_hopper(device) && (COMPILED || device.is_cpu())
 }

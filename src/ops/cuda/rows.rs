@@ -14,7 +14,7 @@ use super::{
 const ROW_THREADS: usize = 128;
 const THREADS: usize = 256;
 /// Elements that one thread moves at once.
-const TOGETHER: usize = 8;
+pub(super) const TOGETHER: usize = 8;
 /// The widest row that shared memory holds, with the warps' sums beside it.
 const WIDTH_MAX: usize = 12_000;
 const WARP_SUMS: usize = 32;
@@ -206,12 +206,14 @@ pub(in crate::ops) fn activate(
     if !takes(&[x]) || !up.is_none_or(|up| takes(&[up])) || x.elem_count() == 0 {
         return Ok(None);
     }
-    let (x, up) = (x.contiguous()?, up.map(Tensor::contiguous).transpose()?);
+    /// Pieces that a thread moves.
+    const PIECES: usize = 2;
+    let (x, up) = (aligned(x)?, up.map(aligned).transpose()?);
     let out = Output::new(x.device(), x.dims(), DType::BF16)?;
     let mut args = Args::default();
-    args.tensor(Some(&x))?.tensor(up.as_ref())?.address(0).address(0).address(out.address());
-    args.counts([x.elem_count(), x.dim(D::Minus1)?, activation as usize]);
-    flat("activate", x.device(), x.elem_count().div_ceil(TOGETHER * THREADS), args)?;
+    args.tensor(Some(&x))?.tensor(up.as_ref())?.address(out.address());
+    args.counts([x.elem_count(), activation as usize]);
+    flat("activate", x.device(), x.elem_count().div_ceil(PIECES * TOGETHER * THREADS), args)?;
     out.into_tensor().map(Some)
 }
 

@@ -8,6 +8,7 @@ mod attention;
 mod blas;
 mod elementwise;
 mod joint;
+mod pictures;
 mod products;
 mod rounded;
 
@@ -47,13 +48,14 @@ pub struct Group {
 }
 
 /// The checks of every operation.
-pub const GROUPS: [Group; 4] = [
+pub const GROUPS: [Group; 5] = [
     Group {
         name: "joint attention",
         check: |suite| super::with_hopper(false, || joint::check(suite)),
     },
     Group { name: "attention", check: attention::check },
     Group { name: "elementwise", check: elementwise::check },
+    Group { name: "pictures", check: pictures::check },
     Group { name: "products", check: products::check },
 ];
 

@@ -1,4 +1,4 @@
-//! Products with stored weights and convolutions against their definitions.
+//! Products with stored weights against their definitions.
 
 use std::sync::Arc;
 
@@ -8,10 +8,7 @@ use candle_core::{
 };
 
 use super::{Suite, rounded};
-use crate::ops::{
-    Conv2dShape, PackedConv2d, Padding,
-    cuda::{Format, StoredMatrix},
-};
+use crate::ops::cuda::{Format, StoredMatrix};
 
 /// Rows, depth, outputs.
 const CASES: &[[usize; 3]] =
@@ -24,7 +21,6 @@ pub(super) fn check(suite: &mut Suite) {
         }
         widened_rows(suite, format);
     }
-    convolutions(suite);
 }
 
 /// A matrix in `format` from `numbers: [outs, depth]`, and the numbers that it holds.
@@ -163,25 +159,4 @@ fn layer(suite: &mut Suite, [x, numbers, bias]: [&Tensor; 3], dtype: GgmlDType) 
     };
     let kernels: Vec<_> = suite.orders.iter().map(|order| kernel(*order)).collect();
     suite.judge("linear layer", &case, Ok(expected), kernels);
-}
-
-fn convolutions(suite: &mut Suite) {
-    let same = |kernel: usize| Conv2dShape { stride: 1, padding: Padding::all(kernel >> 1) };
-    let halving =
-        Conv2dShape { stride: 2, padding: Padding { top: 0, bottom: 1, left: 0, right: 1 } };
-    let cases = [
-        ([1, 3, 5, 7], 4, 3, same(3)),
-        ([2, 70, 9, 13], 130, 3, same(3)),
-        ([1, 33, 12, 12], 20, 1, same(1)),
-        ([1, 16, 11, 10], 16, 3, halving),
-    ];
-    for (dims, outs, kernel, shape) in cases {
-        let x = suite.random(&dims);
-        let weight = suite.random(&[outs, dims[1], kernel, kernel]);
-        let bias = suite.random(&[outs]);
-        let case = format!("{dims:?} to {outs}, {kernel} × {kernel}, stride {}", shape.stride);
-        suite.compare("convolution", case, ([&x, &weight, &bias], &[]), |[x, weight, bias]| {
-            PackedConv2d::new(weight, Some(bias), shape)?.forward(x)
-        });
-    }
 }
