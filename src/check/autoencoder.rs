@@ -4,9 +4,11 @@ use std::{collections::HashMap, path::Path};
 
 use candle_core::{DType, Device, Tensor};
 
-use super::times::{Timer, or_failed};
+use super::{
+    report::{Finding, Row},
+    times::{Timer, or_failed},
+};
 use crate::{
-    check::report::Row,
     diffusion::vae::{Autoencoder, Tiling},
     error::Result,
     progress::CancelToken,
@@ -21,6 +23,8 @@ const SIDE_PX: usize = 1024;
 /// Pixels of a latent.
 const UNIT_PX: usize = 8;
 const CHANNELS: usize = 16;
+/// What the pool and the libraries of a GPU take beside the tensors, in MiB.
+const ROUNDING_MIB: f64 = 64.0;
 
 pub(super) fn times(device: &Device, scratch: &Path, shrink: usize) -> Vec<Row> {
     let part = "autoencoder";
@@ -41,6 +45,7 @@ fn both_ways(timer: &mut Timer<'_>, folder: &Path, shrink: usize) -> Result<()> 
     let picture = Tensor::randn(0.0_f32, 0.5, (1, 3, px, px), device)?;
     let latents = Tensor::randn(0.0_f32, 1.0, (1, CHANNELS, side, side), device)?;
     let cancel = CancelToken::new();
+    let before = used(device)?;
     timer.time(format!("encode {px} × {px}"), (1.0, "pictures/s"), || {
         model.encode(&picture, &Tiling::OFF, &cancel)?;
         Ok(())
@@ -49,7 +54,38 @@ fn both_ways(timer: &mut Timer<'_>, folder: &Path, shrink: usize) -> Result<()> 
         model.decode(&latents, &Tiling::OFF, &cancel)?;
         Ok(())
     });
+    let finding = match (before, used(device)?) {
+        (Some([before, _]), Some([_, most])) => {
+            let (config, sides) = (model.config(), [px, px]);
+            let encoding = config.encoding_bytes(sides, &Tiling::OFF, &precision);
+            let decoding = config.decoding_bytes(sides, &Tiling::OFF, &precision);
+            #[expect(clippy::cast_precision_loss, reason = "some MiB")]
+            let mebibytes = |bytes: u64| (bytes >> 20) as f64;
+            let limit = mebibytes(encoding.max(decoding)) + ROUNDING_MIB;
+            Finding::Checked { value: mebibytes(most.saturating_sub(before)), limit }
+        }
+        _ => Finding::LeftOut("there is no memory pool on the CPU".to_owned()),
+    };
+    let name = format!("MiB for {px} × {px} pixels, of the estimate");
+    timer.rows.push(Row { part: timer.part.into(), name, finding });
     Ok(())
+}
+
+/// Bytes that are taken from the device's memory pool, and the most that were.
+#[cfg(feature = "cuda")]
+fn used(device: &Device) -> Result<Option<[u64; 2]>> {
+    use crate::memory::{CudaPool, Pool as _};
+
+    device.synchronize()?;
+    let Device::Cuda(device) = device else { return Ok(None) };
+    let usage = CudaPool::new(device)?.usage();
+    Ok(Some([usage.used, usage.used_high]))
+}
+
+#[cfg(not(feature = "cuda"))]
+fn used(device: &Device) -> Result<Option<[u64; 2]>> {
+    device.synchronize()?;
+    Ok(None)
 }
 
 /// Writes `vae/` below `folder`, in bf16, with `base` in place of the published width.

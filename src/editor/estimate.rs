@@ -248,9 +248,10 @@ impl Models<'_> {
             SMALL_BYTES + libraries + facts.pictures + kept * facts.kept[0].max(facts.kept[1]);
         let tiling = tiling(placement, autoencoder.pixels_per_latent());
         let sides = |size: Size| [size.height as usize, size.width as usize];
-        let encoding =
-            facts.sizes.latent.iter().map(|&size| autoencoder.encoding_bytes(sides(size), &tiling));
-        let decoding = autoencoder.decoding_bytes(sides(facts.sizes.working), &tiling);
+        let encoding = |size| autoencoder.encoding_bytes(sides(size), &tiling, self.precision);
+        let encoding = facts.sizes.latent.iter().copied().map(encoding);
+        let decoding =
+            autoencoder.decoding_bytes(sides(facts.sizes.working), &tiling, self.precision);
         let modulation = transformer.modulation(facts.steps);
         let stage = |stage, weights_bytes, activation_bytes| StageMemory {
             stage,

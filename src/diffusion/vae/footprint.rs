@@ -1,5 +1,7 @@
 //! What the autoencoder takes in memory, told from its config.
 
+use candle_core::DType;
+
 use super::{Config, Tiling, names};
 use crate::{
     error::Result,
@@ -19,25 +21,77 @@ enum Step {
 /// Bytes of one copy of a thread's input in a convolution, at most.
 const SCRATCH_BYTES: u64 = 1 << 20;
 
+/// How activations are computed and kept.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Way {
+    /// In float32, one operation after the other.
+    Plain,
+    /// In bf16 on a GPU: shortcuts and enlargements are part of a convolution, and channels are filled up
+    /// to a multiple of 8.
+    Pixels,
+}
+
+impl Way {
+    fn of(precision: &Precision) -> Self {
+        match precision.device.is_cuda() && precision.compute == DType::BF16 {
+            true => Self::Pixels,
+            false => Self::Plain,
+        }
+    }
+
+    /// Bytes of activations, and of what the CPU's threads need beside them.
+    fn bytes(self, numbers: u64) -> u64 {
+        match self {
+            Self::Plain => {
+                let threads = rayon::current_num_threads() as u64;
+                numbers * size_of::<f32>() as u64 + threads * SCRATCH_BYTES.min(numbers)
+            }
+            Self::Pixels => numbers * DType::BF16.size_in_bytes() as u64,
+        }
+    }
+
+    /// Numbers of a float32 picture, as this way counts them.
+    fn wide(self, numbers: u64) -> u64 {
+        if self == Self::Pixels { 2 * numbers } else { numbers }
+    }
+
+    /// Channels as they lie in memory.
+    fn stored(self, channels: u64) -> u64 {
+        if self == Self::Pixels { channels.next_multiple_of(8) } else { channels }
+    }
+}
+
 impl Config {
     /// The most bytes of activations while a picture of `height × width` pixels is encoded.
     #[must_use]
-    pub fn encoding_bytes(&self, [height, width]: [usize; 2], tiling: &Tiling) -> u64 {
+    pub fn encoding_bytes(
+        &self,
+        [height, width]: [usize; 2],
+        tiling: &Tiling,
+        precision: &Precision,
+    ) -> u64 {
+        let way = Way::of(precision);
         let pixels = (height * width) as u64;
         let (latent, dim) = (self.latent_pixels(pixels), self.widest());
-        let picture = 2 * pixels * self.picture_channels as u64;
+        let picture = way.wide(2 * pixels * self.picture_channels as u64);
         let (tile, blended) = match tiling.largest_tile([height, width]) {
             Some(tile) => (tile, 3 * latent * dim),
             None => (pixels, 0),
         };
-        let local = self.peak(&self.encoder_steps(), tile) + blended;
-        self.bytes(picture + local.max(self.middle(latent)))
+        let local = peak(&self.encoder_steps(), tile, way) + blended;
+        way.bytes(picture + local.max(self.middle(latent)))
     }
 
     /// The most bytes of activations while latents of a picture of `height × width` pixels are
     /// decoded.
     #[must_use]
-    pub fn decoding_bytes(&self, [height, width]: [usize; 2], tiling: &Tiling) -> u64 {
+    pub fn decoding_bytes(
+        &self,
+        [height, width]: [usize; 2],
+        tiling: &Tiling,
+        precision: &Precision,
+    ) -> u64 {
+        let way = Way::of(precision);
         let pixels = (height * width) as u64;
         let (latent, dim) = (self.latent_pixels(pixels), self.widest());
         let picture = pixels * self.picture_channels as u64;
@@ -45,14 +99,9 @@ impl Config {
             Some(tile) => (tile, latent * dim + 3 * picture),
             None => (pixels, picture),
         };
-        let local = self.peak(&self.decoder_steps(), self.latent_pixels(tile)) + around;
+        let local = peak(&self.decoder_steps(), self.latent_pixels(tile), way) + around;
         // The result, clamped and as levels.
-        self.bytes(local.max(self.middle(latent)).max(3 * picture))
-    }
-
-    fn bytes(&self, numbers: u64) -> u64 {
-        let threads = rayon::current_num_threads() as u64;
-        numbers * size_of::<f32>() as u64 + threads * SCRATCH_BYTES.min(numbers)
+        way.bytes(local.max(self.middle(latent)).max(way.wide(3 * picture)))
     }
 
     fn latent_pixels(&self, pixels: u64) -> u64 {
@@ -108,34 +157,44 @@ impl Config {
         steps.push(Step::Head { input: levels[levels.len() - 1], output });
         steps
     }
+}
 
-    /// The most numbers that are in memory at a time when `steps` begin with `pixels` pixels.
-    fn peak(&self, steps: &[Step], pixels: u64) -> u64 {
-        let mut pixels = pixels;
-        let mut peak = 0;
-        for step in steps {
-            let numbers = match *step {
-                Step::Conv { input, output } => pixels * (input + output),
-                Step::Residual { input, output } => {
-                    // Input, first norm, first result; input, result, norm; the same with the
-                    // shortcut and the sum.
-                    let sum = if input == output { 3 * output } else { input + 3 * output };
-                    pixels * (2 * input + output).max(input + 2 * output).max(sum)
-                }
-                Step::Halve { dim } => {
-                    pixels = pixels.div_ceil(4);
-                    5 * pixels * dim
-                }
-                Step::Enlarge { dim } => {
-                    pixels *= 4;
-                    pixels * dim + pixels * (dim >> 1)
-                }
-                Step::Head { input, output } => pixels * (2 * input + output),
-            };
-            peak = peak.max(numbers);
-        }
-        peak
+/// The most numbers that are in memory at a time when `steps` begin with `pixels` pixels.
+fn peak(steps: &[Step], mut pixels: u64, way: Way) -> u64 {
+    let mut peak = 0;
+    for step in steps {
+        let numbers = match *step {
+            Step::Conv { input, output } => pixels * (way.stored(input) + way.stored(output)),
+            Step::Residual { input, output } => {
+                let [input, output] = [input, output].map(|n| way.stored(n));
+                // Input, first norm, first result; input, result, norm; the same with the
+                // shortcut and the sum, or with their sum alone.
+                let sum = match way {
+                    Way::Plain if input == output => 3 * output,
+                    Way::Plain => input + 3 * output,
+                    Way::Pixels => input + 2 * output,
+                };
+                pixels * (2 * input + output).max(input + 2 * output).max(sum)
+            }
+            Step::Halve { dim } => {
+                pixels = pixels.div_ceil(4);
+                5 * pixels * way.stored(dim)
+            }
+            Step::Enlarge { dim } => {
+                let small = pixels * way.stored(dim);
+                pixels *= 4;
+                let before = if way == Way::Pixels { small } else { 4 * small };
+                before + pixels * way.stored(dim >> 1)
+            }
+            Step::Head { input, output } => {
+                // Pixels are laid out as planes in the end.
+                let planes = if way == Way::Pixels { output } else { 0 };
+                pixels * (2 * way.stored(input) + way.stored(output) + planes)
+            }
+        };
+        peak = peak.max(numbers);
     }
+    peak
 }
 
 /// Bytes of the autoencoder's weights in memory, told from the header of `vae/`. Of a kernel that
@@ -152,4 +211,24 @@ pub fn weight_bytes(files: &ModelFiles, precision: &Precision) -> Result<u64> {
     };
     let numbers: u64 = checkpoint.tensors().map(kept).sum();
     Ok(numbers * precision.compute.size_in_bytes() as u64)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// A published residual block with 1024 × 1024 pixels, and what leads to it.
+    const STEPS: [Step; 2] = [Step::Enlarge { dim: 192 }, Step::Residual { input: 96, output: 96 }];
+
+    #[test]
+    fn pixels_take_half_of_planes_or_less() {
+        let bytes = |steps: &[Step], way: Way| way.bytes(peak(steps, 1 << 18, way));
+        let each = STEPS.iter().map(std::slice::from_ref);
+        for steps in each.chain([&STEPS[..]]) {
+            let [plain, pixels] = [Way::Plain, Way::Pixels].map(|way| bytes(steps, way));
+            assert!(2 * pixels <= plain, "{steps:?}: {pixels} of {plain}");
+        }
+        // Input, norm and result of 96 channels.
+        assert_eq!(bytes(&STEPS, Way::Pixels), (2 * 3 * 96) << 20);
+    }
 }

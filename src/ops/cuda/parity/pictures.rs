@@ -1,11 +1,31 @@
 //! Convolutions and norms of pictures against their definitions, in both layouts.
 
-use candle_core::{Result, Tensor};
+use candle_core::{Result, Tensor, bail};
 
 use super::Suite;
 use crate::ops::{
-    Conv2dShape, PackedConv2d, Padding, Picture, ResidualConv2d, cuda::without_hopper,
+    Conv2dShape, PackedConv2d, Padding, Picture, ResidualConv2d,
+    cuda::{takes, without_hopper},
+    picture::Layout,
 };
+
+/// A picture for kernels, where they run.
+fn picture(x: &Tensor) -> Result<Picture> {
+    let picture = Picture::new(x.clone())?;
+    if takes(&[x]) && matches!(picture.0, Layout::Planes(_)) {
+        bail!("kernels were left out for {:?}", x.dims());
+    }
+    Ok(picture)
+}
+
+/// A convolution by kernels, where they run and it is not larger than they take.
+fn convolution(weight: &Tensor, bias: &Tensor, shape: Conv2dShape) -> Result<PackedConv2d> {
+    let conv = PackedConv2d::new(weight, Some(bias), shape)?;
+    if takes(&[weight]) && weight.dim(3)? <= 3 && conv.stored().is_none() {
+        bail!("kernels were left out for {:?}", weight.dims());
+    }
+    Ok(conv)
+}
 
 pub(super) fn check(suite: &mut Suite) {
     layouts(suite);
@@ -20,10 +40,10 @@ fn layouts(suite: &mut Suite) {
         let x = suite.random(&dims);
         let case = format!("{dims:?}");
         suite.compare("picture there and back", case.clone(), ([&x], &[]), |[x]| {
-            Picture::new(x.clone())?.into_planes()
+            picture(x)?.into_planes()
         });
         suite.compare("tokens of a picture", case, ([&x], &[]), |[x]| {
-            let picture = Picture::new(x.clone())?;
+            let picture = picture(x)?;
             let tokens = picture.clone().into_tokens()?;
             picture.add_tokens(&tokens)?.into_tokens()
         });
@@ -36,7 +56,7 @@ fn norms(suite: &mut Suite) {
         for silu in [false, true] {
             let case = format!("{dims:?}, silu {silu}");
             suite.compare("norm of a picture", case, ([&x, &gamma], &[]), |[x, gamma]| {
-                let picture = Picture::new(x.clone())?;
+                let picture = picture(x)?;
                 let normed =
                     if silu { picture.rms_norm_silu(gamma) } else { picture.rms_norm(gamma) };
                 normed?.into_planes()
@@ -95,8 +115,8 @@ fn convolutions(suite: &mut Suite) {
             let large = if enlarge { ", enlarged," } else { "" };
             let case = format!("{dims:?}{large} to {outs}, {kh} × {kw}, stride {stride}{kind}");
             suite.compare("convolution", case, ([&x, &weight, &bias], &[]), |[x, weight, bias]| {
-                let conv = PackedConv2d::new(weight, Some(bias), shape)?;
-                let x = Picture::new(x.clone())?;
+                let conv = convolution(weight, bias, shape)?;
+                let x = picture(x)?;
                 let apply = || if enlarge { conv.apply_enlarged(x) } else { conv.apply(&x) };
                 of_kind(general, apply)?.into_planes()
             });
@@ -129,11 +149,11 @@ fn residuals(suite: &mut Suite) {
             let case = format!("{dims:?} to {outs} beside {channels:?}{kind}");
             let inputs = [&x, &beside, &weight, &matrix, &bias, &other];
             let work = |[x, beside, weight, matrix, bias, other]: [&Tensor; 6]| -> Result<Tensor> {
-                let conv = PackedConv2d::new(weight, Some(bias), same(3))?;
-                let shortcut = PackedConv2d::new(matrix, Some(other), same(1));
+                let conv = convolution(weight, bias, same(3))?;
+                let shortcut = convolution(matrix, other, same(1));
                 let shortcut = channels.map(|_| shortcut).transpose()?;
                 let conv = ResidualConv2d::new(conv, shortcut)?;
-                let (x, beside) = (Picture::new(x.clone())?, Picture::new(beside.clone())?);
+                let (x, beside) = (picture(x)?, picture(beside)?);
                 of_kind(general, || conv.apply(x, beside))?.into_planes()
             };
             suite.compare("convolution beside a shortcut", case, (inputs, &[]), work);
