@@ -2,7 +2,8 @@
 // and with the keys shared out to many blocks for a single token.
 //
 // attention_dD: see attention.cuh. Grid: (tiles of rows, key heads, b), or with segments (pieces, key
-//   heads, b); 128 threads.
+//   heads, b); 128 threads. D = 384 is the autoencoder's, with tiles of 32 keys: 2.6 ms for 16384 tokens on
+//   an H200.
 // attention_split_dD: one warp owns 16 rows (a token's query heads of one key head) and a share of the
 //   keys, and leaves float32 sums behind. Grid: (tiles of rows * splits, key heads, b); 32 threads.
 // attention_join: brings the shares together; rows [b][token][head][D].

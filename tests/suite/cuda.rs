@@ -111,6 +111,42 @@ fn a_pass_that_runs_out_of_memory_says_so_and_can_be_repeated() {
     assert_eq!(pass(all).0.unwrap(), expected);
 }
 
+/// With channels side by side, tiles are cut, blended and put together as planes are.
+#[cfg(feature = "cuda-emulation")]
+#[test]
+fn an_autoencoder_on_kernels_works_in_tiles() {
+    use candle_core::{DType, Tensor};
+    use pentimento::{
+        CancelToken,
+        diffusion::vae::{Autoencoder, Tiling},
+        ops::cuda::{emulated, launches},
+        weights::{ModelFiles, Precision},
+    };
+
+    use crate::common::Reference;
+
+    let files = ModelFiles::Folder(Reference::open("tiny-qwen-plus").folder);
+    let tiling = Tiling { above_pixels: 0, tile_px: 48, overlap_px: 16 };
+    let picture = Tensor::rand(-1.0_f32, 1.0, (1, 3, 72, 40), &Device::Cpu).unwrap();
+    let both = |compute: DType, latents: Option<&Tensor>| {
+        let precision = Precision { compute, ..Precision::reference() };
+        let model = Autoencoder::load(&files, &precision).unwrap();
+        let found = model.encode(&picture, &tiling, &CancelToken::new()).unwrap();
+        let decoded = model.decode(latents.unwrap_or(&found), &tiling, &CancelToken::new());
+        [found, decoded.unwrap()]
+    };
+    let exact = both(DType::F32, None);
+    let before = launches();
+    let found = emulated(0, || both(DType::BF16, Some(&exact[0])));
+    assert!(launches() > before + 100);
+    for (found, exact) in found.iter().zip(&exact) {
+        let error = (found - exact).unwrap().sqr().unwrap().mean_all().unwrap();
+        let all = exact.sqr().unwrap().mean_all().unwrap();
+        let [error, all] = [error, all].map(|x| x.to_scalar::<f32>().unwrap().sqrt());
+        assert!(error < 0.02 * all, "{error} of {all}");
+    }
+}
+
 /// fp8 e4m3 stays as it is in the file, with its scale, and gives what the widened matrix gives.
 #[cfg(feature = "cuda-emulation")]
 #[test]
