@@ -34,12 +34,12 @@ struct HopperConv {
   static constexpr int NEXT_ROW = PITCH * ROW_BYTES;
 
   unsigned char *slabs, *taps;
-  SharedBarrier *full, *empty, *slab_empty;
+  CountingBarrier *full, *empty, *slab_empty;
 
   DEVICE HopperConv() {
     slabs = shared_memory();
     taps = slabs + SLABS * SLAB_BYTES;
-    full = reinterpret_cast<SharedBarrier*>(taps + TAPS * TAP_BYTES);
+    full = reinterpret_cast<CountingBarrier*>(taps + TAPS * TAP_BYTES);
     empty = full + TAPS;
     slab_empty = empty + TAPS;
   }
@@ -47,10 +47,10 @@ struct HopperConv {
   DEVICE void prepare() const {
     constexpr int CONSUMER_WARPS = 8;
     if (thread_index() == 0) {
-      for (int i = 0; i < TAPS; ++i) barrier_prepare(full + i, PRODUCERS);
-      for (int i = 0; i < TAPS; ++i) barrier_prepare(empty + i, CONSUMER_WARPS);
-      for (int i = 0; i < SLABS; ++i) barrier_prepare(slab_empty + i, CONSUMER_WARPS);
-      publish_shared();
+      for (int i = 0; i < TAPS; ++i) barrier_start(full + i, PRODUCERS);
+      for (int i = 0; i < TAPS; ++i) barrier_start(empty + i, CONSUMER_WARPS);
+      for (int i = 0; i < SLABS; ++i) barrier_start(slab_empty + i, CONSUMER_WARPS);
+      barriers_started();
     }
     block_barrier();
   }
@@ -65,7 +65,7 @@ struct HopperConv {
       announced = announced + 1 == TAPS ? 0 : announced + 1;
     };
     // Everything that was brought is announced before a place is awaited: it may be what makes it free.
-    auto await = [&](SharedBarrier* emptied, int round) {
+    auto await = [&](CountingBarrier* emptied, int round) {
       if (round == 0 || barrier_ready(emptied, (round - 1) & 1)) return;
       copy_wait<0>();
       for (; under_way > 0; --under_way) announce();
@@ -115,10 +115,10 @@ struct HopperConv {
       UNROLL
       for (int m = 0; m < 2; ++m) {
         const SharedOperand rows = shared_operand(left + m * EIGHT_ROWS + 32 * k, 16, NEXT_ROW);
-        multiply_add_group<COLUMNS>(sums[m], rows, columns, add || k > 0);
+        multiply_scores(sums[m], rows, columns, add || k > 0);
       }
     }
-    products_end();
+    products_commit();
   }
 
   DEVICE void consume(const ConvArgs& args, int group) const {
@@ -152,7 +152,7 @@ struct HopperConv {
             default: multiply<1>(sums, left, right, add);
           }
           add = true;
-          products_pending<1>();  // the last tap's have ended
+          products_wait_for<1>();  // the last tap's have ended
           release();
           last_place = place;
           last_slab = tap + 1 == slab_taps ? slab_place : -1;
@@ -163,12 +163,12 @@ struct HopperConv {
         }
         if (++slab_place == SLABS) slab_place = 0;
       });
-      products_pending<0>();
+      products_wait_for<0>();
       release();
       last_place = -1;
       UNROLL
       for (int m = 0; m < 2; ++m) {
-        sums_arrived<COLUMNS>(sums[m]);
+        settle(sums[m]);
         finish_pixels<COLUMNS / 8, true>(args, tile, 8 * group + 2 * (warp() % 4), 8 * m, sums[m]);
       }
     }
@@ -179,13 +179,12 @@ template <class Conv, int PRODUCER_REGISTERS, int CONSUMER_REGISTERS>
 DEVICE void conv_hopper(const ConvArgs& args) {
   const Conv conv;
   conv.prepare();
-  // A group's number is the same in all lanes, which the compiler must see.
-  const int group = shuffle_int(warp() / 4, 0);
+  const int group = warp_group();
   if (group == 2) {
-    give_registers<PRODUCER_REGISTERS>();
+    registers_give<PRODUCER_REGISTERS>();
     conv.produce(args, thread_index() % Conv::PRODUCERS);
   } else {
-    take_registers<CONSUMER_REGISTERS>();
+    registers_take<CONSUMER_REGISTERS>();
     conv.consume(args, group);
   }
 }

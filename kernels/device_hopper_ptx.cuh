@@ -55,6 +55,19 @@ DEVICE void barrier_wait(CountingBarrier* at, int parity) {
       : "memory");
 }
 
+// Whether waiting would take no time.
+DEVICE bool barrier_ready(CountingBarrier* at, int parity) {
+  uint32_t ready;
+  asm volatile(
+      "{\n.reg .pred done;\n"
+      "mbarrier.test_wait.parity.shared::cta.b64 done, [%1], %2;\n"
+      "selp.u32 %0, 1, 0, done;\n}\n"
+      : "=r"(ready)
+      : "r"(shared_address(at)), "r"(parity)
+      : "memory");
+  return ready != 0;
+}
+
 // How a tensor with rows of heads lies in memory, and which tiles are copied: what cuTensorMapEncodeTiled made.
 // Axes: 64 columns, rows, pieces of 64 columns, batch entries.
 struct alignas(64) TileMap {
@@ -105,6 +118,10 @@ DEVICE void settle(float (&d)[N][4]) {
 #define SUMS_4(d, n) "+f"(d[n][0]), "+f"(d[n][1]), "+f"(d[n][2]), "+f"(d[n][3])
 #define SUMS_16(d, n) SUMS_4(d, n), SUMS_4(d, n + 1), SUMS_4(d, n + 2), SUMS_4(d, n + 3)
 #define SUMS_64(d) SUMS_16(d, 0), SUMS_16(d, 4), SUMS_16(d, 8), SUMS_16(d, 12)
+#define PLACES_48                                                                                  \
+  "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "                         \
+  "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, "               \
+  "%32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47"
 #define PLACES_64                                                                                  \
   "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "                         \
   "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, "               \
@@ -123,6 +140,16 @@ DEVICE void multiply_scores(float (&d)[24][4], SharedOperand a, SharedOperand b,
       "wgmma.mma_async.sync.aligned.m64n192k16.f32.bf16.bf16 {" PLACES_96
       "}, %96, %97, p, 1, 1, 0, 0;\n}\n"
       : SUMS_64(d), SUMS_16(d, 16), SUMS_16(d, 20)
+      : "l"(a), "l"(b), "r"(int(add)));
+}
+
+// The same with b: 16×96.
+DEVICE void multiply_scores(float (&d)[12][4], SharedOperand a, SharedOperand b, bool add) {
+  asm volatile(
+      "{\n.reg .pred p;\nsetp.ne.b32 p, %50, 0;\n"
+      "wgmma.mma_async.sync.aligned.m64n96k16.f32.bf16.bf16 {" PLACES_48
+      "}, %48, %49, p, 1, 1, 0, 0;\n}\n"
+      : SUMS_16(d, 0), SUMS_16(d, 4), SUMS_16(d, 8)
       : "l"(a), "l"(b), "r"(int(add)));
 }
 

@@ -30,7 +30,6 @@ DEVICE void block_barrier() { __syncthreads(); }
 DEVICE void warp_barrier() { __syncwarp(); }
 DEVICE float shuffle_xor(float x, int mask) { return __shfl_xor_sync(0xffffffffu, x, mask); }
 DEVICE float shuffle(float x, int from) { return __shfl_sync(0xffffffffu, x, from); }
-DEVICE int shuffle_int(int x, int from) { return __shfl_sync(0xffffffffu, x, from); }
 DEVICE float atomic_add(float* at, float x) { return atomicAdd(at, x); }
 
 // 2 to the power of x, within 2 units in the last place.

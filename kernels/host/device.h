@@ -42,10 +42,6 @@ void wait_for_block();
 // Stops the launch and reports why.
 [[noreturn]] void fail(const char* why);
 
-// Gives way until `awake` with the same place.
-void sleep_at(const void* place);
-void awake(const void* place);
-
 void copy_later(void* to, const void* from, bool there);
 void commit_copies();
 void finish_copies(int pending);
@@ -89,7 +85,6 @@ inline float shuffle(float x, int from) {
   emulation::together("shuffle", &operands, emulation::shuffle);
   return operands.result;
 }
-inline int shuffle_int(int x, int from) { return int(shuffle(float(x), from)); }
 inline float shuffle_xor(float x, int mask) { return shuffle(x, lane() ^ mask); }
 inline float atomic_add(float* at, float x) {
   const float before = *at;

@@ -9,7 +9,6 @@
 #include <stdio.h>
 #include <stdlib.h>
 
-#include <utility>
 #include <vector>
 
 #ifndef __x86_64__
@@ -145,7 +144,6 @@ struct Scheduler {
   std::vector<Fiber> fibers;
   Warp warps[THREADS_MAX / 32];
   std::vector<int> ready;
-  std::vector<std::pair<const void*, int>> asleep;  // where, and which thread
   size_t next_ready;
   int at_barrier;
   WarpProducts products[THREADS_MAX / 32];
@@ -194,24 +192,6 @@ void wait_for_block() {
   scheduler.at_barrier = 0;
   for (int i = 0; i < place.threads; ++i) {
     if (i != place.thread) scheduler.ready.push_back(i);
-  }
-}
-
-void sleep_at(const void* at) {
-  scheduler.asleep.push_back({at, place.thread});
-  go_home();
-}
-
-void awake(const void* at) {
-  auto& asleep = scheduler.asleep;
-  for (size_t i = 0; i < asleep.size();) {
-    if (asleep[i].first != at) {
-      ++i;
-      continue;
-    }
-    scheduler.ready.push_back(asleep[i].second);
-    asleep[i] = asleep.back();
-    asleep.pop_back();
   }
 }
 
@@ -346,7 +326,6 @@ static int take_ready() {
 static bool run_block(int threads) {
   scheduler.at_barrier = 0;
   scheduler.ready.clear();
-  scheduler.asleep.clear();
   scheduler.next_ready = 0;
   for (Warp& warp : scheduler.warps) warp.arrived = 0;
   for (WarpProducts& products : scheduler.products) products = {};

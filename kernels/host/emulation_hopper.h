@@ -220,6 +220,8 @@ void wait_for_phase(CountingBarrier* at, int parity) {
   }
 }
 
+bool phase_ended(CountingBarrier* at, int parity) { return barrier_at(at).parity != parity; }
+
 void copy_tile(void* to, const TileMap& map, CountingBarrier* arrived, int row, int piece, int batch) {
   if (reinterpret_cast<uintptr_t>(to) % 1024) fail("a tile's place is not aligned to 1024 bytes");
   if (batch < 0 || batch >= map.batch) fail("a tile of a batch entry that is not there");

@@ -35,6 +35,7 @@ void named_barrier(int number, int threads, bool wait);
 void start_barrier(CountingBarrier* at, int count);
 void arrive(CountingBarrier* at, int bytes);
 void wait_for_phase(CountingBarrier* at, int parity);
+bool phase_ended(CountingBarrier* at, int parity);
 void copy_tile(void* to, const TileMap& map, CountingBarrier* arrived, int row, int piece, int batch);
 
 }  // namespace emulation
@@ -59,6 +60,7 @@ inline void barriers_started() {}
 inline void barrier_arrive(CountingBarrier* at) { emulation::arrive(at, 0); }
 inline void barrier_arrive_expecting(CountingBarrier* at, int bytes) { emulation::arrive(at, bytes); }
 inline void barrier_wait(CountingBarrier* at, int parity) { emulation::wait_for_phase(at, parity); }
+inline bool barrier_ready(CountingBarrier* at, int parity) { return emulation::phase_ended(at, parity); }
 
 inline void copy_tile(void* to_shared, const TileMap& map, CountingBarrier* arrived, int row, int piece,
                       int batch) {
@@ -83,6 +85,10 @@ template <int N>
 inline void settle(float (&)[N][4]) {}
 inline void multiply_scores(float (&d)[24][4], SharedOperand a, SharedOperand b, bool add) {
   emulation::GroupProduct operands{d, 192, nullptr, a, b, add};
+  emulation::together("multiply_scores", &operands, emulation::group_product);
+}
+inline void multiply_scores(float (&d)[12][4], SharedOperand a, SharedOperand b, bool add) {
+  emulation::GroupProduct operands{d, 96, nullptr, a, b, add};
   emulation::together("multiply_scores", &operands, emulation::group_product);
 }
 inline void multiply_values(float (&d)[16][4], const uint32_t (&a)[4], SharedOperand b) {

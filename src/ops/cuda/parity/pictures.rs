@@ -5,7 +5,7 @@ use candle_core::{Result, Tensor, bail};
 use super::Suite;
 use crate::ops::{
     Conv2dShape, PackedConv2d, Padding, Picture, ResidualConv2d,
-    cuda::{takes, without_hopper},
+    cuda::{takes, with_hopper},
     picture::Layout,
 };
 
@@ -82,7 +82,7 @@ fn each_kind(outs: usize, mut work: impl FnMut(&'static str, bool)) {
 }
 
 fn of_kind<T>(general: bool, work: impl FnOnce() -> T) -> T {
-    if general { without_hopper(work) } else { work() }
+    with_hopper(!general, work)
 }
 
 fn convolutions(suite: &mut Suite) {
