@@ -9,6 +9,7 @@ mod blas;
 #[cfg(feature = "cuda")]
 mod blas_lt;
 mod conv;
+mod few;
 mod ffi;
 mod joint;
 mod latents;
@@ -32,8 +33,8 @@ pub(super) use conv::StoredKernel;
 pub use ffi::launches;
 pub(super) use joint::joint_attention;
 pub(super) use latents::{pack_patches, timestep_embedding, unpack_patches};
-pub(super) use linear::float8_rows;
 pub use linear::{Format, StoredMatrix};
+pub(super) use linear::{float8_rows, row_by_each};
 pub(super) use rows::{
     Activation, activate, channel_rms_norm, gated_add, gated_add_norm, guided_step, layer_norm,
     rms_norm, rotate,
