@@ -32,6 +32,19 @@ DEVICE float shuffle_xor(float x, int mask) { return __shfl_xor_sync(0xffffffffu
 DEVICE float shuffle(float x, int from) { return __shfl_sync(0xffffffffu, x, from); }
 DEVICE float atomic_add(float* at, float x) { return atomicAdd(at, x); }
 
+// Kernels that are queued to overlap (compute capability 9.0): the next one may start, and waits there
+// until all before it have ended and their writes are seen.
+DEVICE void release_next_kernel() {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+#endif
+}
+DEVICE void wait_for_last_kernel() {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
+
 // 2 to the power of x, within 2 units in the last place.
 DEVICE float exp2_fast(float x) {
   float y;
@@ -70,6 +83,30 @@ DEVICE void write_words(void* to, const uint32_t (&words)[4]) {
                : "memory");
 }
 
+// A pair of bf16 times another, each rounded once.
+DEVICE uint32_t scale_bf16(uint32_t pair, uint32_t by) {
+  uint32_t scaled;
+  asm("fma.rn.bf16x2 %0, %1, %2, %3;" : "=r"(scaled) : "r"(pair), "r"(by), "r"(0x80008000u));
+  return scaled;
+}
+
+// The difference of two pairs of bf16, each rounded once.
+DEVICE uint32_t subtract_bf16(uint32_t from, uint32_t what) {
+  uint32_t pair;
+  asm("fma.rn.bf16x2 %0, %1, %2, %3;" : "=r"(pair) : "r"(what), "r"(0xbf80bf80u), "r"(from));
+  return pair;
+}
+
+// Loads that pass by the multiprocessor's own cache, which may hold what was there before.
+DEVICE float load_fresh(const float* from) { return __ldcg(from); }
+DEVICE void load_fresh(uint32_t (&to)[4], const void* from) {
+  const uint4 words = __ldcg(static_cast<const uint4*>(from));
+  to[0] = words.x;
+  to[1] = words.y;
+  to[2] = words.z;
+  to[3] = words.w;
+}
+
 DEVICE uint32_t shared_address(const void* at) {
   return static_cast<uint32_t>(__cvta_generic_to_shared(at));
 }
@@ -100,11 +137,95 @@ DEVICE void multiply_add(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uin
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
 }
 
+// d += a · b with a: 16×32 bytes (rows), b: 32×8 signed bytes (columns), d: 16×8, as mma.sync m16n8k32 lays
+// them out; the bytes of `a` are signed or not.
+template <bool is_signed>
+DEVICE void multiply_add_bytes(int (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+  if (is_signed) {
+    asm("mma.sync.aligned.m16n8k32.row.col.s32.s8.s8.s32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
+        "{%0, %1, %2, %3};"
+        : "+r"(d[0]), "+r"(d[1]), "+r"(d[2]), "+r"(d[3])
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+  } else {
+    asm("mma.sync.aligned.m16n8k32.row.col.s32.u8.s8.s32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
+        "{%0, %1, %2, %3};"
+        : "+r"(d[0]), "+r"(d[1]), "+r"(d[2]), "+r"(d[3])
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+  }
+}
+// Four of the eight bytes of `low` and `high`: those that the four lower digits of `which` name.
+DEVICE uint32_t select_bytes(uint32_t low, uint32_t high, uint32_t which) {
+  return __byte_perm(low, high, which);
+}
+// The lower half of a word as an IEEE half, widened.
+DEVICE float widen_half(uint32_t word) {
+  float y;
+  asm("{\n.reg .b16 h;\ncvt.u16.u32 h, %1;\ncvt.f32.f16 %0, h;\n}" : "=f"(y) : "r"(word));
+  return y;
+}
+// 16 bytes that nothing writes while the kernel runs and that are read once; what follows is asked for too.
+DEVICE void load_once(uint32_t (&to)[4], const void* from) {
+  asm volatile("ld.global.nc.L1::evict_first.L2::256B.v4.b32 {%0, %1, %2, %3}, [%4];"
+               : "=r"(to[0]), "=r"(to[1]), "=r"(to[2]), "=r"(to[3])
+               : "l"(__cvta_generic_to_global(from)));
+}
+
+// Copies of whole rows, by the copy engine where there is one (compute capability 9.0): `barrier` is done
+// when one thread has said how many bytes it expects and they have come. Elsewhere by the threads.
+using CopyBarrier = uint64_t;
+#if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
+DEVICE void barrier_start(CopyBarrier* barrier) {
+  asm volatile("mbarrier.init.shared::cta.b64 [%0], 1;\nfence.proxy.async.shared::cta;" ::"r"(
+                   shared_address(barrier))
+               : "memory");
+}
+DEVICE void barrier_expect(CopyBarrier* barrier, int bytes) {
+  asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(shared_address(barrier)),
+               "r"(bytes)
+               : "memory");
+}
+DEVICE void copy_row(void* to_shared, const void* from, int bytes, CopyBarrier* barrier) {
+  asm volatile(
+      "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(
+          shared_address(to_shared)),
+      "l"(__cvta_generic_to_global(from)), "r"(bytes), "r"(shared_address(barrier))
+      : "memory");
+}
+DEVICE void barrier_wait(CopyBarrier* barrier, uint32_t parity) {
+  asm volatile(
+      "{\n.reg .pred p;\nagain:\n"
+      "mbarrier.try_wait.parity.shared::cta.b64 p, [%0], %1;\n@p bra done;\nbra again;\ndone:\n}" ::"r"(
+          shared_address(barrier)),
+      "r"(parity)
+      : "memory");
+}
+#else
+DEVICE void barrier_start(CopyBarrier*) {}
+DEVICE void barrier_expect(CopyBarrier*, int) {}
+DEVICE void copy_row(void* to_shared, const void* from, int bytes, CopyBarrier*) {
+  for (int at = 0; at < bytes; at += 16) {
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(shared_address(to_shared) + at),
+                 "l"(__cvta_generic_to_global(from) + at)
+                 : "memory");
+  }
+}
+DEVICE void barrier_wait(CopyBarrier*, uint32_t) {
+  asm volatile("cp.async.wait_all;" ::: "memory");
+  __syncwarp();
+}
+#endif
+
 // Copies 16 bytes from global to shared memory behind the thread's back, zeros if not `there`;
 // `from` must be a valid address all the same.
 DEVICE void copy_async(void* to_shared, const void* from, bool there) {
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared_address(to_shared)),
                "l"(__cvta_generic_to_global(from)), "r"(there ? 16 : 0)
+               : "memory");
+}
+// Copies the first `bytes` of 16, and zeros for the rest.
+DEVICE void copy_async_some(void* to_shared, const void* from, int bytes) {
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared_address(to_shared)),
+               "l"(__cvta_generic_to_global(from)), "r"(bytes)
                : "memory");
 }
 DEVICE void copy_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }

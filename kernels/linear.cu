@@ -2,8 +2,13 @@
 // Weights are widened in registers; activations stay bf16, since blocks of 8-bit activations with half
 // scales overflow on outliers. Sums are float32, rounded once.
 //
-// linear_few_F: up to 8 rows. A warp owns one output; its lanes share the depth, eight numbers each.
-//   Bound by reading the weights. Grid: (outs / 8, 1, 1); 256 threads.
+// few_bytes_R_F: up to R rows of q4_k, q6_k, q8_0, see few_bytes.cuh. Grid: (multiprocessors, 1, 1).
+// few_bytes_each: one row by up to three such matrices. Grid: (multiprocessors, 1, 1), shared out by the
+//   matrices' bytes.
+// few_one_F, few_rows_F: one row, up to 8 rows, see few.cuh. Grid: (tiles of 16 outputs, or 32 for q4_k, 1, 1).
+// linear_few_F: up to 8 rows of sizes and addresses that the above do not take. A warp owns one output; its
+//   lanes share the depth, eight numbers each. Bound by integer work on the weights: 3 to 5 times as long as the
+//   above. Grid: (outs / 8, 1, 1); 256 threads.
 // linear_many_F: tiles of 128 rows by 128 outputs, see product.cuh; a tile of weights is widened to
 //   bf16 in shared memory. Grid: (row tiles, out tiles, 1); 256 threads. For where cuBLASLt is not used.
 // widen_F: the matrix as bf16, for a product by cuBLASLt; fp8 without its scale, so that it is exact.
@@ -21,6 +26,7 @@
 // float8_rows: rows of any length, read twice, the second time from the cache. 256 threads.
 // Tried (H200): reading twice and rounding in integers, 128 threads: 39 us for 8704 rows of 3072 and 152 us
 //   for 12288, 2050-2100 GB/s of bytes that must be read and written once.
+#include "few_bytes.cuh"
 #include "product.cuh"
 #include "quantized.cuh"
 
@@ -140,6 +146,22 @@ KERNEL(linear_few_q5_k, LinearArgs, 256, 1) { linear_few<Q5K>(args); }
 KERNEL(linear_few_q6_k, LinearArgs, 256, 1) { linear_few<Q6K>(args); }
 KERNEL(linear_few_f8_e4m3, LinearArgs, 256, 1) { linear_few<Float8>(args); }
 KERNEL(linear_few_bf16, LinearArgs, 256, 1) { linear_few<Plain>(args); }
+KERNEL(few_bytes_1_q4_k, BytesArgs, 640, 1) { few_bytes<BytesQ4K, 1, 2>(args, block_x(), grid_x()); }
+KERNEL(few_bytes_4_q4_k, BytesArgs, 384, 1) { few_bytes<BytesQ4K, 4, 1>(args, block_x(), grid_x()); }
+KERNEL(few_bytes_1_q6_k, BytesArgs, 384, 1) { few_bytes<BytesQ6K, 1, 1>(args, block_x(), grid_x()); }
+KERNEL(few_bytes_4_q6_k, BytesArgs, 256, 1) { few_bytes<BytesQ6K, 4, 1>(args, block_x(), grid_x()); }
+KERNEL(few_bytes_1_q8_0, BytesArgs, 512, 1) { few_bytes<BytesQ8_0, 1, 2>(args, block_x(), grid_x()); }
+KERNEL(few_bytes_4_q8_0, BytesArgs, 512, 1) { few_bytes<BytesQ8_0, 4, 1>(args, block_x(), grid_x()); }
+KERNEL(few_bytes_each, BytesEachArgs, 512, 1) { few_bytes_of_each(args); }
+KERNEL(few_one_q5_k, FewArgs, 512, 1) { Few<FewQ5K, 1, 2, true>::run(args); }
+KERNEL(few_one_f8_e4m3, FewArgs, 512, 1) { Few<FewFloat8, 1, 2, true>::run(args); }
+KERNEL(few_one_bf16, FewArgs, 512, 1) { Few<FewBf16, 1, 2, true>::run(args); }
+KERNEL(few_rows_q8_0, FewArgs, 512, 1) { Few<FewQ8_0, 1, 2, false>::run(args); }
+KERNEL(few_rows_q4_k, FewArgs, 512, 1) { Few<FewQ4K, 2, 3, false>::run(args); }
+KERNEL(few_rows_q5_k, FewArgs, 512, 1) { Few<FewQ5K, 1, 2, false>::run(args); }
+KERNEL(few_rows_q6_k, FewArgs, 512, 1) { Few<FewQ6K, 1, 2, false>::run(args); }
+KERNEL(few_rows_f8_e4m3, FewArgs, 512, 1) { Few<FewFloat8, 1, 2, false>::run(args); }
+KERNEL(few_rows_bf16, FewArgs, 512, 1) { Few<FewBf16, 1, 2, false>::run(args); }
 KERNEL(linear_many_q8_0, LinearArgs, 256, 2) { linear_many<Q8_0>(args); }
 KERNEL(linear_many_q4_k, LinearArgs, 256, 2) { linear_many<Q4K>(args); }
 KERNEL(linear_many_q5_k, LinearArgs, 256, 2) { linear_many<Q5K>(args); }

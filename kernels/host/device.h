@@ -42,7 +42,7 @@ void wait_for_block();
 // Stops the launch and reports why.
 [[noreturn]] void fail(const char* why);
 
-void copy_later(void* to, const void* from, bool there);
+void copy_later(void* to, const void* from, int bytes);
 void commit_copies();
 void finish_copies(int pending);
 
@@ -55,6 +55,12 @@ struct MultiplyAdd {
   const uint32_t* a;
   uint32_t b[2];
 };
+struct MultiplyAddBytes {
+  int* d;
+  const uint32_t* a;
+  uint32_t b[2];
+  bool is_signed;
+};
 struct Shuffle {
   float value;
   int from;
@@ -63,6 +69,8 @@ struct Shuffle {
 void load_matrices(void* const* lanes);
 void load_matrices_transposed(void* const* lanes);
 void multiply_add(void* const* lanes);
+void multiply_add_bytes(void* const* lanes);
+void copy_now(void* to, const void* from, int bytes);
 void shuffle(void* const* lanes);
 
 }  // namespace emulation
@@ -92,6 +100,12 @@ inline float atomic_add(float* at, float x) {
   return before;
 }
 
+inline void release_next_kernel() {}
+inline void wait_for_last_kernel() {}
+
+inline float load_fresh(const float* from) { return *from; }
+inline void load_fresh(uint32_t (&to)[4], const void* from) { memcpy(to, from, 16); }
+
 inline float exp2_fast(float x) { return exp2f(x); }
 inline float inverse_fast(float x) { return 1.0f / x; }
 inline float inverse_root(float x) { return 1.0f / sqrtf(x); }
@@ -107,6 +121,22 @@ inline uint32_t pack_bf16(float low, float high) {
 }
 
 inline void write_words(void* to, const uint32_t (&words)[4]) { memcpy(to, words, 16); }
+template <class Work>
+inline uint32_t each_of_pair(uint32_t a, uint32_t b, const Work& work) {
+  auto value = [](uint32_t bits) {
+    float value;
+    memcpy(&value, &bits, 4);
+    return value;
+  };
+  return pack_bf16(work(value(a << 16), value(b << 16)),
+                   work(value(a & 0xffff0000u), value(b & 0xffff0000u)));
+}
+inline uint32_t scale_bf16(uint32_t pair, uint32_t by) {
+  return each_of_pair(pair, by, [](float a, float b) { return a * b; });
+}
+inline uint32_t subtract_bf16(uint32_t from, uint32_t what) {
+  return each_of_pair(from, what, [](float a, float b) { return a - b; });
+}
 
 inline void load_matrices(uint32_t (&to)[4], const void* row) {
   emulation::LoadMatrices operands{to, row};
@@ -121,8 +151,36 @@ inline void multiply_add(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uin
   emulation::together("multiply_add", &operands, emulation::multiply_add);
 }
 
+template <bool is_signed>
+inline void multiply_add_bytes(int (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+  emulation::MultiplyAddBytes operands{d, a, {b0, b1}, is_signed};
+  emulation::together("multiply_add_bytes", &operands, emulation::multiply_add_bytes);
+}
+inline uint32_t select_bytes(uint32_t low, uint32_t high, uint32_t which) {
+  const uint64_t both = uint64_t(high) << 32 | low;
+  uint32_t to = 0;
+  for (int i = 0; i < 4; ++i) to |= uint32_t(both >> (8 * (which >> (4 * i) & 7)) & 0xff) << (8 * i);
+  return to;
+}
+float half_to_float(uint16_t half);
+inline float widen_half(uint32_t word) { return half_to_float(uint16_t(word)); }
+inline void load_once(uint32_t (&to)[4], const void* from) { memcpy(to, from, 16); }
+
+using CopyBarrier = uint64_t;
+inline void barrier_start(CopyBarrier*) {}
+inline void barrier_expect(CopyBarrier*, int) {}
+inline void copy_row(void* to_shared, const void* from, int bytes, CopyBarrier*) {
+  emulation::copy_now(to_shared, from, bytes);
+}
+inline void barrier_wait(CopyBarrier*, uint32_t) {
+  emulation::together("barrier_wait", nullptr, nullptr);
+}
+
 inline void copy_async(void* to_shared, const void* from, bool there) {
-  emulation::copy_later(to_shared, from, there);
+  emulation::copy_later(to_shared, from, there ? 16 : 0);
+}
+inline void copy_async_some(void* to_shared, const void* from, int bytes) {
+  emulation::copy_later(to_shared, from, bytes);
 }
 inline void copy_commit() { emulation::commit_copies(); }
 template <int pending>

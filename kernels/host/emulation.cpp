@@ -86,7 +86,7 @@ static void prepare(Context& context, unsigned char* stack, void (*entry)()) {
 struct Copy {
   void* to;
   const void* from;
-  bool there;
+  int bytes;  // the rest of 16 becomes zeros
 };
 
 struct Fiber {
@@ -195,12 +195,12 @@ void wait_for_block() {
   }
 }
 
-void copy_later(void* to, const void* from, bool there) {
-  if (reinterpret_cast<uintptr_t>(to) % 16 || (there && reinterpret_cast<uintptr_t>(from) % 16)) {
+void copy_later(void* to, const void* from, int bytes) {
+  if (reinterpret_cast<uintptr_t>(to) % 16 || (bytes && reinterpret_cast<uintptr_t>(from) % 16)) {
     fail("an asynchronous copy of 16 bytes is not aligned");
   }
   memset(to, 0xff, 16);
-  scheduler.fibers[place.thread].open.push_back({to, from, there});
+  scheduler.fibers[place.thread].open.push_back({to, from, bytes});
 }
 
 void commit_copies() {
@@ -213,11 +213,8 @@ void finish_copies(int pending) {
   auto& groups = scheduler.fibers[place.thread].groups;
   while (groups.size() > size_t(pending)) {
     for (const Copy& copy : groups.front()) {
-      if (copy.there) {
-        memcpy(copy.to, copy.from, 16);
-      } else {
-        memset(copy.to, 0, 16);
-      }
+      memset(copy.to, 0, 16);
+      memcpy(copy.to, copy.from, size_t(copy.bytes));
     }
     groups.erase(groups.begin());
   }
@@ -259,6 +256,36 @@ static void load_any(void* const* lanes) {
 
 void load_matrices(void* const* lanes) { load_any<false>(lanes); }
 void load_matrices_transposed(void* const* lanes) { load_any<true>(lanes); }
+
+void copy_now(void* to, const void* from, int bytes) {
+  if (reinterpret_cast<uintptr_t>(to) % 16 || reinterpret_cast<uintptr_t>(from) % 16 || bytes % 16) {
+    fail("a copy of a row is not aligned to 16 bytes");
+  }
+  memcpy(to, from, size_t(bytes));
+}
+
+void multiply_add_bytes(void* const* lanes) {
+  int a[16][32], b[8][32];  // b: [column][row]
+  for (int i = 0; i < 32; ++i) {
+    const auto& operands = *static_cast<MultiplyAddBytes*>(lanes[i]);
+    for (int at = 0; at < 4; ++at) {
+      const int k = 4 * (i % 4) + at;
+      for (int part = 0; part < 4; ++part) {
+        const uint8_t byte = uint8_t(operands.a[part] >> (8 * at));
+        a[i / 4 + 8 * (part % 2)][k + 16 * (part / 2)] = operands.is_signed ? int8_t(byte) : byte;
+      }
+      for (int part = 0; part < 2; ++part) b[i / 4][k + 16 * part] = int8_t(operands.b[part] >> (8 * at));
+    }
+  }
+  for (int i = 0; i < 32; ++i) {
+    auto& operands = *static_cast<MultiplyAddBytes*>(lanes[i]);
+    for (int part = 0; part < 4; ++part) {
+      for (int k = 0; k < 32; ++k) {
+        operands.d[part] += a[i / 4 + 8 * (part / 2)][k] * b[2 * (i % 4) + part % 2][k];
+      }
+    }
+  }
+}
 
 void multiply_add(void* const* lanes) {
   float a[16][16], b[8][16];  // b: [column][row]

@@ -294,9 +294,22 @@ pub fn forward_each<const N: usize>(
     if let Some(results) = row_by_each(&linears, x)? {
         return Ok(results);
     }
-    let activations = Activations::new(x);
-    let results = linears.iter().map(|linear| linear.multiply(&activations));
-    let results: Vec<Tensor> = results.collect::<Result<_>>()?;
+    let stored = linears.iter().map(|linear| match &linear.weight {
+        Kernel::Stored(matrix, _) => Some((matrix, linear.bias.as_ref())),
+        _ => None,
+    });
+    let by_one_kernel = match stored.collect::<Option<Vec<_>>>() {
+        Some(stored) => cuda::row_by_each(x, &stored)?,
+        None => None,
+    };
+    let results: Vec<Tensor> = match by_one_kernel {
+        Some(results) => results,
+        None => {
+            let activations = Activations::new(x);
+            let results = linears.iter().map(|linear| linear.multiply(&activations));
+            results.collect::<Result<_>>()?
+        },
+    };
     let Ok(results) = <[Tensor; N]>::try_from(results) else {
         bail!("linear: a result is missing")
     };

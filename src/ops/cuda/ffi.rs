@@ -163,6 +163,40 @@ pub fn launches() -> u64 {
 
 /// Starts a kernel: on a device queued behind what was queued before, in host memory at once.
 pub(super) fn launch(device: &Device, launch: &Launch) -> Result<()> {
+    start(device, launch, false)
+}
+
+/// As [`launch`], for kernels that wait within for those before them, on devices of compute capability 9.0
+/// and later: it may begin before they have ended.
+pub(super) fn launch_early(device: &Device, launch: &Launch) -> Result<()> {
+    start(device, launch, true)
+}
+
+/// What a device has of what blocks take.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Limits {
+    pub(super) multiprocessors: usize,
+    /// Of shared memory, the most that one block may use.
+    pub(super) shared_bytes: usize,
+    /// Whether it is of compute capability 9.0 or later: copies rows to shared memory by itself, and starts
+    /// kernels early.
+    pub(super) is_hopper: bool,
+}
+
+/// The limits of a device; few multiprocessors in the emulation, so that blocks have more to do.
+pub(super) fn limits(device: &Device) -> Result<Limits> {
+    match device {
+        #[cfg(feature = "cuda")]
+        Device::Cuda(device) => device::limits(device),
+        _ => Ok(Limits { multiprocessors: 3, shared_bytes: 227 << 10, is_hopper: true }),
+    }
+}
+
+#[cfg_attr(
+    not(feature = "cuda"),
+    expect(unused_variables, reason = "nothing starts early in the emulation")
+)]
+fn start(device: &Device, launch: &Launch, early: bool) -> Result<()> {
     if launch.grid.contains(&0) {
         return Ok(());
     }
@@ -171,7 +205,7 @@ pub(super) fn launch(device: &Device, launch: &Launch) -> Result<()> {
         #[cfg(feature = "cuda-emulation")]
         Device::Cpu => emulation::launch(launch),
         #[cfg(feature = "cuda")]
-        Device::Cuda(device) => device::launch(device, launch),
+        Device::Cuda(device) => device::launch(device, launch, early),
         _ => bail!("no kernel runs on {device:?}"),
     }
 }
@@ -245,9 +279,9 @@ mod device {
     };
     use cudarc::{
         driver::{
-            CudaFunction, CudaModule, DevicePtr, DeviceRepr, LaunchConfig, PushKernelArg,
+            CudaFunction, CudaModule, DevicePtr,
             sys::{
-                self, CUdevice_attribute_enum::CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT,
+                self, CUdevice_attribute_enum as DeviceAttribute,
                 CUfunction_attribute_enum::CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES,
             },
         },
@@ -255,7 +289,10 @@ mod device {
     };
     use half::bf16;
 
-    use super::super::launch::{Launch, TILE_MAP, Tiles};
+    use super::{
+        super::launch::{Launch, TILE_MAP, Tiles},
+        Limits,
+    };
     use crate::memory::CudaPool;
 
     /// Every kernel for every architecture, as the build script compiled them.
@@ -269,15 +306,13 @@ mod device {
     #[repr(C)]
     struct Arguments([u64; FIELDS_MAX]);
 
-    // SAFETY: plain numbers without padding.
-    unsafe impl DeviceRepr for Arguments {}
-
     /// What is loaded on each device.
     static LOADED: Mutex<Option<HashMap<DeviceId, Loaded>>> = Mutex::new(None);
 
     struct Loaded {
         module: Arc<CudaModule>,
-        functions: HashMap<String, CudaFunction>,
+        /// With the shared memory that they may use.
+        functions: HashMap<String, (CudaFunction, usize)>,
     }
 
     pub(super) fn address(storage: &CudaStorage, offset: usize) -> Result<u64> {
@@ -329,15 +364,19 @@ mod device {
                 place.insert(Loaded { module, functions: HashMap::new() })
             }
         };
-        if let Some(function) = loaded.functions.get(&launch.kernel) {
-            return Ok(function.clone());
-        }
-        let function = loaded.module.load_function(&launch.kernel).w()?;
-        if launch.shared_bytes > SHARED_BYTES_FREE {
+        let known = loaded.functions.get(&launch.kernel);
+        let (function, room) = match known {
+            Some((function, room)) => (function.clone(), *room),
+            None => (loaded.module.load_function(&launch.kernel).w()?, SHARED_BYTES_FREE),
+        };
+        if launch.shared_bytes > room {
             let bytes = i32::try_from(launch.shared_bytes).map_err(Error::wrap)?;
             function.set_attribute(CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES, bytes).w()?;
         }
-        loaded.functions.insert(launch.kernel.clone(), function.clone());
+        if known.is_none() || launch.shared_bytes > room {
+            let room = room.max(launch.shared_bytes);
+            loaded.functions.insert(launch.kernel.clone(), (function.clone(), room));
+        }
         Ok(function)
     }
 
@@ -346,10 +385,13 @@ mod device {
         device.cuda_stream().context().compute_capability().w()
     }
 
+    fn ask(device: &CudaDevice, attribute: DeviceAttribute) -> Result<usize> {
+        let found = device.cuda_stream().context().attribute(attribute).w()?;
+        usize::try_from(found).map_err(Error::wrap)
+    }
+
     pub(super) fn multiprocessors(device: &CudaDevice) -> Result<usize> {
-        let stream = device.cuda_stream();
-        let count = stream.context().attribute(CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT).w()?;
-        usize::try_from(count).map_err(Error::wrap)
+        ask(device, DeviceAttribute::CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT)
     }
 
     /// What the driver makes of `tiles`: pure arithmetic on the host. Axes: 64 columns, rows, pieces of
@@ -398,7 +440,16 @@ mod device {
         Ok(format!("{}, compute capability {major}.{minor}", stream.context().name().w()?))
     }
 
-    pub(super) fn launch(device: &CudaDevice, launch: &Launch) -> Result<()> {
+    pub(super) fn limits(device: &CudaDevice) -> Result<Limits> {
+        use DeviceAttribute::CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN as SHARED_BYTES;
+        Ok(Limits {
+            multiprocessors: multiprocessors(device)?,
+            shared_bytes: ask(device, SHARED_BYTES)?,
+            is_hopper: capability(device)?.0 >= 9,
+        })
+    }
+
+    pub(super) fn launch(device: &CudaDevice, launch: &Launch, early: bool) -> Result<()> {
         let function = function(device, launch)?;
         let mut arguments = Arguments([0; FIELDS_MAX]);
         let fields = launch.args.0.as_slice();
@@ -408,17 +459,37 @@ mod device {
         room.copy_from_slice(fields);
         let small = |n: usize| u32::try_from(n).map_err(Error::wrap);
         let [x, y, z] = launch.grid;
-        let config = LaunchConfig {
-            grid_dim: (small(x)?, small(y)?, small(z)?),
-            block_dim: (small(launch.threads)?, 1, 1),
-            shared_mem_bytes: small(launch.shared_bytes)?,
-        };
         let stream = device.cuda_stream();
-        let mut builder = stream.launch_builder(&function);
-        builder.arg(&arguments);
+        stream.context().bind_to_thread().w()?;
+        let mut attribute = sys::CUlaunchAttribute {
+            id: sys::CUlaunchAttributeID::CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION,
+            pad: [0; 4],
+            value: sys::CUlaunchAttributeValue { programmaticStreamSerializationAllowed: 1 },
+        };
+        let config = sys::CUlaunchConfig {
+            gridDimX: small(x)?,
+            gridDimY: small(y)?,
+            gridDimZ: small(z)?,
+            blockDimX: small(launch.threads)?,
+            blockDimY: 1,
+            blockDimZ: 1,
+            sharedMemBytes: small(launch.shared_bytes)?,
+            hStream: stream.cu_stream(),
+            attrs: &raw mut attribute,
+            numAttrs: u32::from(early),
+        };
+        let mut parameters = [(&raw mut arguments).cast::<std::ffi::c_void>()];
         // SAFETY: the arguments are the kernel's own, which the emulation's tests hold; addresses and
-        // sizes in them are those of tensors that are alive while this is queued.
-        unsafe { builder.launch(config) }.w()?;
-        Ok(())
+        // sizes in them are those of tensors that are alive while this is queued. The driver copies them
+        // before it returns.
+        let started = unsafe {
+            sys::cuLaunchKernelEx(
+                &raw const config,
+                function.cu_function(),
+                parameters.as_mut_ptr(),
+                std::ptr::null_mut(),
+            )
+        };
+        started.result().w()
     }
 }

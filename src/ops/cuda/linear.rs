@@ -9,14 +9,13 @@ use candle_core::{
 
 use super::{
     blas::{self, Epilogue},
+    few::{self, FEW_ROWS, Weights},
     ffi::{Output, address, blocks_address, launch},
     float8::Activations,
     launch::{Args, Launch},
     takes,
 };
 
-/// Rows for which the kernel that reads each weight once pays.
-const FEW_ROWS: usize = 8;
 const THREADS: usize = 256;
 /// Rows and columns of a tile, and its shared memory.
 const TILE: usize = 128;
@@ -57,7 +56,7 @@ impl Format {
         }
     }
 
-    fn name(self) -> &'static str {
+    pub(super) fn name(self) -> &'static str {
         match self {
             Self::Q8_0 => "q8_0",
             Self::Q4K => "q4_k",
@@ -201,19 +200,12 @@ impl StoredMatrix {
         let chunks = (outs.len() * self.depth) >> 3;
         let mut args = Args::default();
         // An offset fits: memory is addressed with it.
-        args.address(self.address()? + (outs.start * row_bytes) as u64);
+        args.address(self.weights()?.address + (outs.start * row_bytes) as u64);
         args.address(out.address()).count(chunks);
         let kernel = format!("widen_{}", self.format.name());
         let grid = [chunks.div_ceil(THREADS), 1, 1];
         launch(&device, &Launch { kernel, grid, threads: THREADS, shared_bytes: 0, args })?;
         out.into_tensor().map(Some)
-    }
-
-    fn address(&self) -> Result<u64> {
-        match &self.blocks {
-            Blocks::Bytes(bytes) => address(bytes),
-            Blocks::Quantized(matrix) => blocks_address(matrix),
-        }
     }
 
     /// The product by cuBLASLt: of numbers of eight bits where that is wanted, of the widened matrix for
@@ -230,6 +222,16 @@ impl StoredMatrix {
             Some(y) => Ok(Some(y)),
             None => blas::linear_widened(x.tensor(), self, epilogue, blas::SCRATCH_BYTES),
         }
+    }
+
+    fn weights(&self) -> Result<Weights> {
+        let Self { format, outs, depth, scale, .. } = *self;
+        let (address, is_constant) = match &self.blocks {
+            Blocks::Bytes(bytes) => (address(bytes)?, false),
+            // Candle quantizes on the CPU and copies what it reads.
+            Blocks::Quantized(matrix) => (blocks_address(matrix)?, true),
+        };
+        Ok(Weights { address, format, outs, depth, scale, is_constant })
     }
 
     /// `x · weightᵀ + bias`: `[.., depth]` → `[.., outs]` in bf16, or `None` where no kernel fits.
@@ -257,6 +259,11 @@ impl StoredMatrix {
         }
         let x = super::rows::aligned(x)?;
         let rows = x.elem_count().checked_div(self.depth).unwrap_or(0);
+        if rows <= FEW_ROWS
+            && let Some(y) = few::product(&x, &self.weights()?, bias)?
+        {
+            return Ok(Some(y));
+        }
         let mut dims = x.dims().to_vec();
         if let Some(last) = dims.last_mut() {
             *last = self.outs;
@@ -264,7 +271,7 @@ impl StoredMatrix {
         let out = Output::new(x.device(), &dims, DType::BF16)?;
         let bias = bias.map(Tensor::contiguous).transpose()?;
         let mut args = Args::default();
-        args.tensor(Some(&x))?.address(self.address()?).tensor(bias.as_ref())?;
+        args.tensor(Some(&x))?.address(self.weights()?.address).tensor(bias.as_ref())?;
         args.address(out.address()).counts([rows, self.depth, self.outs]).number(self.scale);
         let name = self.format.name();
         let start = if rows <= FEW_ROWS {
@@ -287,4 +294,43 @@ impl StoredMatrix {
         launch(x.device(), &start)?;
         out.into_tensor().map(Some)
     }
+}
+
+/// [`StoredMatrix::forward`] of one row by each of two or three matrices with their biases, by one kernel;
+/// `None` where it does not fit them.
+pub(in crate::ops) fn row_by_each(
+    x: &Tensor,
+    matrices: &[(&StoredMatrix, Option<&Tensor>)],
+) -> Result<Option<Vec<Tensor>>> {
+    let depth = x.elem_count();
+    let fits = |(matrix, bias): &(&StoredMatrix, Option<&Tensor>)| {
+        matrix.depth == depth
+            && bias.is_none_or(|bias| takes(&[bias]) && bias.dims() == [matrix.outs])
+    };
+    if !takes(&[x]) || x.dims().last() != Some(&depth) || !matrices.iter().all(fits) {
+        return Ok(None);
+    }
+    let matrices = matrices.iter().map(|(matrix, bias)| Ok((matrix.weights()?, *bias)));
+    few::product_each(&super::rows::aligned(x)?, &matrices.collect::<Result<Vec<_>>>()?)
+}
+
+/// The product of few rows with `weight: [outs, depth]` in bf16, or `None` where no kernel fits.
+pub(super) fn few_by_plain(
+    x: &Tensor,
+    weight: &Tensor,
+    bias: Option<&Tensor>,
+) -> Result<Option<Tensor>> {
+    let (outs, depth) = weight.dims2()?;
+    let fits = takes(&[x, weight])
+        && bias.is_none_or(|bias| takes(&[bias]) && bias.dims() == [outs])
+        && x.dims().last() == Some(&depth)
+        && x.elem_count() <= FEW_ROWS * depth
+        && x.elem_count() > 0
+        && weight.is_contiguous();
+    if !fits {
+        return Ok(None);
+    }
+    let (address, format) = (address(weight)?, Format::Bf16);
+    let weights = Weights { address, format, outs, depth, scale: 1.0, is_constant: false };
+    few::product(&super::rows::aligned(x)?, &weights, bias)
 }

@@ -9,6 +9,7 @@ mod blas;
 #[cfg(feature = "cuda")]
 mod blas_lt;
 mod conv;
+mod few;
 mod ffi;
 mod float8;
 mod joint;
@@ -37,6 +38,7 @@ pub(super) use joint::joint_attention;
 pub(super) use latents::{pack_patches, timestep_embedding, unpack_patches};
 pub use linear::{Format, StoredMatrix};
 pub(super) use pictures::Pixels;
+pub(super) use linear::row_by_each;
 pub(super) use rows::{
     Activation, activate, channel_rms_norm, gated_add, gated_add_norm, guided_step, layer_norm,
     rms_norm, rotate,

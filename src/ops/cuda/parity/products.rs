@@ -21,6 +21,149 @@ pub(super) fn check(suite: &mut Suite) {
         }
         widened_rows(suite, format);
     }
+    few_rows(suite);
+    row_by_each(suite);
+}
+
+/// Few rows of kinds and sizes that the kernels for these take apart: shares of blocks that are no whole
+/// tiles, a tile's depth shared by several warps, more blocks than outputs, odd numbers of pieces.
+fn few_rows(suite: &mut Suite) {
+    const SIZES: &[[usize; 3]] = &[
+        [1, 256, 2],
+        [1, 512, 33],
+        [1, 1024, 250],
+        [3, 1280, 49],
+        [4, 512, 120],
+        [5, 768, 35],
+        [8, 1024, 64],
+        [1, 4864, 26],
+        [2, 9472, 19],
+        [1, 9216, 40],
+    ];
+    for format in Format::ALL {
+        for [rows, depth, outs] in SIZES.iter().copied() {
+            product(suite, format, [rows, depth, outs]);
+        }
+        for [rows, depth, outs] in [[1, 1024, 50], [3, 512, 35], [7, 512, 33]] {
+            let x = suite.random(&[rows, depth]);
+            product_of(suite, format, spread(&x), [rows, depth, outs]);
+            not_finite(suite, format, [rows, depth, outs]);
+        }
+    }
+}
+
+/// One row by each of some matrices, as by each alone.
+fn row_by_each(suite: &mut Suite) {
+    use crate::ops::{PackedLinear, forward_each};
+    const DEPTH: usize = 512;
+    let cases = [
+        [(Format::Q4K, 200), (Format::Q4K, 33), (Format::Q6K, 48)],
+        [(Format::Q8_0, 70), (Format::Q6K, 1), (Format::Q4K, 5)],
+        [(Format::Q4K, 90), (Format::Q4K, 90), (Format::Q4K, 90)],
+    ];
+    for case in cases {
+        let x = suite.random(&[1, DEPTH]);
+        let parts: Vec<_> = case
+            .iter()
+            .map(|(format, outs)| {
+                let (numbers, bias) = (suite.random(&[*outs, DEPTH]), suite.random(&[*outs]));
+                // The second has none.
+                let bias = if outs % 2 == 1 { None } else { Some(bias) };
+                let (matrix, widened) = stored(&numbers, *format, &suite.device)?;
+                Result::Ok((matrix, widened, bias))
+            })
+            .collect();
+        let name = format!("{case:?} of depth {DEPTH}");
+        let parts = match parts.into_iter().collect::<Result<Vec<_>>>() {
+            Ok(parts) => parts,
+            Err(error) => return suite.judge("linear by each", &name, Err(error), vec![Ok(x)]),
+        };
+        let joined = |wide: bool| {
+            let each = parts.iter().map(|(_, widened, bias)| {
+                let bias = match bias {
+                    Some(bias) => bias.clone(),
+                    None => Tensor::zeros(widened.dim(0)?, DType::F32, &Device::Cpu)?,
+                };
+                if !wide {
+                    return rounded::linear(&x, widened, &bias);
+                }
+                let wide = |x: &Tensor| x.to_dtype(DType::F64);
+                wide(&x)?.matmul(&wide(widened)?.t()?)?.broadcast_add(&wide(&bias)?)
+            });
+            Tensor::cat(&each.collect::<Result<Vec<_>>>()?, 1)
+        };
+        let kernel = |order: &u32| {
+            suite.on_kernels(*order, || {
+                let on_device = |x: &Tensor| x.to_dtype(DType::BF16)?.to_device(&suite.device);
+                let linears = parts.iter().map(|(matrix, _, bias)| {
+                    let bias = bias.as_ref().map(on_device).transpose()?;
+                    Ok(PackedLinear::stored(matrix.clone(), bias))
+                });
+                let linears = linears.collect::<Result<Vec<_>>>()?;
+                let [a, b, c] = linears.as_slice() else { candle_core::bail!("not three") };
+                let before = super::super::launches();
+                let each = forward_each([a, b, c], &on_device(&x)?)?;
+                // Other threads may start kernels too.
+                if super::super::launches() == before {
+                    candle_core::bail!("no kernel");
+                }
+                Tensor::cat(&each, 1)
+            })
+        };
+        let kernels = suite.orders.iter().map(kernel).collect();
+        let expected = joined(true).and_then(|exact| Ok((exact, joined(false)?)));
+        suite.judge("linear by each", &name, expected, kernels);
+    }
+}
+
+/// Rows with outliers, small numbers beside large ones, and groups of zeros.
+fn spread(x: &Tensor) -> Result<Tensor> {
+    let dims = x.dims().to_vec();
+    let numbers = x.flatten_all()?.to_vec1::<f32>()?.into_iter().enumerate();
+    let scaled = numbers.map(|(i, x)| match i % 131 {
+        7 => x * 3000.0,
+        30..=65 => x * 1e-3,
+        66..=130 if (i >> 5) % 5 == 0 => 0.0,
+        _ => x,
+    });
+    let scaled: Vec<f32> = scaled.collect();
+    Tensor::from_vec(scaled, dims, x.device())?.to_dtype(DType::BF16)?.to_dtype(DType::F32)
+}
+
+/// A number that is not finite in a row makes this row's results so, and no others.
+fn not_finite(suite: &mut Suite, format: Format, [rows, depth, outs]: [usize; 3]) {
+    let (x, numbers) = (suite.random(&[rows, depth]), suite.random(&[outs, depth]));
+    for (bad, at) in [(f32::NAN, 3), (f32::INFINITY, depth - 1), (f32::NEG_INFINITY, 300)] {
+        let case =
+            format!("{format:?}, {bad} in one of {rows} rows, depth {depth}, {outs} outputs");
+        let found = (|| {
+            let (matrix, _) = stored(&numbers, format, &suite.device)?;
+            let mut with = x.flatten_all()?.to_vec1::<f32>()?;
+            with[(rows - 1) * depth + at] = bad;
+            let with = Tensor::from_vec(with, (rows, depth), &Device::Cpu)?;
+            Ok((matrix, with))
+        })();
+        let (matrix, with) = match found {
+            Ok(found) => found,
+            Err(error) => return suite.judge("linear", &case, Err(error), vec![Ok(x)]),
+        };
+        // One where all are as they must be.
+        let kernel = |order: &u32| {
+            let input = with.to_dtype(DType::BF16)?.to_device(&suite.device)?;
+            let y = suite.on_kernels(*order, || matrix.forward(&input, None))?;
+            let Some(y) = y else { candle_core::bail!("no kernel") };
+            let y = y.to_device(&Device::Cpu)?.to_dtype(DType::F32)?.flatten_all()?;
+            let last = (rows - 1) * outs;
+            let right = y.to_vec1::<f32>()?.iter().enumerate().all(|(i, y)| {
+                // A weight of zero times a number that is not finite may be left out or not.
+                if i >= last { !y.is_finite() || *y == 0.0 } else { y.is_finite() }
+            });
+            Tensor::from_slice(&[f32::from(u8::from(right))], 1, &Device::Cpu)
+        };
+        let kernels = suite.orders.iter().map(kernel).collect();
+        let one = Tensor::ones(1, DType::F32, &Device::Cpu);
+        suite.judge("linear", &case, one.map(|one| (one.clone(), one)), kernels);
+    }
 }
 
 /// A matrix in `format` from `numbers: [outs, depth]`, and the numbers that it holds.
@@ -109,10 +252,23 @@ fn widened_rows(suite: &mut Suite, format: Format) {
     }
 }
 
-fn product(suite: &mut Suite, format: Format, [rows, depth, outs]: [usize; 3]) {
-    let (x, numbers, bias) =
-        (suite.random(&[rows, depth]), suite.random(&[outs, depth]), suite.random(&[outs]));
+fn product(suite: &mut Suite, format: Format, sizes: [usize; 3]) {
+    let x = suite.random(&sizes[..2]);
+    product_of(suite, format, Ok(x), sizes);
+}
+
+fn product_of(
+    suite: &mut Suite,
+    format: Format,
+    x: Result<Tensor>,
+    [rows, depth, outs]: [usize; 3],
+) {
+    let (numbers, bias) = (suite.random(&[outs, depth]), suite.random(&[outs]));
     let case = format!("{format:?}, {rows} rows, depth {depth}, {outs} outputs");
+    let x = match x {
+        Ok(x) => x,
+        Err(error) => return suite.judge("linear", &case, Err(error), vec![Ok(bias)]),
+    };
     let (matrix, widened) = match stored(&numbers, format, &suite.device) {
         Ok(both) => both,
         Err(error) => return suite.judge("linear", &case, Err(error), vec![Ok(x)]),
