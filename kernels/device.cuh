@@ -67,6 +67,12 @@ struct alignas(16) Words {
 };
 
 DEVICE Words load_words(const void* from) { return *static_cast<const Words*>(from); }
+// Of what another block or another kernel wrote.
+DEVICE Words load_words_fresh(const void* from) {
+  Words words;
+  load_fresh(words.at, from);
+  return words;
+}
 DEVICE void store_words(void* to, Words words) { *static_cast<Words*>(to) = words; }
 
 // The sum over groups of `width` neighbouring lanes, a power of two; every lane of the warp calls it.

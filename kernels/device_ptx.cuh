@@ -4,6 +4,7 @@
 
 #define DEVICE __device__ __forceinline__
 #define UNROLL _Pragma("unroll")
+#define NO_UNROLL _Pragma("unroll 1")
 // A kernel `name(args)`; its arguments are one struct of 8-byte fields. At least `blocks` of its blocks
 // are to fit a multiprocessor, as far as registers go.
 #define KERNEL(name, Args, threads, blocks) \
@@ -31,6 +32,23 @@ DEVICE void warp_barrier() { __syncwarp(); }
 DEVICE float shuffle_xor(float x, int mask) { return __shfl_xor_sync(0xffffffffu, x, mask); }
 DEVICE float shuffle(float x, int from) { return __shfl_sync(0xffffffffu, x, from); }
 DEVICE float atomic_add(float* at, float x) { return atomicAdd(at, x); }
+// Adds one and returns what was there before.
+DEVICE uint32_t atomic_increment(uint32_t* at) { return atomicAdd(at, 1u); }
+// What this thread wrote is seen by other blocks before what it writes after this.
+DEVICE void memory_fence() { __threadfence(); }
+
+// Kernels that are queued to overlap (compute capability 9.0): the next one may start, and waits there
+// until all before it have ended and their writes are seen.
+DEVICE void release_next_kernel() {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+#endif
+}
+DEVICE void wait_for_last_kernel() {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
 
 // 2 to the power of x, within 2 units in the last place.
 DEVICE float exp2_fast(float x) {
@@ -45,6 +63,23 @@ DEVICE uint32_t pack_bf16(float low, float high) {
   uint32_t pair;
   asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(high), "f"(low));
   return pair;
+}
+
+// Loads that pass by the multiprocessor's own cache, which may hold what was there before.
+DEVICE float load_fresh(const float* from) { return __ldcg(from); }
+DEVICE void load_fresh(uint32_t (&to)[4], const void* from) {
+  const uint4 words = __ldcg(static_cast<const uint4*>(from));
+  to[0] = words.x;
+  to[1] = words.y;
+  to[2] = words.z;
+  to[3] = words.w;
+}
+
+// The sums of two pairs of bf16.
+DEVICE uint32_t add_bf16_pairs(uint32_t a, uint32_t b) {
+  uint32_t sums;
+  asm("fma.rn.bf16x2 %0, %1, %2, %3;" : "=r"(sums) : "r"(a), "r"(0x3f803f80u), "r"(b));
+  return sums;
 }
 
 DEVICE uint32_t shared_address(const void* at) {

@@ -1,6 +1,7 @@
 // All kernels, as one unit of compilation.
 #include "attention.cu"
 #include "conv.cu"
+#include "decode.cu"
 #include "elementwise.cu"
 #include "hopper.cu"
 #include "joint_attention.cu"

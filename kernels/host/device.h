@@ -5,6 +5,7 @@
 
 #define DEVICE inline
 #define UNROLL
+#define NO_UNROLL
 #define HAS_GROUP_PRODUCTS 1
 #define KERNEL(name, Args, threads, blocks)                                                        \
   static void name(const Args& args);                                                           \
@@ -105,6 +106,14 @@ inline float atomic_add(float* at, float x) {
   return before;
 }
 
+inline uint32_t atomic_increment(uint32_t* at) { return (*at)++; }
+inline void memory_fence() {}
+inline void release_next_kernel() {}
+inline void wait_for_last_kernel() {}
+
+inline float load_fresh(const float* from) { return *from; }
+inline void load_fresh(uint32_t (&to)[4], const void* from) { memcpy(to, from, 16); }
+
 inline float exp2_fast(float x) { return exp2f(x); }
 inline float inverse_root(float x) { return 1.0f / sqrtf(x); }
 
@@ -116,6 +125,16 @@ inline uint16_t round_to_bf16(float x) {
 }
 inline uint32_t pack_bf16(float low, float high) {
   return uint32_t(round_to_bf16(low)) | uint32_t(round_to_bf16(high)) << 16;
+}
+
+inline uint32_t add_bf16_pairs(uint32_t a, uint32_t b) {
+  auto value = [](uint32_t bits) {
+    float x;
+    memcpy(&x, &bits, 4);
+    return x;
+  };
+  return pack_bf16(value(a << 16) + value(b << 16),
+                   value(a & 0xffff0000u) + value(b & 0xffff0000u));
 }
 
 inline void load_matrices(uint32_t (&to)[4], const void* row) {

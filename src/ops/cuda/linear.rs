@@ -96,6 +96,8 @@ enum Blocks {
     /// `[outs · bytes of a row]` as bytes.
     Bytes(Tensor),
     Quantized(Arc<QTensor>),
+    /// `[outs, depth]` in bf16.
+    Plain(Tensor),
 }
 
 impl StoredMatrix {
@@ -131,6 +133,34 @@ impl StoredMatrix {
             bail!("a matrix [{outs}, {depth}] of {format:?} does not have {dims:?} of {dtype:?}");
         }
         Ok(Self { blocks: Blocks::Bytes(bytes), format, outs, depth, scale })
+    }
+
+    /// A matrix of plain numbers as it is; `None` for others than bf16 in one piece, and where kernels do not
+    /// run.
+    pub(in crate::ops) fn plain(matrix: &Tensor) -> Option<Self> {
+        let (outs, depth) = matrix.dims2().ok()?;
+        let fits = takes(&[matrix]) && matrix.is_contiguous();
+        let (blocks, format) = (Blocks::Plain(matrix.clone()), Format::Bf16);
+        let whole = fits && depth.is_multiple_of(format.block().0);
+        whole.then_some(Self { blocks, format, outs, depth, scale: 1.0 })
+    }
+
+    /// The type it is stored in.
+    pub(super) fn format(&self) -> Format {
+        self.format
+    }
+
+    /// What every weight is multiplied with.
+    pub(super) fn scale(&self) -> f64 {
+        self.scale
+    }
+
+    /// The address of its first block.
+    pub(super) fn address(&self) -> Result<u64> {
+        match &self.blocks {
+            Blocks::Bytes(bytes) | Blocks::Plain(bytes) => address(bytes),
+            Blocks::Quantized(matrix) => blocks_address(matrix),
+        }
     }
 
     /// `[outs, depth]`.
@@ -174,11 +204,7 @@ impl StoredMatrix {
         let out = Output::new(x.device(), &dims, DType::BF16)?;
         let bias = bias.map(Tensor::contiguous).transpose()?;
         let mut args = Args::default();
-        let blocks = match &self.blocks {
-            Blocks::Bytes(bytes) => address(bytes)?,
-            Blocks::Quantized(matrix) => blocks_address(matrix)?,
-        };
-        args.tensor(Some(&x))?.address(blocks).tensor(bias.as_ref())?;
+        args.tensor(Some(&x))?.address(self.address()?).tensor(bias.as_ref())?;
         args.address(out.address()).counts([rows, self.depth, self.outs]).number(self.scale);
         let name = self.format.name();
         let start = if rows <= FEW_ROWS {

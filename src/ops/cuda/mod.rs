@@ -9,6 +9,7 @@ mod blas;
 #[cfg(feature = "cuda")]
 mod blas_lt;
 mod conv;
+mod decode;
 mod ffi;
 mod joint;
 mod latents;
@@ -16,6 +17,7 @@ mod launch;
 mod linear;
 #[cfg(any(feature = "cuda", feature = "cuda-emulation"))]
 pub mod parity;
+mod queue;
 mod rows;
 
 use std::{
@@ -29,6 +31,9 @@ pub(super) use attention::attention;
 pub(super) use blas::{Epilogue, linear as blas_linear};
 pub use blas::{use_blas_lt, use_float8_products};
 pub(super) use conv::StoredKernel;
+pub use decode::{
+    DecodeLayer, DecodeModel, DecodePart, DecodePlan, DecodeStarts, DecodeToken, use_decode,
+};
 pub use ffi::launches;
 pub(super) use joint::joint_attention;
 pub(super) use latents::{pack_patches, timestep_embedding, unpack_patches};

@@ -6,6 +6,7 @@
 
 mod attention;
 mod blas;
+mod decode;
 mod elementwise;
 mod joint;
 mod products;
@@ -47,11 +48,12 @@ pub struct Group {
 }
 
 /// The checks of every operation.
-pub const GROUPS: [Group; 4] = [
+pub const GROUPS: [Group; 5] = [
     Group { name: "joint attention", check: joint::check },
     Group { name: "attention", check: attention::check },
     Group { name: "elementwise", check: elementwise::check },
     Group { name: "products", check: products::check },
+    Group { name: "decode", check: decode::check },
 ];
 
 /// Runs the checks of every operation. On the CPU the kernels are emulated, with the threads of a block

@@ -27,7 +27,11 @@ pub(super) fn check(suite: &mut Suite) {
 }
 
 /// A matrix in `format` from `numbers: [outs, depth]`, and the numbers that it holds.
-fn stored(numbers: &Tensor, format: Format, device: &Device) -> Result<(StoredMatrix, Tensor)> {
+pub(super) fn stored(
+    numbers: &Tensor,
+    format: Format,
+    device: &Device,
+) -> Result<(StoredMatrix, Tensor)> {
     let dims = numbers.dims2()?;
     let quantized = |dtype| {
         let matrix = QTensor::quantize(numbers, dtype)?;
