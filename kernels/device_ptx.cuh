@@ -4,6 +4,7 @@
 
 #define DEVICE __device__ __forceinline__
 #define UNROLL _Pragma("unroll")
+#define NO_UNROLL _Pragma("unroll 1")
 // A kernel `name(args)`; its arguments are one struct of 8-byte fields. At least `blocks` of its blocks
 // are to fit a multiprocessor, as far as registers go.
 #define KERNEL(name, Args, threads, blocks) \
@@ -31,6 +32,10 @@ DEVICE void warp_barrier() { __syncwarp(); }
 DEVICE float shuffle_xor(float x, int mask) { return __shfl_xor_sync(0xffffffffu, x, mask); }
 DEVICE float shuffle(float x, int from) { return __shfl_sync(0xffffffffu, x, from); }
 DEVICE float atomic_add(float* at, float x) { return atomicAdd(at, x); }
+// Adds one and returns what was there before.
+DEVICE uint32_t atomic_increment(uint32_t* at) { return atomicAdd(at, 1u); }
+// What this thread wrote is seen by other blocks before what it writes after this.
+DEVICE void memory_fence() { __threadfence(); }
 
 // Kernels that are queued to overlap (compute capability 9.0): the next one may start, and waits there
 // until all before it have ended and their writes are seen.
@@ -105,6 +110,13 @@ DEVICE void load_fresh(uint32_t (&to)[4], const void* from) {
   to[1] = words.y;
   to[2] = words.z;
   to[3] = words.w;
+}
+
+// The sums of two pairs of bf16.
+DEVICE uint32_t add_bf16_pairs(uint32_t a, uint32_t b) {
+  uint32_t sums;
+  asm("fma.rn.bf16x2 %0, %1, %2, %3;" : "=r"(sums) : "r"(a), "r"(0x3f803f80u), "r"(b));
+  return sums;
 }
 
 DEVICE uint32_t shared_address(const void* at) {

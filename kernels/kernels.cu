@@ -2,6 +2,7 @@
 #include "attention.cu"
 #include "conv.cu"
 #include "conv_hopper.cu"
+#include "decode.cu"
 #include "elementwise.cu"
 #include "hopper.cu"
 #include "joint_attention.cu"

@@ -5,6 +5,7 @@
 
 #define DEVICE inline
 #define UNROLL
+#define NO_UNROLL
 #define KERNEL(name, Args, threads, blocks)                                                        \
   static void name(const Args& args);                                                           \
   static const emulation::Kernel name##_entry{                                                  \
@@ -100,6 +101,8 @@ inline float atomic_add(float* at, float x) {
   return before;
 }
 
+inline uint32_t atomic_increment(uint32_t* at) { return (*at)++; }
+inline void memory_fence() {}
 inline void release_next_kernel() {}
 inline void wait_for_last_kernel() {}
 
@@ -136,6 +139,9 @@ inline uint32_t scale_bf16(uint32_t pair, uint32_t by) {
 }
 inline uint32_t subtract_bf16(uint32_t from, uint32_t what) {
   return each_of_pair(from, what, [](float a, float b) { return a - b; });
+}
+inline uint32_t add_bf16_pairs(uint32_t a, uint32_t b) {
+  return each_of_pair(a, b, [](float a, float b) { return a + b; });
 }
 
 inline void load_matrices(uint32_t (&to)[4], const void* row) {

@@ -7,6 +7,7 @@
 
 mod accuracy;
 mod autoencoder;
+mod language;
 mod large;
 mod models;
 mod pool;
@@ -39,7 +40,7 @@ pub struct Options {
 /// # Errors
 /// A build without CUDA, no driver, or no device.
 pub fn first_gpu() -> Result<(Device, String)> {
-    let device = Device::new_cuda(0)?;
+    let device = crate::memory::cuda_device(0)?;
     let name = crate::ops::cuda::device_name(&device)?;
     Ok((device, name))
 }
@@ -58,12 +59,13 @@ pub struct Part {
 }
 
 /// Correctness.
-const CHECKS: [Part; 11] = [
+const CHECKS: [Part; 12] = [
     check("joint attention", |device, _| group(device, 0)),
     check("attention", |device, _| group(device, 1)),
     check("elementwise", |device, _| group(device, 2)),
     check("pictures", |device, _| group(device, 3)),
     check("products", |device, _| group(device, 4)),
+    check("decode", |device, _| group(device, 5)),
     check("hopper", hopper),
     check("cublaslt", |device, _| {
         named("cublaslt", parity::run_blas(device, &[0]).iter().map(Row::of_outcome).collect())

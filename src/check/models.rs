@@ -12,9 +12,9 @@ use crate::{
         vae::{Autoencoder, Tiling},
     },
     error::{Error, Result},
-    ops::cuda::launches,
+    ops::cuda::{launches, runs_on},
     progress::CancelToken,
-    vlm::VisionLanguageModel,
+    vlm::{Inputs, VisionLanguageModel},
     weights::{ModelFiles, Precision, Storage},
 };
 
@@ -29,12 +29,13 @@ struct Computed {
 
 /// Each with a recorded tensor that it needs. A checkpoint that shares a model and its numbers with
 /// another does not record them again.
-const MODELS: [(&str, &str, Model); 5] = [
+const MODELS: [(&str, &str, Model); 6] = [
     ("transformer", "dit.out.0.37", transformer),
     ("transformer, padded in a batch of two,", "dit.out.0.37", transformer_in_batch),
     ("encoder of pictures", "vae.image", encoder),
     ("decoder of pictures", "vae.image", decoder),
     ("language model", "vl.hidden_last", language_model),
+    ("language model, token by token,", "vl.logits", token_by_token),
 ];
 
 /// The models of every checkpoint in `folder`.
@@ -172,15 +173,40 @@ fn decoder(device: &Device, folder: &Path, storage: Storage) -> Result<Computed>
 }
 
 fn language_model(device: &Device, folder: &Path, storage: Storage) -> Result<Computed> {
-    let (cases, facts) = (Cases::open(folder)?, facts(folder)?);
+    let (model, inputs) = asked(device, folder, storage)?;
+    let found = model.hidden_states(&inputs, &CancelToken::new())?;
+    Ok(Computed { found, expected: Cases::open(folder)?.get("vl.hidden_last")? })
+}
+
+/// The language model and a prompt with a picture.
+fn asked(
+    device: &Device,
+    folder: &Path,
+    storage: Storage,
+) -> Result<(VisionLanguageModel, Inputs)> {
+    let facts = facts(folder)?;
     let text = facts.get("vl.text").and_then(serde_json::Value::as_str).unwrap_or_default();
     let files = ModelFiles::Folder(folder.to_owned());
     let model = VisionLanguageModel::load(&files, "text_encoder", &precision(device, storage))?;
     let path = folder.join("cases/vl.png");
     let picture = image::open(&path).map_err(candle_core::Error::wrap)?.into_rgb8();
     let inputs = model.prepare(text, &[picture])?;
-    let found = model.hidden_states(&inputs, &CancelToken::new())?;
-    Ok(Computed { found, expected: cases.get("vl.hidden_last")? })
+    Ok((model, inputs))
+}
+
+/// The logits of the prompt's last tokens, each read on its own.
+fn token_by_token(device: &Device, folder: &Path, storage: Storage) -> Result<Computed> {
+    const TOKENS: usize = 12;
+    let (model, inputs) = asked(device, folder, storage)?;
+    let cancel = CancelToken::new();
+    let (found, prepared) = model.logits_token_by_token(&inputs, TOKENS, (&cancel).into())?;
+    // Plain matrices in host memory are laid out for the CPU.
+    let expected = device.is_cuda() || (runs_on(device) && storage == Storage::Q8_0);
+    if prepared != expected {
+        return Err(Error::field("prepared pass", prepared, expected));
+    }
+    let all = Cases::open(folder)?.get("vl.logits")?;
+    Ok(Computed { found, expected: all.narrow(1, all.dim(1)? - TOKENS, TOKENS)? })
 }
 
 impl Computed {

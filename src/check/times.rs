@@ -7,7 +7,7 @@ use std::{path::Path, time::Instant};
 use candle_core::{DType, Device, Tensor, quantized::GgmlDType};
 
 use super::{
-    Options, Part, autoencoder, on_kernels,
+    Options, Part, autoencoder, language, on_kernels,
     report::{Finding, Row},
     weights::{self, Dimensions, Matrices},
 };
@@ -50,6 +50,9 @@ pub(super) const PARTS: &[Part] = &[
     }),
     timed("time of the autoencoder", |device, options| {
         on_kernels(device, || autoencoder::times(device, &options.scratch, options.shrink))
+    }),
+    timed("time of the language model", |device, options| {
+        on_kernels(device, || language::times(device, options.shrink))
     }),
 ];
 

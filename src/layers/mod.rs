@@ -9,7 +9,9 @@ pub use low_rank::LowRank;
 
 use crate::{
     error::Result,
-    ops::{self, Conv2dShape, PackedConv2d, PackedLinear, Picture, ResidualConv2d},
+    ops::{
+        self, Conv2dShape, PackedConv2d, PackedLinear, Picture, ResidualConv2d, cuda::StoredMatrix,
+    },
     weights::Weights,
 };
 
@@ -45,6 +47,18 @@ impl Linear {
         };
         let changes = weights.take_changes().into_iter().map(LowRank::new).collect();
         Ok(Self { matrix, changes })
+    }
+
+    /// From a matrix that is multiplied where it lies; `bias: [width_out]`.
+    #[must_use]
+    pub fn stored(matrix: StoredMatrix, bias: Option<Tensor>) -> Self {
+        Self { matrix: PackedLinear::stored(matrix, bias), changes: Vec::new() }
+    }
+
+    /// The matrix and its bias, where nothing changes them.
+    #[must_use]
+    pub fn alone(&self) -> Option<&PackedLinear> {
+        self.changes.is_empty().then_some(&self.matrix)
     }
 
     /// Whether the matrix is kept in fewer bits than float32.
@@ -93,6 +107,12 @@ impl RmsNorm {
     /// A tensor that is missing or has another shape.
     pub fn load(weights: &Weights, dim: usize, eps: f64) -> Result<Self> {
         Ok(Self { weight: weights.tensor("weight", &[dim])?, eps })
+    }
+
+    /// From `weight: [dim]`.
+    #[must_use]
+    pub fn new(weight: Tensor, eps: f64) -> Self {
+        Self { weight, eps }
     }
 
     /// `[.., dim]` → the same shape.

@@ -17,6 +17,24 @@ use super::{
 };
 use crate::error::Result;
 
+/// Opens a CUDA device whose work, from whatever thread, is queued on one stream of its own.
+///
+/// The stream that candle takes by itself is another one in each thread, so that what one thread has queued
+/// would not be waited for by the next.
+///
+/// # Errors
+/// No such device, or no driver.
+pub(super) fn open(index: usize) -> candle_core::Result<TensorDevice> {
+    let device = CudaDevice::new_with_stream(index)?;
+    #[expect(unsafe_code, reason = "a promise about streams")]
+    // SAFETY: there is one stream, so everything is in the order in which it was queued. Two events for
+    // each tensor are not needed, and their making and waiting takes the host's time.
+    unsafe {
+        device.disable_event_tracking();
+    }
+    Ok(TensorDevice::Cuda(device))
+}
+
 /// The default pool of a CUDA device. Tensors take their memory from it by themselves; what is
 /// allocated here are claims, which are counted beside what the driver says is taken.
 #[derive(Debug)]

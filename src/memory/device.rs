@@ -96,13 +96,24 @@ fn open_cuda(index: usize) -> Result<TensorDevice> {
         let what = format!("device cuda:{index}: it was built without the feature `cuda`");
         return Err(unsupported(what, "use --device cpu, or build with --features cuda"));
     }
-    let opened = TensorDevice::new_cuda(index).and_then(|device| probe(&device).map(|()| device));
+    let opened = cuda_device(index).and_then(|device| probe(&device).map(|()| device));
     opened.map_err(|error| {
         let reason = error.to_string();
         let reason = reason.lines().next().unwrap_or_default();
         let what = format!("device cuda:{index}: {reason}{}", driver());
         unsupported(what, DeviceFault::of(reason).hint())
     })
+}
+
+/// A CUDA device on one stream for all threads.
+///
+/// # Errors
+/// A build without CUDA, no such device, or no driver.
+pub(crate) fn cuda_device(index: usize) -> candle_core::Result<TensorDevice> {
+    #[cfg(feature = "cuda")]
+    return super::cuda::open(index);
+    #[cfg(not(feature = "cuda"))]
+    TensorDevice::new_cuda(index)
 }
 
 /// Which CUDA the driver is for, where there is a driver that says so.

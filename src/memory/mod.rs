@@ -16,6 +16,8 @@ pub use budget::{Budget, Limit};
 #[cfg(feature = "cuda")]
 pub use cuda::CudaPool;
 pub use device::Device;
+#[cfg(any(feature = "cuda", feature = "cuda-emulation"))]
+pub(crate) use device::cuda_device;
 pub use fault::DeviceFault;
 pub use ladder::{Ladder, Rung};
 pub use ledger::{DeviceMemory, Holding, Lease};

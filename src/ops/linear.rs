@@ -98,6 +98,15 @@ impl LinearWeight {
         }
     }
 
+    /// The matrix for kernels that read it as it is stored; `None` where none does.
+    pub(super) fn stored_matrix(&self) -> Option<StoredMatrix> {
+        match self {
+            Self::Dense(matrix) => StoredMatrix::plain(matrix),
+            Self::Quantized(matrix) => StoredMatrix::quantized(matrix).ok().flatten(),
+            Self::Blocks(_) | Self::Packed(_) => None,
+        }
+    }
+
     /// `weight` quantized to Q8_0, where its rows are a multiple of the block; plain otherwise.
     ///
     /// # Errors
@@ -207,6 +216,16 @@ impl PackedLinear {
             Kernel::Blocks(weight) => Some((weight, self.bias.as_ref())),
             _ => None,
         }
+    }
+
+    /// The matrix and the bias for kernels that read it as it is stored; `None` where none does.
+    pub(super) fn stored_matrix(&self) -> Option<(StoredMatrix, Option<&Tensor>)> {
+        let matrix = match &self.weight {
+            Kernel::Stored(matrix, _) => matrix.clone(),
+            Kernel::Dense(matrix) => StoredMatrix::plain(matrix)?,
+            Kernel::Packed(_) | Kernel::Blocks(_) | Kernel::Quantized(_) => return None,
+        };
+        Some((matrix, self.bias.as_ref()))
     }
 
     /// From a matrix that is multiplied where it lies, by activations in bf16; `bias: [out]`.

@@ -91,6 +91,26 @@ impl Allowed {
         (token as usize) < self.0.len() && self.0.is_allowed(token)
     }
 
+    /// Gives every other token's logit a value.
+    pub(super) fn forbid_others(&self, logits: &mut [f32], value: f32) {
+        const BITS: usize = 32;
+        let words = self.0.as_slice().iter().copied().chain(std::iter::repeat(0));
+        let mut left = self.0.len();
+        for (logits, word) in logits.chunks_mut(BITS).zip(words) {
+            // Most words allow all of their tokens or none.
+            if word == u32::MAX && left >= BITS {
+                left -= BITS;
+                continue;
+            }
+            for (bit, logit) in logits.iter_mut().enumerate() {
+                if bit >= left || word >> bit & 1 == 0 {
+                    *logit = value;
+                }
+            }
+            left = left.saturating_sub(BITS);
+        }
+    }
+
     /// The tokens, in their order.
     pub fn tokens(&self) -> impl Iterator<Item = u32> {
         self.0.iter()

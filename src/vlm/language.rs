@@ -15,7 +15,10 @@ use super::{
 use crate::{
     error::Result,
     layers::{Linear, LowRank, RmsNorm},
-    ops::{self, LinearWeight, Mask},
+    ops::{
+        self, LinearWeight, Mask,
+        cuda::{self, DecodeLayer, DecodeModel, DecodePlan},
+    },
     weights::{FileRows, Storage, Weights},
 };
 
@@ -44,6 +47,57 @@ impl LanguageModel {
             frequencies: inverse_frequencies(config.rope_theta, config.head_dim),
             dtype: weights.precision().compute,
             device: weights.precision().device.clone(),
+            config: config.clone(),
+        })
+    }
+
+    /// With random matrices that `matrix` makes of their sizes `[out, in]`, for times.
+    ///
+    /// # Errors
+    /// A failure of the device.
+    #[cfg(any(feature = "cuda", feature = "cuda-emulation"))]
+    pub(super) fn random(
+        config: &TextConfig,
+        device: &Device,
+        matrix: &mut dyn FnMut([usize; 2]) -> Result<cuda::StoredMatrix>,
+    ) -> Result<Self> {
+        let dtype = DType::BF16;
+        let (width, eps) = (config.hidden_size, config.rms_norm_eps);
+        let norm =
+            || -> Result<RmsNorm> { Ok(RmsNorm::new(Tensor::ones(width, dtype, device)?, eps)) };
+        let random = |dims: &[usize]| -> Result<Tensor> {
+            Ok(Tensor::randn(0.0_f32, 1.0, dims, device)?.to_dtype(dtype)?)
+        };
+        let (inner, kv_width) = (config.intermediate_size, config.kv_heads * config.head_dim);
+        let mut matrix =
+            |shape, bias| -> Result<Linear> { Ok(Linear::stored(matrix(shape)?, bias)) };
+        let mut layer = || -> Result<Layer> {
+            Ok(Layer {
+                input_layernorm: norm()?,
+                attention: Attention {
+                    q_proj: matrix([width, width], Some(random(&[width])?))?,
+                    k_proj: matrix([kv_width, width], Some(random(&[kv_width])?))?,
+                    v_proj: matrix([kv_width, width], Some(random(&[kv_width])?))?,
+                    o_proj: matrix([width, width], None)?,
+                    heads: config.heads,
+                    kv_heads: config.kv_heads,
+                    head_dim: config.head_dim,
+                },
+                post_attention_layernorm: norm()?,
+                gate_proj: matrix([inner, width], None)?,
+                up_proj: matrix([inner, width], None)?,
+                down_proj: matrix([width, inner], None)?,
+            })
+        };
+        let layers = (0..config.layers).map(|_| layer()).collect::<Result<_>>()?;
+        let rows = random(&[config.vocab_size, width])?;
+        Ok(Self {
+            embedding: Embedding::Read(LinearWeight::Dense(rows)),
+            layers,
+            norm: norm()?,
+            frequencies: inverse_frequencies(config.rope_theta, config.head_dim),
+            dtype,
+            device: device.clone(),
             config: config.clone(),
         })
     }
@@ -87,8 +141,41 @@ impl LanguageModel {
         Cache::new(self.layers.len(), tokens)
     }
 
-    /// Angles in sections: section `i` turns with axis `i % 3`.
+    /// Whether there may be prepared kernels for single tokens.
+    pub(super) fn may_decode(&self) -> bool {
+        self.dtype == DType::BF16 && cuda::runs_on(&self.device)
+    }
+
+    /// Prepares the pass of one token over a cache that is not empty; `None` where no kernels fit.
+    ///
+    /// # Errors
+    /// A failure of the device.
+    pub(super) fn decode_plan(&self, head: &Linear, cache: &Cache) -> Result<Option<DecodePlan>> {
+        let layers = self.layers.iter().zip(cache.rooms());
+        let layers: Option<Vec<_>> = layers.map(|(layer, room)| layer.decoded(room)).collect();
+        let (Some(layers), Some(head)) = (layers, head.alone()) else { return Ok(None) };
+        let embedding = match &self.embedding {
+            Embedding::InFile(_) => None,
+            Embedding::Read(matrix) => Some(matrix),
+        };
+        let TextConfig { heads, kv_heads, head_dim, rms_norm_eps: eps, .. } = self.config;
+        let (norm, heads) = (self.norm.weight(), [heads, kv_heads, head_dim]);
+        Ok(DecodePlan::new(&DecodeModel { embedding, layers, norm, head, eps, heads })?)
+    }
+
+    /// Cosines and sines of a position's angles.
+    pub(super) fn cosines_and_sines(&self, position: Position) -> [Vec<f32>; 2] {
+        let table = self.table(&[position]);
+        [f32::cos, f32::sin].map(|of| table.iter().map(|angle| of(*angle)).collect())
+    }
+
     fn angles(&self, positions: &[Position]) -> Result<Angles> {
+        let half = self.frequencies.len();
+        Angles::new(&self.table(positions), half, self.dtype, &self.device)
+    }
+
+    /// Angles in sections: section `i` turns with axis `i % 3`.
+    fn table(&self, positions: &[Position]) -> Vec<f32> {
         let sections = self.config.mrope_section.iter().enumerate();
         let axes: Vec<usize> =
             sections.flat_map(|(i, &len)| std::iter::repeat_n(i % 3, len)).collect();
@@ -101,7 +188,7 @@ impl LanguageModel {
             };
             table.extend(axes.iter().zip(&self.frequencies).map(angle));
         }
-        Angles::new(&table, axes.len(), self.dtype, &self.device)
+        table
     }
 }
 
@@ -162,6 +249,20 @@ impl Layer {
             gate_proj: Linear::load_without_bias(&mlp.pp("gate_proj"), width, inner)?,
             up_proj: Linear::load_without_bias(&mlp.pp("up_proj"), width, inner)?,
             down_proj: Linear::load_without_bias(&mlp.pp("down_proj"), inner, width)?,
+        })
+    }
+
+    /// The layer for a pass of one token; `None` where a file changes one of its matrices.
+    fn decoded<'a>(&'a self, cache: [&'a Tensor; 2]) -> Option<DecodeLayer<'a>> {
+        let attention = &self.attention;
+        Some(DecodeLayer {
+            norm: self.input_layernorm.weight(),
+            qkv: [attention.q_proj.alone()?, attention.k_proj.alone()?, attention.v_proj.alone()?],
+            out: attention.o_proj.alone()?,
+            mlp_norm: self.post_attention_layernorm.weight(),
+            gate_up: [self.gate_proj.alone()?, self.up_proj.alone()?],
+            down: self.down_proj.alone()?,
+            cache,
         })
     }
 

@@ -10,6 +10,7 @@ mod cache;
 pub mod config;
 mod config_keys;
 pub mod constraint;
+mod decode;
 pub(crate) mod export;
 mod footprint;
 pub mod generate;
@@ -20,6 +21,8 @@ mod names;
 pub mod positions;
 pub mod preprocess;
 pub(crate) mod published;
+#[cfg(any(feature = "cuda", feature = "cuda-emulation"))]
+pub(crate) mod random;
 mod rotary;
 pub mod sampling;
 pub mod seen;

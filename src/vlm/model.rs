@@ -5,7 +5,7 @@ use std::{
     sync::{Arc, OnceLock},
 };
 
-use candle_core::{DType, Device, Tensor};
+use candle_core::{Device, Tensor};
 use image::RgbImage;
 
 use super::{
@@ -13,6 +13,7 @@ use super::{
     cache::Cache,
     config::Config,
     constraint::{Constraint, Vocabulary},
+    decode::{Decoder, Pending, last_logits},
     generate::{Finish, GenerateOptions, Generation},
     language::LanguageModel,
     names,
@@ -82,6 +83,14 @@ impl Inputs {
         self
     }
 
+    /// The first `count` tokens, pictures among them.
+    #[cfg(any(feature = "cuda", feature = "cuda-emulation"))]
+    pub(super) fn cut(mut self, count: usize) -> Self {
+        self.tokens.truncate(count);
+        self.positions.tokens.truncate(count);
+        self
+    }
+
     /// The same inputs with every token, pictures included, at its index on all three axes.
     ///
     /// The editing pipelines of diffusers leave out the token types from which transformers 5 works
@@ -112,9 +121,9 @@ pub struct VisionLanguageModel {
 
 /// What is large in the model: all that is computed with its weights.
 #[derive(Debug)]
-struct Body {
+pub(super) struct Body {
     vision: VisionTower,
-    language: LanguageModel,
+    pub(super) language: LanguageModel,
     head: OnceLock<Linear>,
 }
 
@@ -178,7 +187,7 @@ impl VisionLanguageModel {
         self.body.is_full()
     }
 
-    fn body(&self, cancel: &CancelToken) -> Result<Arc<Body>> {
+    pub(super) fn body(&self, cancel: &CancelToken) -> Result<Arc<Body>> {
         self.body.get_or(|| {
             let (config, weights) = (&self.config, self.weights.with_cancel(cancel));
             let vision =
@@ -399,17 +408,21 @@ impl VisionLanguageModel {
         let body = self.body(call.cancel)?;
         let mut cache = body.language.cache(seen.len() + steps.min(CACHE_TOKENS));
         let hidden = self.prefill(inputs, Some(&mut cache), call)?;
-        let mut logits = self.last_logits(&body, &hidden)?;
+        let head = self.head(&body)?;
+        let mut pending = Pending::There(last_logits(head, &hidden)?);
+        let mut decoder = Decoder::default();
         let mut text = String::new();
         let mut stream = self.tokenizer.stream();
         let mut finish = Finish::Length;
         for step in 0..steps {
+            // What may come next is looked up while the device computes.
             let allowed = match &mut constraint {
                 Some(constraint) => Some(constraint.allowed()?),
                 None => None,
             };
+            let logits = decoder.finish(pending)?;
+            pending = Pending::There(Vec::new());
             let token = sampler.choose(logits, &seen, allowed.as_ref())?;
-            logits = Vec::new();
             seen.push(token);
             if options.stop_tokens.contains(&token) {
                 finish = Finish::Stop;
@@ -426,30 +439,15 @@ impl VisionLanguageModel {
             }
             if step + 1 < steps {
                 let at = inputs.positions.next + small(step);
-                logits = self.logits_after(&body, (token, at), &mut cache, call)?;
+                pending = decoder.start((&body.language, head), (token, at), &mut cache, call)?;
             }
         }
         hear(&stream.finish()?, &mut text, on_text);
         Ok(Generation { tokens: seen.split_off(inputs.tokens.len()), text, finish })
     }
 
-    /// Logits after one more token, which stands at the position `at`.
-    fn logits_after(
-        &self,
-        body: &Body,
-        (token, at): (u32, u32),
-        cache: &mut Cache,
-        call: Call<'_>,
-    ) -> Result<Vec<f32>> {
-        ops::on_worker(|| {
-            let embedding = body.language.embed(&[token])?;
-            let hidden = body.language.forward(&embedding, &[[at; 3]], Some(cache), call)?;
-            self.last_logits(body, &hidden)
-        })
-    }
-
     /// Hidden states of a prompt; fills `cache` when there is one.
-    fn prefill(
+    pub(super) fn prefill(
         &self,
         inputs: &Inputs,
         cache: Option<&mut Cache>,
@@ -464,15 +462,8 @@ impl VisionLanguageModel {
         ops::on_worker(|| language.forward(&embeddings, &inputs.positions.tokens, cache, call))
     }
 
-    /// Logits after the last token, on the host.
-    fn last_logits(&self, body: &Body, hidden: &Tensor) -> Result<Vec<f32>> {
-        let last = hidden.narrow(1, hidden.dim(1)? - 1, 1)?.contiguous()?;
-        let logits = self.head(body)?.forward(&last)?; // (1, 1, vocabulary)
-        Ok(logits.to_dtype(DType::F32)?.flatten_all()?.to_vec1()?)
-    }
-
     /// The matrix that makes logits, read when first asked for.
-    fn head<'a>(&self, body: &'a Body) -> Result<&'a Linear> {
+    pub(super) fn head<'a>(&self, body: &'a Body) -> Result<&'a Linear> {
         if let Some(head) = body.head.get() {
             return Ok(head);
         }

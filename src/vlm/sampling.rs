@@ -79,7 +79,7 @@ impl Sampler {
         }
         penalize(&mut logits, seen, self.repetition_penalty);
         if let Some(allowed) = allowed {
-            forbid(&mut logits, allowed);
+            allowed.forbid_others(&mut logits, FORBIDDEN);
         }
         let token = match self.sampling {
             Sampling::Greedy => likeliest(&logits),
@@ -99,15 +99,6 @@ impl Sampler {
     }
 }
 
-/// Leaves only the allowed tokens a chance.
-fn forbid(logits: &mut [f32], allowed: &Allowed) {
-    for (token, logit) in logits.iter_mut().enumerate() {
-        if !allowed.contains(super::positions::small(token)) {
-            *logit = FORBIDDEN;
-        }
-    }
-}
-
 /// Makes tokens that were seen less likely, each once.
 fn penalize(logits: &mut [f32], seen: &[u32], penalty: f32) {
     #[expect(clippy::float_cmp, reason = "exactly one means no penalty")]
@@ -124,14 +115,18 @@ fn penalize(logits: &mut [f32], seen: &[u32], penalty: f32) {
     }
 }
 
+/// The largest logit's token, the first of equals. Whole chunks are compared at once, for this runs on all
+/// of the vocabulary for every token.
 fn likeliest(logits: &[f32]) -> usize {
-    let mut best = 0;
-    for (token, logit) in logits.iter().enumerate() {
-        if *logit > logits[best] {
-            best = token;
+    const LANES: usize = 32;
+    let mut largest = [f32::NEG_INFINITY; LANES];
+    for chunk in logits.chunks(LANES) {
+        for (largest, logit) in largest.iter_mut().zip(chunk) {
+            *largest = if *logit > *largest { *logit } else { *largest };
         }
     }
-    best
+    let largest = largest.into_iter().fold(f32::NEG_INFINITY, f32::max);
+    logits.iter().position(|logit| *logit >= largest).unwrap_or(0)
 }
 
 /// Tokens that can be drawn and their probabilities (not yet adding up to one), likeliest first.
@@ -235,5 +230,11 @@ mod tests {
     #[test]
     fn greedy_takes_the_first_of_equals() {
         assert_eq!(likeliest(&[0.0, 5.0, 5.0]), 1);
+        assert_eq!(likeliest(&[-3.0]), 0);
+        let mut many = vec![0.5; 1000];
+        many[777] = 0.75;
+        many[778] = 0.75;
+        many[999] = 0.7;
+        assert_eq!(likeliest(&many), 777);
     }
 }

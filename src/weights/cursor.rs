@@ -259,6 +259,9 @@ impl Weights {
     /// A matrix laid out for the CPU from the bytes of its file.
     fn packed(&self, name: &str, shape: [usize; 2]) -> Result<Option<LinearWeight>> {
         let name = self.check(name, &shape)?;
+        if self.precision.compute == DType::BF16 && cuda::runs_on(&self.precision.device) {
+            return Ok(None); // kernels read matrices as they are stored, in the emulation too
+        }
         self.checkpoint.load_packed(&name, shape, &self.precision)
     }
 

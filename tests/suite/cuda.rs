@@ -26,6 +26,12 @@ fn emulated_kernels_follow_the_rule_in_every_order_of_threads() {
     require(&parity::run_blas(&Device::Cpu, &[0, 1, 77]), 50);
 }
 
+#[cfg(feature = "cuda-emulation")]
+#[test]
+fn emulated_decoding_follows_the_rule_in_every_order_of_threads() {
+    require(&parity::run_group(&parity::GROUPS[4], &Device::Cpu, &[0, 1, 77]), 25);
+}
+
 /// Everything that `pentimento-gpu-check` does, small.
 #[cfg(feature = "cuda-emulation")]
 #[test]

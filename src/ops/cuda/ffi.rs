@@ -101,6 +101,39 @@ impl Output {
         }
     }
 
+    /// Puts `numbers` at the beginning of room for float32, or their bytes in room for bytes, behind what
+    /// is queued.
+    pub(super) fn write<T: bytemuck::NoUninit>(&mut self, numbers: &[T]) -> Result<()> {
+        let bytes: &[u8] = bytemuck::cast_slice(numbers);
+        let to: &mut [u8] = match &mut self.memory {
+            Memory::F32(to) => bytemuck::cast_slice_mut(to),
+            Memory::U8(to) => to,
+            #[cfg(feature = "cuda")]
+            Memory::Cuda(storage) => return device::write(storage, bytes),
+            Memory::Bf16(_) => bail!("not room for float32 or bytes"),
+        };
+        let Some(to) = to.get_mut(..bytes.len()) else { bail!("no room for {}", bytes.len()) };
+        to.copy_from_slice(bytes);
+        Ok(())
+    }
+
+    /// Float32 in host memory; `None` elsewhere.
+    pub(super) fn on_host(&self) -> Option<&[f32]> {
+        match &self.memory {
+            Memory::F32(numbers) => Some(numbers),
+            _ => None,
+        }
+    }
+
+    /// On a device.
+    #[cfg(feature = "cuda")]
+    pub(super) fn on_device(&self) -> Option<&candle_core::CudaStorage> {
+        match &self.memory {
+            Memory::Cuda(storage) => Some(storage),
+            _ => None,
+        }
+    }
+
     /// What was written; the launches must have been queued before.
     pub(super) fn into_tensor(self) -> Result<Tensor> {
         match self.memory {
@@ -161,6 +194,11 @@ pub fn launches() -> u64 {
     LAUNCHES.load(Ordering::Relaxed)
 }
 
+/// Counts kernels that were started.
+pub(super) fn count_launches(count: usize) {
+    LAUNCHES.fetch_add(count as u64, Ordering::Relaxed);
+}
+
 /// Starts a kernel: on a device queued behind what was queued before, in host memory at once.
 pub(super) fn launch(device: &Device, launch: &Launch) -> Result<()> {
     start(device, launch, false)
@@ -200,7 +238,8 @@ fn start(device: &Device, launch: &Launch, early: bool) -> Result<()> {
     if launch.grid.contains(&0) {
         return Ok(());
     }
-    LAUNCHES.fetch_add(1, Ordering::Relaxed);
+    launch.check()?;
+    count_launches(1);
     match device {
         #[cfg(feature = "cuda-emulation")]
         Device::Cpu => emulation::launch(launch),
@@ -211,7 +250,7 @@ fn start(device: &Device, launch: &Launch, early: bool) -> Result<()> {
 }
 
 #[cfg(feature = "cuda")]
-pub(super) use device::{capability, name as device_name};
+pub(super) use device::{Arguments, capability, function, name as device_name, named};
 
 #[cfg(feature = "cuda-emulation")]
 #[expect(unsafe_code, reason = "the emulation is C++")]
@@ -290,7 +329,7 @@ mod device {
     use half::bf16;
 
     use super::{
-        super::launch::{Launch, TILE_MAP, Tiles},
+        super::launch::{FIELDS_MAX, Launch, TILE_MAP, Tiles},
         Limits,
     };
     use crate::memory::CudaPool;
@@ -299,12 +338,22 @@ mod device {
     static FATBIN: &[u8] = include_bytes!(concat!(env!("OUT_DIR"), "/kernels.fatbin"));
     /// Shared memory that every kernel may use without asking.
     const SHARED_BYTES_FREE: usize = 48 << 10;
-    /// 8-byte fields that the arguments of a kernel may have.
-    const FIELDS_MAX: usize = 128;
 
     /// A kernel's arguments with room to spare; the driver reads as many bytes as the kernel takes.
     #[repr(C)]
-    struct Arguments([u64; FIELDS_MAX]);
+    pub(in super::super) struct Arguments([u64; FIELDS_MAX]);
+
+    impl Arguments {
+        pub(in super::super) fn of(launch: &Launch) -> Result<Self> {
+            let mut arguments = Self([0; FIELDS_MAX]);
+            let fields = launch.args.0.as_slice();
+            let Some(room) = arguments.0.get_mut(..fields.len()) else {
+                bail!("{launch}: too many arguments");
+            };
+            room.copy_from_slice(fields);
+            Ok(arguments)
+        }
+    }
 
     /// What is loaded on each device.
     static LOADED: Mutex<Option<HashMap<DeviceId, Loaded>>> = Mutex::new(None);
@@ -352,7 +401,7 @@ mod device {
     }
 
     /// The kernel by its name; the module is loaded once for a device.
-    fn function(device: &CudaDevice, launch: &Launch) -> Result<CudaFunction> {
+    pub(in super::super) fn function(device: &CudaDevice, launch: &Launch) -> Result<CudaFunction> {
         let mut all = LOADED.lock().unwrap_or_else(PoisonError::into_inner);
         let loaded = match all.get_or_insert_default().entry(device.id()) {
             Entry::Occupied(loaded) => loaded.into_mut(),
@@ -371,13 +420,20 @@ mod device {
         };
         if launch.shared_bytes > room {
             let bytes = i32::try_from(launch.shared_bytes).map_err(Error::wrap)?;
-            function.set_attribute(CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES, bytes).w()?;
+            let set =
+                function.set_attribute(CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES, bytes);
+            set.map_err(|error| named(launch, &error))?;
         }
         if known.is_none() || launch.shared_bytes > room {
             let room = room.max(launch.shared_bytes);
             loaded.functions.insert(launch.kernel.clone(), (function.clone(), room));
         }
         Ok(function)
+    }
+
+    /// The driver's error with the launch that it is about.
+    pub(in super::super) fn named(launch: &Launch, error: &cudarc::driver::DriverError) -> Error {
+        Error::msg(format!("{launch}: {error:?}"))
     }
 
     /// The device's compute capability.
@@ -451,12 +507,7 @@ mod device {
 
     pub(super) fn launch(device: &CudaDevice, launch: &Launch, early: bool) -> Result<()> {
         let function = function(device, launch)?;
-        let mut arguments = Arguments([0; FIELDS_MAX]);
-        let fields = launch.args.0.as_slice();
-        let Some(room) = arguments.0.get_mut(..fields.len()) else {
-            bail!("kernel {} takes too many arguments", launch.kernel);
-        };
-        room.copy_from_slice(fields);
+        let mut arguments = Arguments::of(launch)?;
         let small = |n: usize| u32::try_from(n).map_err(Error::wrap);
         let [x, y, z] = launch.grid;
         let stream = device.cuda_stream();
@@ -490,6 +541,20 @@ mod device {
                 std::ptr::null_mut(),
             )
         };
-        started.result().w()
+        started.result().map_err(|error| named(launch, &error))
+    }
+
+    /// Puts bytes at the beginning of memory for bytes or float32.
+    pub(super) fn write(storage: &mut CudaStorage, bytes: &[u8]) -> Result<()> {
+        use candle_core::backend::BackendStorage;
+        let device = storage.device.clone();
+        match storage.dtype() {
+            DType::U8 => device.memcpy_htod(bytes, u8::as_cuda_slice_mut(storage)?),
+            DType::F32 => {
+                let numbers: Vec<f32> = bytemuck::pod_collect_to_vec(bytes);
+                device.memcpy_htod(&numbers, f32::as_cuda_slice_mut(storage)?)
+            }
+            other => bail!("not room for bytes: {other:?}"),
+        }
     }
 }

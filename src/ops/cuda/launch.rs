@@ -1,6 +1,8 @@
 //! What a kernel is started with.
 
-use candle_core::{Device, Result, Tensor};
+use std::fmt;
+
+use candle_core::{Device, Result, Tensor, bail};
 
 use super::ffi;
 
@@ -95,6 +97,13 @@ impl Tiles {
     }
 }
 
+/// 8-byte fields that the arguments of a kernel may have.
+pub(super) const FIELDS_MAX: usize = 128;
+/// What a block and a grid may have on every device, and the shared memory of a block on a Hopper.
+const THREADS_MAX: usize = 1024;
+const GRID_MAX: [usize; 3] = [(1 << 31) - 1, 65_535, 65_535];
+pub(super) const SHARED_BYTES_MAX: usize = 227 << 10;
+
 /// One start of a kernel.
 #[derive(Debug, Clone)]
 #[cfg_attr(
@@ -107,6 +116,36 @@ pub(super) struct Launch {
     pub(super) threads: usize,
     pub(super) shared_bytes: usize,
     pub(super) args: Args,
+}
+
+impl Launch {
+    /// Refuses what no device would start, so that it is seen without one.
+    pub(super) fn check(&self) -> Result<()> {
+        let suits_grid = self.grid.iter().zip(GRID_MAX).all(|(blocks, most)| *blocks <= most);
+        let suits = suits_grid
+            && (1..=THREADS_MAX).contains(&self.threads)
+            && self.shared_bytes <= SHARED_BYTES_MAX
+            && self.args.0.len() <= FIELDS_MAX;
+        if !suits {
+            bail!(
+                "{self}: more than a grid of {GRID_MAX:?}, {THREADS_MAX} threads, \
+                 {SHARED_BYTES_MAX} bytes of shared memory, or {FIELDS_MAX} fields"
+            );
+        }
+        Ok(())
+    }
+}
+
+impl fmt::Display for Launch {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Self { kernel, grid, threads, shared_bytes, args } = self;
+        let fields = args.0.len();
+        write!(
+            f,
+            "kernel {kernel}, a grid of {grid:?}, {threads} threads, {shared_bytes} bytes of shared \
+             memory, {fields} fields"
+        )
+    }
 }
 
 /// `[b, n, h, d]` with the heads of a token side by side, as kernels read it: tokens and batch
@@ -142,5 +181,35 @@ impl Rows {
         let tensor = if fits(x) { x.clone() } else { ffi::copied(x)? };
         let (stride, batch_stride) = (tensor.stride()[1], tensor.stride()[0]);
         Ok(Self { tensor, rows, stride, batch_stride })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn refuses_what_no_device_starts() {
+        let one = Launch {
+            kernel: "some".to_owned(),
+            grid: [1 << 20, 65_535, 1],
+            threads: THREADS_MAX,
+            shared_bytes: SHARED_BYTES_MAX,
+            args: Args(vec![0; FIELDS_MAX]),
+        };
+        assert!(one.check().is_ok());
+        let wrong = [
+            Launch { grid: [1 << 31, 1, 1], ..one.clone() },
+            Launch { grid: [1, 65_536, 1], ..one.clone() },
+            Launch { grid: [1, 1, 65_536], ..one.clone() },
+            Launch { threads: THREADS_MAX + 1, ..one.clone() },
+            Launch { threads: 0, ..one.clone() },
+            Launch { shared_bytes: SHARED_BYTES_MAX + 1, ..one.clone() },
+            Launch { args: Args(vec![0; FIELDS_MAX + 1]), ..one },
+        ];
+        for launch in wrong {
+            let error = launch.check().unwrap_err().to_string();
+            assert!(error.contains("kernel some"), "{error}");
+        }
     }
 }

@@ -98,6 +98,8 @@ enum Blocks {
     /// `[outs · bytes of a row]` as bytes.
     Bytes(Tensor),
     Quantized(Arc<QTensor>),
+    /// `[outs, depth]` in bf16.
+    Plain(Tensor),
 }
 
 impl StoredMatrix {
@@ -135,6 +137,26 @@ impl StoredMatrix {
         Ok(Self { blocks: Blocks::Bytes(bytes), format, outs, depth, scale, float8: None })
     }
 
+    /// A matrix of plain numbers as it is; `None` for others than bf16 in one piece, and where kernels do not
+    /// run.
+    pub(in crate::ops) fn plain(matrix: &Tensor) -> Option<Self> {
+        let (outs, depth) = matrix.dims2().ok()?;
+        let fits = takes(&[matrix]) && matrix.is_contiguous();
+        let (blocks, format) = (Blocks::Plain(matrix.clone()), Format::Bf16);
+        let whole = fits && depth.is_multiple_of(format.block().0);
+        whole.then_some(Self { blocks, format, outs, depth, scale: 1.0, float8: None })
+    }
+
+    /// The type it is stored in.
+    pub(super) fn format(&self) -> Format {
+        self.format
+    }
+
+    /// What every weight is multiplied with.
+    pub(super) fn scale(&self) -> f64 {
+        self.scale
+    }
+
     /// `[outs, depth]`.
     #[must_use]
     pub fn dims(&self) -> (usize, usize) {
@@ -163,19 +185,13 @@ impl StoredMatrix {
     pub(super) fn float8(&self) -> Option<(&Tensor, &Tensor)> {
         match &self.blocks {
             Blocks::Bytes(bytes) => self.float8.as_ref().map(|scales| (bytes, scales)),
-            Blocks::Quantized(_) => None,
+            Blocks::Quantized(_) | Blocks::Plain(_) => None,
         }
     }
 
     /// Whether a product is to widen the matrix first. bf16 lies as the library reads it.
     pub(super) fn is_widened(&self) -> bool {
         self.format != Format::Bf16
-    }
-
-    /// What every widened number is to be multiplied by.
-    #[cfg_attr(not(feature = "cuda"), expect(dead_code, reason = "for products by the library"))]
-    pub(super) fn scale(&self) -> f64 {
-        self.scale
     }
 
     /// Rows `outs` of the matrix in bf16, `[outs, depth]`, without the matrix's scale; `None` where no
@@ -189,7 +205,7 @@ impl StoredMatrix {
         }
         let (numbers, block_bytes) = self.format.block();
         let device = match &self.blocks {
-            Blocks::Bytes(bytes) => bytes.device().clone(),
+            Blocks::Bytes(bytes) | Blocks::Plain(bytes) => bytes.device().clone(),
             Blocks::Quantized(matrix) => matrix.device(),
         };
         if !self.is_widened() || outs.is_empty() || self.depth == 0 || !super::runs_on(&device) {
@@ -224,10 +240,10 @@ impl StoredMatrix {
         }
     }
 
-    fn weights(&self) -> Result<Weights> {
+    pub(super) fn weights(&self) -> Result<Weights> {
         let Self { format, outs, depth, scale, .. } = *self;
         let (address, is_constant) = match &self.blocks {
-            Blocks::Bytes(bytes) => (address(bytes)?, false),
+            Blocks::Bytes(bytes) | Blocks::Plain(bytes) => (address(bytes)?, false),
             // Candle quantizes on the CPU and copies what it reads.
             Blocks::Quantized(matrix) => (blocks_address(matrix)?, true),
         };

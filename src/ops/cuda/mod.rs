@@ -9,6 +9,7 @@ mod blas;
 #[cfg(feature = "cuda")]
 mod blas_lt;
 mod conv;
+mod decode;
 mod few;
 mod ffi;
 mod float8;
@@ -19,6 +20,7 @@ mod linear;
 #[cfg(any(feature = "cuda", feature = "cuda-emulation"))]
 pub mod parity;
 mod pictures;
+mod queue;
 mod rows;
 
 use std::{
@@ -32,6 +34,9 @@ pub(super) use attention::attention;
 pub(super) use blas::{Epilogue, linear as blas_linear};
 pub use blas::{SCRATCH_BYTES, use_blas_lt};
 pub(super) use conv::{Shortcut, StoredKernel};
+pub use decode::{
+    DecodeLayer, DecodeModel, DecodePart, DecodePlan, DecodeStarts, DecodeToken, use_decode,
+};
 pub use ffi::launches;
 pub(super) use float8::{Activations, float8_rows};
 pub(super) use joint::joint_attention;

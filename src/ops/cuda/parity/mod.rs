@@ -6,6 +6,7 @@
 
 mod attention;
 mod blas;
+mod decode;
 mod elementwise;
 mod joint;
 mod pictures;
@@ -48,7 +49,7 @@ pub struct Group {
 }
 
 /// The checks of every operation.
-pub const GROUPS: [Group; 5] = [
+pub const GROUPS: [Group; 6] = [
     Group {
         name: "joint attention",
         check: |suite| super::with_hopper(false, || joint::check(suite)),
@@ -57,6 +58,7 @@ pub const GROUPS: [Group; 5] = [
     Group { name: "elementwise", check: elementwise::check },
     Group { name: "pictures", check: pictures::check },
     Group { name: "products", check: products::check },
+    Group { name: "decode", check: decode::check },
 ];
 
 /// Runs the checks of every operation. On the CPU the kernels are emulated, with the threads of a block

@@ -1,0 +1,306 @@
+//! One token through a language model in few kernels, whose launches are prepared once:
+//! `kernels/decode.cu`.
+
+mod build;
+
+use std::sync::atomic::{AtomicU8, Ordering};
+
+use candle_core::{Device, Result, Tensor, bail};
+
+use super::{
+    ffi::Output,
+    launch::Launch,
+    queue::{Readout, Sequence, Starts},
+};
+use crate::ops::{LinearWeight, PackedLinear};
+use build::{Builder, Stored};
+
+/// Keys of a tile of attention, and the most query heads that share a key head.
+const KEYS: usize = 64;
+const ATTENTION_ROWS: usize = 16;
+/// The most shares that keys are divided into.
+const SHARES_MAX: usize = 32;
+/// Numbers that one thread moves at once.
+const TOGETHER: usize = 8;
+
+/// How the kernels of a token are started on a device.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[repr(u8)]
+pub enum DecodeStarts {
+    /// Not at all: the operations of a whole prompt compute a token too.
+    Off,
+    /// One by one.
+    Single,
+    /// Recorded, and started as a whole.
+    Recorded,
+    /// Recorded; on devices that can, each begins before the one before it has ended.
+    Overlapping,
+}
+
+static STARTS: AtomicU8 = AtomicU8::new(DecodeStarts::Overlapping as u8);
+
+/// Chooses how tokens are decoded from now on.
+pub fn use_decode(starts: DecodeStarts) {
+    STARTS.store(starts as u8, Ordering::Relaxed);
+}
+
+fn starts() -> Option<Starts> {
+    let chosen = STARTS.load(Ordering::Relaxed);
+    let is = |starts: DecodeStarts| chosen == starts as u8;
+    (!is(DecodeStarts::Off)).then(|| Starts {
+        recorded: !is(DecodeStarts::Single),
+        overlapping: is(DecodeStarts::Overlapping),
+    })
+}
+
+/// A decoder's weights and the room for its keys and values.
+#[derive(Debug)]
+pub struct DecodeModel<'a> {
+    /// The embedding `[vocabulary, width]`; `None` where rows come from the host.
+    pub embedding: Option<&'a LinearWeight>,
+    /// The layers in their order.
+    pub layers: Vec<DecodeLayer<'a>>,
+    /// The last norm `[width]`.
+    pub norm: &'a Tensor,
+    /// What makes logits `[vocabulary, width]`.
+    pub head: &'a PackedLinear,
+    /// Of all norms.
+    pub eps: f64,
+    /// Query heads, key heads, the width of a head.
+    pub heads: [usize; 3],
+}
+
+/// A layer's weights and the room for its keys and values.
+#[derive(Debug)]
+pub struct DecodeLayer<'a> {
+    /// The norm before attention `[width]`.
+    pub norm: &'a Tensor,
+    /// Queries, keys, values.
+    pub qkv: [&'a PackedLinear; 3],
+    /// After attention.
+    pub out: &'a PackedLinear,
+    /// The norm before the MLP `[width]`.
+    pub mlp_norm: &'a Tensor,
+    /// The MLP's gate and what it multiplies.
+    pub gate_up: [&'a PackedLinear; 2],
+    /// The end of the MLP.
+    pub down: &'a PackedLinear,
+    /// Room for keys and values `[1, capacity, key heads, width of a head]` in bf16, filled in place.
+    pub cache: [&'a Tensor; 2],
+}
+
+/// What is decoded.
+#[derive(Debug, Clone, Copy)]
+pub struct DecodeToken<'a> {
+    /// The token's number.
+    pub token: u32,
+    /// Its row of the embedding, where the plan has no embedding.
+    pub row: Option<&'a [f32]>,
+    /// Tokens in the cache.
+    pub past: usize,
+    /// Cosines and sines of its position, half the width of a head each.
+    pub angles: [&'a [f32]; 2],
+}
+
+/// A prepared pass of one token.
+pub struct DecodePlan {
+    device: Device,
+    sequence: Sequence,
+    state: Output,
+    row: Output,
+    logits: Readout,
+    capacity: usize,
+    embeds: bool,
+    half: usize,
+    width: usize,
+    /// Of weights, that each launch reads.
+    bytes: Vec<usize>,
+    /// What the launches' arguments point to.
+    _kept: Kept,
+}
+
+struct Kept {
+    _buffers: Vec<Output>,
+    _tensors: Vec<Tensor>,
+    _linears: Vec<PackedLinear>,
+    _embedding: Option<LinearWeight>,
+}
+
+impl std::fmt::Debug for DecodePlan {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("DecodePlan").field("capacity", &self.capacity).finish_non_exhaustive()
+    }
+}
+
+impl DecodePlan {
+    /// Prepares the pass; `None` where no kernel fits the device, the types or the sizes.
+    ///
+    /// # Errors
+    /// A failure of the device.
+    pub fn new(model: &DecodeModel<'_>) -> Result<Option<Self>> {
+        let device = model.norm.device().clone();
+        let Some(starts) = starts().filter(|_| super::runs_on(&device)) else { return Ok(None) };
+        let Some(sizes) = Sizes::of(model)? else { return Ok(None) };
+        let Some(builder) = Builder::new(&device, sizes)? else { return Ok(None) };
+        builder.plan(model, starts)
+    }
+
+    /// Tokens that the cache has room for.
+    #[must_use]
+    pub fn capacity(&self) -> usize {
+        self.capacity
+    }
+
+    /// Whether it picks rows of the embedding itself.
+    #[must_use]
+    pub fn embeds(&self) -> bool {
+        self.embeds
+    }
+
+    /// The kernels of all layers that are of one kind and shape, each kind on its own, for times, at
+    /// the place of the last token. What they compute so is of no use.
+    ///
+    /// # Errors
+    /// A failure of the device.
+    pub fn parts(&self) -> Result<Vec<DecodePart>> {
+        let mut kinds: Vec<(String, usize, Vec<Launch>)> = Vec::new();
+        for (launch, bytes) in self.sequence.launches().iter().zip(&self.bytes) {
+            let Launch { kernel, grid: [x, y, _], threads, .. } = launch;
+            let name = format!("{kernel}, {x} × {y} blocks of {threads} threads");
+            match kinds.iter_mut().find(|(known, ..)| *known == name) {
+                Some((_, all, launches)) => {
+                    *all += bytes;
+                    launches.push(launch.clone());
+                }
+                None => kinds.push((name, *bytes, vec![launch.clone()])),
+            }
+        }
+        let parts = kinds.into_iter().map(|(name, bytes, launches)| {
+            let (device, kernels) = (self.device.clone(), launches.len());
+            let starts = Starts { recorded: true, overlapping: true };
+            let sequence = Sequence::new(&device, launches, starts)?;
+            Ok(DecodePart { name, kernels, bytes, device, sequence })
+        });
+        parts.collect()
+    }
+
+    /// Bytes of weights that a token's pass reads.
+    #[must_use]
+    pub fn weight_bytes(&self) -> usize {
+        self.bytes.iter().sum()
+    }
+
+    /// Whether the kernels are started as a whole.
+    #[must_use]
+    pub fn is_recorded(&self) -> bool {
+        self.sequence.is_recorded()
+    }
+
+    /// Logits of the token after this one; its key and value come into the cache.
+    ///
+    /// # Errors
+    /// No room in the cache, inputs of another size, or a failure of the device.
+    pub fn logits(&mut self, token: DecodeToken<'_>) -> Result<Vec<f32>> {
+        self.start(token)?;
+        self.read()
+    }
+
+    /// Waits for the logits of the token that was started last.
+    ///
+    /// # Errors
+    /// A failure of the device.
+    pub fn read(&mut self) -> Result<Vec<f32>> {
+        self.logits.read()
+    }
+
+    /// As [`Self::logits`], queued only: for work of the host meanwhile, before [`Self::read`].
+    ///
+    /// # Errors
+    /// As [`Self::logits`].
+    pub fn start(&mut self, token: DecodeToken<'_>) -> Result<()> {
+        let DecodeToken { token, row, past, angles } = token;
+        if past >= self.capacity || angles.iter().any(|side| side.len() != self.half) {
+            bail!("decode: {past} tokens of {} and angles of another size", self.capacity);
+        }
+        let mut state: Vec<u8> = Vec::with_capacity(16 + 8 * self.half);
+        state.extend(u64::from(token).to_le_bytes());
+        state.extend((past as u64).to_le_bytes());
+        state.extend(angles.iter().flat_map(|side| bytemuck::cast_slice::<f32, u8>(side)));
+        self.state.write(&state)?;
+        match row {
+            Some(row) if !self.embeds && row.len() == self.width => self.row.write(row)?,
+            None if self.embeds => {}
+            _ => bail!("decode: a row of the embedding where none is needed, or the other way"),
+        }
+        self.sequence.run(&self.device)
+    }
+}
+
+/// Kernels of one kind.
+pub struct DecodePart {
+    /// The kernel and its shape.
+    pub name: String,
+    /// How many there are.
+    pub kernels: usize,
+    /// Bytes of weights that they read.
+    pub bytes: usize,
+    device: Device,
+    sequence: Sequence,
+}
+
+impl DecodePart {
+    /// Starts them.
+    ///
+    /// # Errors
+    /// A failure of the device.
+    pub fn run(&self) -> Result<()> {
+        self.sequence.run(&self.device)
+    }
+}
+
+impl std::fmt::Debug for DecodePart {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("DecodePart").field("name", &self.name).finish_non_exhaustive()
+    }
+}
+
+#[derive(Debug, Clone, Copy)]
+struct Sizes {
+    width: usize,
+    inner: usize,
+    vocab: usize,
+    heads: usize,
+    kv_heads: usize,
+    head_dim: usize,
+    capacity: usize,
+}
+
+impl Sizes {
+    /// The sizes where kernels fit them.
+    fn of(model: &DecodeModel<'_>) -> Result<Option<Self>> {
+        let [heads, kv_heads, head_dim] = model.heads;
+        let Some(layer) = model.layers.first() else { return Ok(None) };
+        let (Some(gate), Some(head)) = (Stored::of(layer.gate_up[0]), Stored::of(model.head))
+        else {
+            return Ok(None);
+        };
+        let (width, capacity) = (model.norm.elem_count(), layer.cache[0].dim(1)?);
+        let (inner, vocab) = (gate.outs, head.outs);
+        let group = heads.checked_div(kv_heads).unwrap_or(0);
+        let fits = matches!(head_dim, 16 | 32 | 64 | 128)
+            && (1..=ATTENTION_ROWS).contains(&group)
+            && width.is_multiple_of(TOGETHER)
+            && inner.is_multiple_of(TOGETHER);
+        let sizes = Self { width, inner, vocab, heads, kv_heads, head_dim, capacity };
+        Ok(fits.then_some(sizes))
+    }
+
+    /// Tokens that a block's share of the keys has.
+    fn keys_each(&self) -> usize {
+        KEYS * self.capacity.div_ceil(KEYS).div_ceil(SHARES_MAX).max(1)
+    }
+
+    fn shares(&self) -> usize {
+        self.capacity.div_ceil(self.keys_each())
+    }
+}

@@ -1,0 +1,450 @@
+//! The launches of a token's pass: shapes, arguments, and the buffers between them.
+
+use candle_core::{DType, Device, Result, Tensor};
+
+use super::{
+    super::{
+        ffi::Output,
+        launch::{Args, Launch},
+        linear::{Format, StoredMatrix},
+        queue::{Limits, Readout, Sequence, Starts, limits},
+    },
+    ATTENTION_ROWS, DecodeLayer, DecodeModel, DecodePlan, KEYS, Kept, Sizes, TOGETHER,
+};
+use crate::ops::{LinearWeight, PackedLinear};
+
+/// Rows of weights that a block owns at a time, and the places of a warp's ring.
+const TILE_ROWS: usize = 16;
+const STAGES: usize = 3;
+const WARP: usize = 32;
+/// Numbers that the row in shared memory is filled up to.
+const PADDED_TO: usize = 512;
+/// The most warps of a block of products; of those of queries, keys and values.
+const WARPS_MAX: usize = 16;
+const QKV_WARPS_MAX: usize = 8;
+/// Blocks that a multiprocessor may hold at a time.
+const RESIDENT_MAX: usize = 2;
+/// Threads of a block of attention.
+const ATTENTION_THREADS: usize = 128;
+const EMBED_THREADS: usize = 128;
+/// A matrix as it is stored, where a kernel of this file reads its type.
+pub(super) struct Stored {
+    bytes: u64,
+    format: Format,
+    pub(super) outs: usize,
+    depth: usize,
+    bias: Option<u64>,
+}
+
+impl Stored {
+    pub(super) fn of(linear: &PackedLinear) -> Option<Self> {
+        let (matrix, bias) = linear.stored_matrix()?;
+        Self::new(&matrix, bias)
+    }
+
+    fn new(matrix: &StoredMatrix, bias: Option<&Tensor>) -> Option<Self> {
+        let (outs, depth) = matrix.dims();
+        let format = matrix.format();
+        let (bytes, scale) = (matrix.weights().ok()?.address, matrix.scale());
+        let suits_bias = bias.is_none_or(|bias| {
+            bias.dtype() == DType::BF16 && bias.is_contiguous() && bias.dims() == [outs]
+        });
+        let bias = bias.map(super::super::ffi::address).transpose().ok()?;
+        let fits = format != Format::F8E4M3
+            && (scale - 1.0).abs() < f64::EPSILON
+            && bytes.is_multiple_of(16)
+            && depth.is_multiple_of(format.block().0);
+        (fits && suits_bias).then_some(Self { bytes, format, outs, depth, bias })
+    }
+
+    /// Numbers of a step of the depth, and bytes of its place in a ring.
+    fn step(&self) -> (usize, usize) {
+        let (numbers, chunks) = match self.format {
+            Format::Q4K => (512, 18),
+            Format::Q8_0 => (256, 18),
+            Format::Q5K => (256, 11),
+            Format::Q6K => (256, 14),
+            Format::Bf16 | Format::F8E4M3 => (128, 16),
+        };
+        (numbers, chunks * 16 * TILE_ROWS)
+    }
+
+    /// As `kernels/decode.cuh` numbers formats.
+    fn number(&self) -> usize {
+        match self.format {
+            Format::Q8_0 => 0,
+            Format::Q4K => 1,
+            Format::Q5K => 2,
+            Format::Q6K => 3,
+            Format::Bf16 | Format::F8E4M3 => 4,
+        }
+    }
+
+    /// All its bytes.
+    fn size(&self) -> usize {
+        let (numbers, bytes) = self.format.block();
+        self.outs * self.depth.checked_div(numbers).unwrap_or(0) * bytes
+    }
+
+    fn push(&self, args: &mut Args) {
+        args.address(self.bytes).counts([self.number(), self.outs]);
+    }
+}
+
+/// The row that a product multiplies.
+enum Input {
+    /// The residual stream with a norm's weight.
+    Normed(Tensor),
+    /// bf16.
+    Narrow(u64),
+}
+
+/// Threads, blocks and shared memory of a product.
+struct Shape {
+    warps: usize,
+    blocks: usize,
+    stage_bytes: usize,
+    shared_bytes: usize,
+}
+
+impl Shape {
+    /// The shape that keeps the most of a multiprocessor's warps at work; `None` where none fits.
+    fn of(matrices: &[&Stored], tiles: usize, limits: Limits, warps_max: usize) -> Option<Self> {
+        let first = matrices.first()?;
+        let stage_bytes = matrices.iter().map(|matrix| matrix.step().1).max()?;
+        let steps = first.depth.div_ceil(first.step().0);
+        let padded = first.depth.next_multiple_of(PADDED_TO);
+        let fixed = 2 * padded + padded.div_ceil(TILE_ROWS) * 4;
+        let bytes = |warps: usize| fixed + warps * (STAGES * stage_bytes + (2 * TILE_ROWS + 1) * 4);
+        /// What the system takes of each block's shared memory.
+        const RESERVED: usize = 1 << 10;
+        let mut best: Option<(usize, Self)> = None;
+        for resident in 1..=RESIDENT_MAX {
+            let room = limits.shared_bytes.checked_div(resident)?.saturating_sub(RESERVED);
+            let room = room.min(limits.shared_bytes_block);
+            for warps in (1..=warps_max.min(steps)).filter(|warps| bytes(*warps) <= room) {
+                // Warps at work, in thousandths: the last round of steps is not full.
+                let work = 1000 * resident * steps;
+                let score = work.checked_div(steps.div_ceil(warps)).unwrap_or(0);
+                if best.as_ref().is_none_or(|(found, _)| score > *found) {
+                    let blocks = tiles.min(resident * limits.multiprocessors);
+                    let shared_bytes = bytes(warps);
+                    best = Some((score, Self { warps, blocks, stage_bytes, shared_bytes }));
+                }
+            }
+        }
+        best.map(|(_, shape)| shape)
+    }
+
+    fn launch(&self, kernel: &str, args: Args) -> Launch {
+        Launch {
+            kernel: kernel.to_owned(),
+            grid: [self.blocks, 1, 1],
+            threads: self.warps * WARP,
+            shared_bytes: self.shared_bytes,
+            args,
+        }
+    }
+}
+
+/// Buffers that every layer uses, and the launches so far.
+pub(super) struct Builder {
+    device: Device,
+    sizes: Sizes,
+    limits: Limits,
+    eps: f64,
+    state: Output,
+    x: Output,
+    query: Output,
+    attended: Output,
+    inner: Output,
+    partial: Output,
+    stats: Output,
+    arrived: Output,
+    logits: Readout,
+    launches: Vec<Launch>,
+    /// Of weights, that each launch reads.
+    bytes: Vec<usize>,
+    tensors: Vec<Tensor>,
+    linears: Vec<PackedLinear>,
+}
+
+impl Builder {
+    pub(super) fn new(device: &Device, sizes: Sizes) -> Result<Option<Self>> {
+        let Sizes { width, inner, vocab, heads, kv_heads, head_dim, .. } = sizes;
+        let narrow = |count: usize| Output::new(device, &[count], DType::BF16);
+        let wide = |count: usize| Output::new(device, &[count], DType::F32);
+        let shares = sizes.shares() * kv_heads * ATTENTION_ROWS;
+        let mut state = Output::new(device, &[16 + 4 * head_dim], DType::U8)?;
+        state.write(&vec![0_u8; 16 + 4 * head_dim])?;
+        let mut arrived = wide(kv_heads)?;
+        arrived.write(&vec![0_u32; kv_heads])?;
+        Ok(Some(Self {
+            device: device.clone(),
+            sizes,
+            limits: limits(device)?,
+            eps: 0.0,
+            state,
+            x: wide(width)?,
+            query: narrow(heads * head_dim)?,
+            attended: narrow(heads * head_dim)?,
+            inner: narrow(inner)?,
+            partial: wide(shares * head_dim)?,
+            stats: wide(shares * 2)?,
+            arrived,
+            logits: Readout::new(device, vocab)?,
+            launches: Vec::new(),
+            bytes: Vec::new(),
+            tensors: Vec::new(),
+            linears: Vec::new(),
+        }))
+    }
+
+    pub(super) fn plan(
+        mut self,
+        model: &DecodeModel<'_>,
+        starts: Starts,
+    ) -> Result<Option<DecodePlan>> {
+        self.eps = model.eps;
+        let embeds = model.embedding.is_some_and(|embedding| self.embed(embedding).is_some());
+        let layers = model.layers.iter().try_for_each(|layer| self.layer(layer));
+        if layers.and_then(|()| self.head(model)).is_none() {
+            return Ok(None);
+        }
+        let sequence = Sequence::new(&self.device, self.launches, starts)?;
+        let buffers =
+            vec![self.query, self.attended, self.inner, self.partial, self.stats, self.arrived];
+        Ok(Some(DecodePlan {
+            device: self.device,
+            sequence,
+            state: self.state,
+            row: self.x,
+            logits: self.logits,
+            capacity: self.sizes.capacity,
+            embeds,
+            half: self.sizes.head_dim >> 1,
+            width: self.sizes.width,
+            bytes: self.bytes,
+            _kept: Kept {
+                _buffers: buffers,
+                _tensors: self.tensors,
+                _linears: self.linears,
+                _embedding: model.embedding.cloned(),
+            },
+        }))
+    }
+
+    fn push(&mut self, bytes: usize, launch: Launch) {
+        self.launches.push(launch);
+        self.bytes.push(bytes);
+    }
+
+    fn embed(&mut self, embedding: &LinearWeight) -> Option<()> {
+        let matrix = embedding.stored_matrix()?;
+        let rows = Stored::new(&matrix, None).filter(|rows| rows.depth == self.sizes.width)?;
+        let mut args = Args::default();
+        args.address(self.state.address());
+        rows.push(&mut args);
+        args.address(self.x.address()).count(self.sizes.width);
+        self.push(
+            0,
+            Launch {
+                kernel: "decode_embed".to_owned(),
+                grid: [self.sizes.width.div_ceil(TOGETHER * EMBED_THREADS), 1, 1],
+                threads: EMBED_THREADS,
+                shared_bytes: 0,
+                args,
+            },
+        );
+        Some(())
+    }
+
+    fn layer(&mut self, layer: &DecodeLayer<'_>) -> Option<()> {
+        self.qkv(layer)?;
+        self.attention(layer)?;
+        self.add(layer.out, self.attended.address(), self.sizes.heads * self.sizes.head_dim)?;
+        self.gate_up(layer)?;
+        self.add(layer.down, self.inner.address(), self.sizes.inner)
+    }
+
+    /// Keeps what is pointed to.
+    fn stored(&mut self, linear: &PackedLinear, outs: usize, depth: usize) -> Option<Stored> {
+        let stored = Stored::of(linear)?;
+        self.linears.push(linear.clone());
+        (stored.outs == outs && stored.depth == depth).then_some(stored)
+    }
+
+    fn norm(&mut self, weight: &Tensor) -> Option<Input> {
+        let fits = matches!(weight.dtype(), DType::BF16 | DType::F32)
+            && weight.dims() == [self.sizes.width]
+            && weight.is_contiguous();
+        self.tensors.push(weight.clone());
+        fits.then(|| Input::Normed(weight.clone()))
+    }
+
+    fn input(&self, input: &Input, depth: usize, shape: &Shape) -> Option<Args> {
+        let mut args = Args::default();
+        match input {
+            Input::Normed(weight) => {
+                args.address(self.x.address()).address(0).tensor(Some(weight)).ok()?;
+                args.flag(weight.dtype() == DType::F32).number(self.eps);
+            }
+            Input::Narrow(address) => {
+                args.address(0).address(*address).address(0).flag(false).number(0.0);
+            }
+        }
+        args.counts([depth, shape.stage_bytes]);
+        Some(args)
+    }
+
+    fn qkv(&mut self, layer: &DecodeLayer<'_>) -> Option<()> {
+        let Sizes { width, heads, kv_heads, head_dim, .. } = self.sizes;
+        let [q, k, v] = layer.qkv;
+        let kv_width = kv_heads * head_dim;
+        let matrices = [
+            self.stored(q, heads * head_dim, width)?,
+            self.stored(k, kv_width, width)?,
+            self.stored(v, kv_width, width)?,
+        ];
+        let tiles = (heads + 2 * kv_heads) * head_dim.div_ceil(TILE_ROWS);
+        let shape = Shape::of(&matrices.each_ref(), tiles, self.limits, QKV_WARPS_MAX)?;
+        let norm = self.norm(layer.norm)?;
+        let mut args = self.input(&norm, width, &shape)?;
+        matrices.iter().for_each(|matrix| matrix.push(&mut args));
+        for matrix in &matrices {
+            args.address(matrix.bias.unwrap_or(0));
+        }
+        args.address(self.query.address());
+        for side in layer.cache {
+            args.tensor(Some(self.cache(side)?)).ok()?;
+        }
+        args.address(self.state.address()).count(head_dim);
+        self.tensors.extend(layer.cache.map(Tensor::clone));
+        let bytes = matrices.iter().map(Stored::size).sum();
+        self.push(bytes, shape.launch("decode_qkv", args));
+        Some(())
+    }
+
+    /// Room for keys or values, where it is as the kernels need it.
+    fn cache<'a>(&self, side: &'a Tensor) -> Option<&'a Tensor> {
+        let Sizes { kv_heads, head_dim, capacity, .. } = self.sizes;
+        let fits = side.dtype() == DType::BF16
+            && side.dims() == [1, capacity, kv_heads, head_dim]
+            && side.is_contiguous();
+        fits.then_some(side)
+    }
+
+    fn attention(&mut self, layer: &DecodeLayer<'_>) -> Option<()> {
+        let Sizes { heads, kv_heads, head_dim, .. } = self.sizes;
+        let mut args = Args::default();
+        args.address(self.query.address());
+        for side in layer.cache {
+            args.tensor(Some(side)).ok()?;
+        }
+        let buffers = [&self.attended, &self.partial, &self.stats, &self.arrived, &self.state];
+        for buffer in buffers {
+            args.address(buffer.address());
+        }
+        let group = heads.checked_div(kv_heads)?;
+        args.counts([group, kv_heads, self.sizes.keys_each()]);
+        #[expect(clippy::cast_precision_loss, reason = "a head is narrow")]
+        args.number((head_dim as f64).sqrt().recip());
+        let row_bytes = head_dim.max(64) * 2;
+        let warps = ATTENTION_THREADS.div_ceil(WARP);
+        self.push(
+            0,
+            Launch {
+                kernel: format!("decode_attention_d{head_dim}"),
+                grid: [self.sizes.shares(), kv_heads, 1],
+                threads: ATTENTION_THREADS,
+                shared_bytes: (ATTENTION_ROWS + 2 * KEYS) * row_bytes
+                    + warps * ATTENTION_ROWS * 2 * 4,
+                args,
+            },
+        );
+        Some(())
+    }
+
+    /// Adds the product of a row in bf16 to the residual stream.
+    fn add(&mut self, linear: &PackedLinear, row: u64, depth: usize) -> Option<()> {
+        let matrix = self.stored(linear, self.sizes.width, depth)?;
+        if matrix.bias.is_some() {
+            return None;
+        }
+        let tiles = matrix.outs.div_ceil(TILE_ROWS);
+        let shape = Shape::of(&[&matrix], tiles, self.limits, WARPS_MAX)?;
+        let mut args = self.input(&Input::Narrow(row), depth, &shape)?;
+        matrix.push(&mut args);
+        args.address(self.x.address());
+        self.push(matrix.size(), shape.launch("decode_add", args));
+        Some(())
+    }
+
+    fn gate_up(&mut self, layer: &DecodeLayer<'_>) -> Option<()> {
+        let Sizes { width, inner, .. } = self.sizes;
+        let [gate, up] = layer.gate_up;
+        let (gate, up) = (self.stored(gate, inner, width)?, self.stored(up, inner, width)?);
+        if gate.format != up.format || gate.bias.is_some() || up.bias.is_some() {
+            return None;
+        }
+        let tiles = inner.div_ceil(TILE_ROWS >> 1);
+        let shape = Shape::of(&[&gate], tiles, self.limits, WARPS_MAX)?;
+        let norm = self.norm(layer.mlp_norm)?;
+        let mut args = self.input(&norm, width, &shape)?;
+        gate.push(&mut args);
+        args.address(up.bytes).address(self.inner.address());
+        self.push(gate.size() + up.size(), shape.launch("decode_gate_up", args));
+        Some(())
+    }
+
+    fn head(&mut self, model: &DecodeModel<'_>) -> Option<()> {
+        let Sizes { width, vocab, .. } = self.sizes;
+        let head = self.stored(model.head, vocab, width)?;
+        if head.bias.is_some() {
+            return None;
+        }
+        let tiles = vocab.div_ceil(TILE_ROWS);
+        let shape = Shape::of(&[&head], tiles, self.limits, WARPS_MAX)?;
+        let norm = self.norm(model.norm)?;
+        let mut args = self.input(&norm, width, &shape)?;
+        head.push(&mut args);
+        args.address(self.logits.address());
+        self.push(head.size(), shape.launch("decode_logits", args));
+        Some(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Products of the published sizes fit blocks of every generation: 99, 163 and 227 KiB.
+    #[test]
+    fn shapes_fit_every_device() {
+        for (multiprocessors, shared, block) in [(128, 100, 99), (108, 164, 163), (132, 228, 227)] {
+            let limits = Limits {
+                multiprocessors,
+                shared_bytes: shared << 10,
+                shared_bytes_block: block << 10,
+            };
+            for format in [Format::Q8_0, Format::Q4K, Format::Q5K, Format::Q6K, Format::Bf16] {
+                for (outs, depth) in [(3584, 3584), (3584, 18_944), (18_944, 3584), (152_064, 3584)]
+                {
+                    let matrix = Stored { bytes: 0, format, outs, depth, bias: None };
+                    let tiles = outs.div_ceil(TILE_ROWS);
+                    for warps in [QKV_WARPS_MAX, WARPS_MAX] {
+                        let shape = Shape::of(&[&matrix], tiles, limits, warps);
+                        let name = format!("{format:?} {outs} × {depth}, {block} KiB");
+                        let shape = shape.unwrap_or_else(|| panic!("{name}: no shape"));
+                        assert!(
+                            shape.shared_bytes <= block << 10,
+                            "{name}: {}",
+                            shape.shared_bytes
+                        );
+                        assert!(shape.blocks > 0 && shape.warps > 1, "{name}: {}", shape.warps);
+                    }
+                }
+            }
+        }
+    }
+}

@@ -1,0 +1,313 @@
+//! Launches that are prepared once and started again and again, on a device as a recorded graph, and what
+//! they leave for the host.
+
+use candle_core::{DType, Device, Result, bail};
+
+#[cfg(feature = "cuda")]
+use super::ffi::count_launches;
+use super::{
+    ffi::{Output, launch},
+    launch::Launch,
+};
+
+/// Float32 that a kernel writes again and again, and the host reads: on a device through memory that does
+/// not move.
+#[derive(Debug)]
+pub(super) struct Readout {
+    from: Output,
+    #[cfg(feature = "cuda")]
+    pinned: Option<device::Pinned>,
+}
+
+impl Readout {
+    pub(super) fn new(device: &Device, count: usize) -> Result<Self> {
+        Ok(Self {
+            from: Output::new(device, &[count], DType::F32)?,
+            #[cfg(feature = "cuda")]
+            pinned: match device {
+                Device::Cuda(device) => Some(device::Pinned::new(device, count)?),
+                _ => None,
+            },
+        })
+    }
+
+    pub(super) fn address(&self) -> u64 {
+        self.from.address()
+    }
+
+    /// Waits for what is queued and reads what it wrote.
+    pub(super) fn read(&mut self) -> Result<Vec<f32>> {
+        if let Some(numbers) = self.from.on_host() {
+            return Ok(numbers.to_vec());
+        }
+        #[cfg(feature = "cuda")]
+        if let (Some(storage), Some(pinned)) = (self.from.on_device(), &mut self.pinned) {
+            return pinned.read(storage);
+        }
+        bail!("no place to read to")
+    }
+}
+
+/// Kernels that are started in this order again and again, with the same arguments.
+pub(super) struct Sequence {
+    launches: Vec<Launch>,
+    #[cfg(feature = "cuda")]
+    queue: Option<device::Queue>,
+}
+
+impl Sequence {
+    /// Prepares the launches. What their arguments point to must outlive the sequence.
+    pub(super) fn new(device: &Device, launches: Vec<Launch>, starts: Starts) -> Result<Self> {
+        launches.iter().try_for_each(Launch::check)?;
+        #[cfg(feature = "cuda")]
+        if let Device::Cuda(device) = device {
+            let queue = Some(device::Queue::new(device, &launches, starts)?);
+            return Ok(Self { launches, queue });
+        }
+        let _of_a_device = (device, starts);
+        Ok(Self {
+            launches,
+            #[cfg(feature = "cuda")]
+            queue: None,
+        })
+    }
+
+    pub(super) fn launches(&self) -> &[Launch] {
+        &self.launches
+    }
+
+    /// Whether they are started as a whole.
+    pub(super) fn is_recorded(&self) -> bool {
+        #[cfg(feature = "cuda")]
+        return self.queue.as_ref().is_some_and(device::Queue::is_recorded);
+        #[cfg(not(feature = "cuda"))]
+        false
+    }
+
+    /// Starts all of them.
+    pub(super) fn run(&self, device: &Device) -> Result<()> {
+        #[cfg(feature = "cuda")]
+        if let Some(queue) = &self.queue {
+            count_launches(self.launches.len());
+            return queue.run();
+        }
+        self.launches.iter().try_for_each(|start| launch(device, start))
+    }
+}
+
+/// How a [`Sequence`] is started on a device.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) struct Starts {
+    /// Recorded once, as a graph that is started as a whole.
+    pub(super) recorded: bool,
+    /// Where the device can, a kernel begins before the one before it has ended, and waits within. Every
+    /// kernel of the sequence must wait so.
+    pub(super) overlapping: bool,
+}
+
+/// What a device has of what blocks take.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Limits {
+    pub(super) multiprocessors: usize,
+    /// Shared memory of a multiprocessor, and the most that one block may use.
+    pub(super) shared_bytes: usize,
+    pub(super) shared_bytes_block: usize,
+}
+
+/// The limits of a device; few multiprocessors in the emulation, so that blocks have more to do.
+pub(super) fn limits(device: &Device) -> Result<Limits> {
+    match device {
+        #[cfg(feature = "cuda")]
+        Device::Cuda(device) => device::limits(device),
+        _ => {
+            let [shared_bytes, shared_bytes_block] = [228 << 10, 227 << 10];
+            Ok(Limits { multiprocessors: 2, shared_bytes, shared_bytes_block })
+        }
+    }
+}
+
+#[cfg(feature = "cuda")]
+#[expect(unsafe_code, reason = "kernels get addresses")]
+mod device {
+    use std::sync::Arc;
+
+    use candle_core::{
+        CudaDevice, CudaStorage, Error, Result,
+        cuda::{WrapErr, cudarc},
+    };
+    use cudarc::driver::{CudaFunction, CudaGraph, CudaStream, PinnedHostSlice, sys};
+
+    use super::{
+        super::{
+            ffi::{Arguments, capability, function, named},
+            launch::Launch,
+        },
+        Limits, Starts,
+    };
+
+    pub(super) fn limits(device: &CudaDevice) -> Result<Limits> {
+        use sys::CUdevice_attribute as Attribute;
+        let stream = device.cuda_stream();
+        let ask = |attribute| {
+            let found = stream.context().attribute(attribute).w()?;
+            usize::try_from(found).map_err(Error::wrap)
+        };
+        Ok(Limits {
+            multiprocessors: ask(Attribute::CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT)?,
+            shared_bytes: ask(Attribute::CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_MULTIPROCESSOR)?,
+            shared_bytes_block: ask(
+                Attribute::CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN,
+            )?,
+        })
+    }
+
+    /// Host memory that the device writes to without help.
+    #[derive(Debug)]
+    pub(super) struct Pinned(PinnedHostSlice<f32>);
+
+    impl Pinned {
+        pub(super) fn new(device: &CudaDevice, count: usize) -> Result<Self> {
+            let stream = device.cuda_stream();
+            // SAFETY: it is written before it is read. Memory that writes are combined for would be
+            // slow to read.
+            let pinned = unsafe { stream.context().alloc_pinned_with_flags::<f32>(count, 0) };
+            Ok(Self(pinned.w()?))
+        }
+
+        pub(super) fn read(&mut self, from: &CudaStorage) -> Result<Vec<f32>> {
+            let stream = from.device.cuda_stream();
+            stream.memcpy_dtoh(from.as_cuda_slice::<f32>()?, &mut self.0).w()?;
+            // Looks again and again, where the slice's own event would sleep.
+            stream.synchronize().w()?;
+            Ok(self.0.as_slice().w()?.to_vec())
+        }
+    }
+
+    /// A sequence of launches that are ready to start.
+    pub(super) struct Queue {
+        stream: Arc<CudaStream>,
+        ready: Vec<Ready>,
+        overlapping: bool,
+        graph: Option<CudaGraph>,
+    }
+
+    struct Ready {
+        function: CudaFunction,
+        arguments: Box<Arguments>,
+        launch: Launch,
+        grid: [u32; 3],
+        threads: u32,
+        shared_bytes: u32,
+    }
+
+    impl Ready {
+        fn new(device: &CudaDevice, launch: &Launch) -> Result<Self> {
+            let small = |n: usize| u32::try_from(n).map_err(Error::wrap);
+            let [x, y, z] = launch.grid;
+            Ok(Self {
+                function: function(device, launch)?,
+                arguments: Box::new(Arguments::of(launch)?),
+                launch: launch.clone(),
+                grid: [small(x)?, small(y)?, small(z)?],
+                threads: small(launch.threads)?,
+                shared_bytes: small(launch.shared_bytes)?,
+            })
+        }
+
+        /// Queues the kernel; `early` lets it begin before the one before it has ended.
+        fn start(&self, stream: &CudaStream, early: bool) -> Result<()> {
+            let mut attribute = sys::CUlaunchAttribute {
+                id: sys::CUlaunchAttributeID::CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION,
+                pad: [0; 4],
+                value: sys::CUlaunchAttributeValue { programmaticStreamSerializationAllowed: 1 },
+            };
+            let [x, y, z] = self.grid;
+            let config = sys::CUlaunchConfig {
+                gridDimX: x,
+                gridDimY: y,
+                gridDimZ: z,
+                blockDimX: self.threads,
+                blockDimY: 1,
+                blockDimZ: 1,
+                sharedMemBytes: self.shared_bytes,
+                hStream: stream.cu_stream(),
+                attrs: &raw mut attribute,
+                numAttrs: u32::from(early),
+            };
+            let arguments: *const Arguments = &raw const *self.arguments;
+            let mut parameters = [arguments.cast_mut().cast::<std::ffi::c_void>()];
+            // SAFETY: as for `launch`; the driver copies the arguments before it returns.
+            let started = unsafe {
+                sys::cuLaunchKernelEx(
+                    &raw const config,
+                    self.function.cu_function(),
+                    parameters.as_mut_ptr(),
+                    std::ptr::null_mut(),
+                )
+            };
+            started.result().map_err(|error| named(&self.launch, &error))
+        }
+    }
+
+    impl Queue {
+        pub(super) fn new(
+            device: &CudaDevice,
+            launches: &[Launch],
+            starts: Starts,
+        ) -> Result<Self> {
+            let ready = launches.iter().map(|launch| Ready::new(device, launch));
+            let stream = device.cuda_stream();
+            let overlapping = starts.overlapping && capability(device)?.0 >= 9;
+            let ready = ready.collect::<Result<Vec<Ready>>>()?;
+            let mut made = Self { stream, ready, overlapping, graph: None };
+            if starts.recorded {
+                made.graph = made.recorded();
+            }
+            Ok(made)
+        }
+
+        /// The launches as a graph; `None` where the driver does not record them, so that they are started
+        /// one by one.
+        fn recorded(&self) -> Option<CudaGraph> {
+            use sys::CUstreamCaptureMode::CU_STREAM_CAPTURE_MODE_THREAD_LOCAL as THIS_THREAD;
+            if let Err(error) = self.stream.begin_capture(THIS_THREAD) {
+                tracing::debug!(%error, "kernels are not recorded");
+                return None;
+            }
+            let started = self.start_each();
+            let graph = self.stream.end_capture(sys::CUgraphInstantiate_flags(0));
+            match (started, graph) {
+                (Ok(()), Ok(graph)) => {
+                    if let Some(Err(error)) = graph.as_ref().map(CudaGraph::upload) {
+                        tracing::debug!(%error, "the recorded kernels were not uploaded");
+                    }
+                    graph
+                }
+                (started, graph) => {
+                    let graph = graph.map(|_| ());
+                    tracing::debug!(?started, ?graph, "kernels are not recorded");
+                    None
+                }
+            }
+        }
+
+        fn start_each(&self) -> Result<()> {
+            self.stream.context().bind_to_thread().w()?;
+            self.ready
+                .iter()
+                .enumerate()
+                .try_for_each(|(i, ready)| ready.start(&self.stream, self.overlapping && i > 0))
+        }
+
+        pub(super) fn run(&self) -> Result<()> {
+            match &self.graph {
+                Some(graph) => graph.launch().w(),
+                None => self.start_each(),
+            }
+        }
+
+        pub(super) fn is_recorded(&self) -> bool {
+            self.graph.is_some()
+        }
+    }
+}
