@@ -62,6 +62,12 @@ pub fn joint_attention(
     shape: JointShape<'_>,
 ) -> Result<JointOutput> {
     check(text, image, shape)?;
+    // Of no queries come no results.
+    let none = text.query.filter(|query| query.elem_count() == 0);
+    if let (Some(none), Some(_)) = (none, image.query) {
+        let output = joint_attention(&JointStream { query: None, ..*text }, image, shape)?;
+        return Ok(JointOutput { text: Some(none.clone()), ..output });
+    }
     if let Some(output) = cuda::joint_attention(text, image, shape)? {
         return Ok(output);
     }

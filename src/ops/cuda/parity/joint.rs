@@ -88,7 +88,8 @@ fn attend(inputs: [&Tensor; 14], variant: Variant, lengths: &[usize]) -> Result<
     let lengths = (variant == Variant::Lengths).then_some(lengths);
     let shape = JointShape { text_lengths: lengths, ..SHAPE };
     let out = joint_attention(&text, &image, shape)?;
-    let parts: Vec<Tensor> = [out.text, out.image].into_iter().flatten().collect();
+    let parts = [out.text, out.image].into_iter().flatten();
+    let parts: Vec<Tensor> = parts.filter(|part| part.elem_count() > 0).collect();
     Tensor::cat(&parts, 1)
 }
 
