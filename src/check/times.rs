@@ -474,7 +474,7 @@ fn forward(
     timer.time(name, (1.0, "steps/s"), step);
     // Few enough layers that a device's queue does not fill up and hold the host back.
     let layers = HOST_LAYERS.min(dims.layers);
-    let model = Transformer::load(&files, &precision)?.repeated(layers);
+    let model = Transformer::load(&files, precision)?.repeated(layers);
     timer.time_host(format!("the host's part of {layers} layers, {kept}"), || {
         let input =
             ModelInput { tokens: &tokens, grids: &[grid, grid], conditioning: &conditioning };

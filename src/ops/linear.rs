@@ -327,7 +327,7 @@ pub fn forward_each<const N: usize>(
             let activations = Activations::new(x);
             let results = linears.iter().map(|linear| linear.multiply(&activations));
             results.collect::<Result<_>>()?
-        },
+        }
     };
     let Ok(results) = <[Tensor; N]>::try_from(results) else {
         bail!("linear: a result is missing")

@@ -41,9 +41,9 @@ pub use ffi::launches;
 pub(super) use float8::{Activations, float8_rows};
 pub(super) use joint::joint_attention;
 pub(super) use latents::{pack_patches, timestep_embedding, unpack_patches};
+pub(super) use linear::row_by_each;
 pub use linear::{Format, StoredMatrix};
 pub(super) use pictures::Pixels;
-pub(super) use linear::row_by_each;
 pub(super) use rows::{
     Activation, activate, channel_rms_norm, gated_add, gated_add_norm, guided_step, layer_norm,
     rms_norm, rotate,
