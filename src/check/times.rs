@@ -2,7 +2,10 @@
 //!
 //! `benches/peer_gpu.py` times the same operations in PyTorch; names and sizes agree.
 
-use std::{path::Path, time::Instant};
+use std::{
+    path::Path,
+    time::{Duration, Instant},
+};
 
 use candle_core::{DType, Device, Tensor, quantized::GgmlDType};
 
@@ -60,6 +63,8 @@ const fn timed(name: &'static str, work: fn(&Device, &Options) -> Vec<Row>) -> P
     Part { name, timed: true, limit_s: 90, work }
 }
 
+/// How long work is repeated before it is timed.
+const WARM_UP: Duration = Duration::from_millis(60);
 /// Layers whose kernels fit a device's queue.
 const HOST_LAYERS: usize = 12;
 /// A 1024 × 1024 picture with one reference, and a long request.
@@ -103,8 +108,13 @@ impl Timer<'_> {
 
     /// Seconds until `work` is queued, and until it is done.
     fn medians(&self, work: &impl Fn() -> Result<()>) -> Result<[f64; 2]> {
-        work()?;
-        self.device.synchronize()?;
+        // A GPU that was idle needs a while to reach its clocks.
+        let begin = Instant::now();
+        while {
+            work()?;
+            self.device.synchronize()?;
+            self.device.is_cuda() && begin.elapsed() < WARM_UP
+        } {}
         let mut seconds = [Vec::with_capacity(self.runs), Vec::with_capacity(self.runs)];
         for _ in 0..self.runs {
             let start = Instant::now();
