@@ -6,12 +6,14 @@
 // decode_qkv: RMS norm, the three products with their biases, rotation of queries and keys; keys and
 //   values go to their place in the cache.
 // decode_attention_dD: a block owns a key head and a share of the keys, which four warps divide; the last
-//   block of a head to finish joins the shares. Grid: (shares, key heads, 1); 128 threads.
+//   block of a head to finish joins the shares. Grid: (at most 32 shares, key heads, 1); 128 threads.
 // decode_add: x += the product of a row in bf16. Attention's output and the end of the MLP.
 // decode_gate_up: RMS norm, both products, silu(gate) * up. A tile has eight rows of each.
 // decode_logits: RMS norm and the product with the head, in float32.
 // Products: see decode.cuh. Grid: (blocks, 1, 1), each walks over tiles; 32 threads a warp that shares
 //   the depth.
+// decode_qkv_bytes, decode_add_F, decode_gate_up_F, decode_logits_F: the same for q4_k, q6_k, q8_0, see
+//   decode_bytes.cuh. Grid: (multiprocessors, 1, 1).
 //
 // The residual stream x is float32. The factor of the norm multiplies the sums, so that products start
 // before it is known. Weights are asked for before the kernel before has ended.
@@ -25,6 +27,8 @@ struct DecodeState {
 DEVICE const float* decode_angles(const DecodeState* state) {
   return reinterpret_cast<const float*>(state + 1);
 }
+
+#include "decode_bytes.cuh"
 
 struct StoredRows {
   const uint8_t* bytes;  // starts at a multiple of 16
@@ -263,6 +267,17 @@ KERNEL(decode_logits, LogitsArgs, 512, 1) {
   });
 }
 
+KERNEL(decode_qkv_bytes, QkvBytesArgs, 512, 1) { qkv_bytes_of_each(args); }
+KERNEL(decode_add_q4_k, AddBytesArgs, 512, 1) { add_bytes<BytesQ4K, 2>(args); }
+KERNEL(decode_add_q6_k, AddBytesArgs, 384, 1) { add_bytes<BytesQ6K, 1>(args); }
+KERNEL(decode_add_q8_0, AddBytesArgs, 512, 1) { add_bytes<BytesQ8_0, 2>(args); }
+KERNEL(decode_gate_up_q4_k, GateUpBytesArgs, 512, 1) { gate_up_bytes<BytesQ4K, 2>(args); }
+KERNEL(decode_gate_up_q6_k, GateUpBytesArgs, 384, 1) { gate_up_bytes<BytesQ6K, 1>(args); }
+KERNEL(decode_gate_up_q8_0, GateUpBytesArgs, 512, 1) { gate_up_bytes<BytesQ8_0, 2>(args); }
+KERNEL(decode_logits_q4_k, LogitsBytesArgs, 512, 1) { logits_bytes<BytesQ4K, 2>(args); }
+KERNEL(decode_logits_q6_k, LogitsBytesArgs, 384, 1) { logits_bytes<BytesQ6K, 1>(args); }
+KERNEL(decode_logits_q8_0, LogitsBytesArgs, 512, 1) { logits_bytes<BytesQ8_0, 2>(args); }
+
 struct DecodeAttentionArgs {
   const bf16* query;        // [heads][D]
   const bf16* keys;         // [token][key heads][D]
@@ -280,7 +295,7 @@ struct DecodeAttentionArgs {
 template <int D>
 struct DecodeAttention {
   using Shared = SharedRows<D>;
-  static constexpr int KEYS = 64, WARPS = 4, THREADS = 32 * WARPS, ROWS = 16;
+  static constexpr int KEYS = 64, WARPS = 4, THREADS = 32 * WARPS, ROWS = 16, SHARES = 32;
   static constexpr int TILE_BYTES = KEYS * Shared::ROW_BYTES;
 
   const DecodeAttentionArgs& args;
@@ -291,12 +306,26 @@ struct DecodeAttention {
   // The warps' sums [warp][16][D] take the place of keys and values.
   float* sums = reinterpret_cast<float*>(key_rows);
 
-  DEVICE void load(int start, int end) const {
-    const int stride = int(args.key_heads) * D;
-    const KeyRows keys = {args.keys + block_y() * D, nullptr, stride, 0, end};
-    const KeyRows values = {args.values + block_y() * D, nullptr, stride, 0, end};
-    load_key_rows<Shared, KEYS, THREADS>(key_rows, keys, start, end);
-    load_key_rows<Shared, KEYS, THREADS>(value_rows, values, start, end);
+  // Brings keys and values `start .. start + KEYS` to shared memory, zeros from `end` on; leaves out that
+  // of `newest`.
+  DEVICE void load(int start, int end, int newest) const {
+    for (int i = thread_index(); i < KEYS * Shared::CHUNKS; i += THREADS) {
+      const int row = i / Shared::CHUNKS, chunk = i % Shared::CHUNKS;
+      if (start + row != newest) load_chunk(start, row, chunk, start + row < end);
+    }
+    copy_commit();
+  }
+
+  DEVICE void load_one(int start, int key) const {
+    if (thread_index() < Shared::CHUNKS) load_chunk(start, key - start, thread_index(), true);
+    copy_commit();
+  }
+
+  DEVICE void load_chunk(int start, int row, int chunk, bool there) const {
+    const int64_t key = there ? start + row : start;
+    const int64_t from = (key * args.key_heads + block_y()) * D + 8 * chunk;
+    copy_async(Shared::at(key_rows, row, chunk), args.keys + from, there);
+    copy_async(Shared::at(value_rows, row, chunk), args.values + from, there);
   }
 
   DEVICE void load_queries() const {
@@ -355,33 +384,16 @@ struct DecodeAttention {
     }
   }
 
-  // Joins shares: their sums `sums_at(i)`, largest scores and denominators.
-  template <class Maximum, class Denominator, class Sum>
-  DEVICE void join(int shares, float factor, const Maximum& maximum, const Denominator& denominator,
-                   const Sum& sum, float& largest, float& total, float& out) const {
-    largest = -INFINITY;
-    for (int i = 0; i < shares; ++i) largest = fmaxf(largest, maximum(i));
-    const float base = largest == -INFINITY ? 0.0f : largest * factor;
-    total = out = 0.0f;
-    UNROLL
-    for (int i = 0; i < shares; ++i) {
-      const float share = exp2_fast(maximum(i) * factor - base);
-      total += share * denominator(i);
-      out += share * sum(i);
-    }
-  }
-
   DEVICE void run() const {
-    const int length = int(args.state->past) + 1, each = int(args.keys_each);
+    const int past = int(args.state->past), length = past + 1, each = int(args.keys_each);
     const int first = int(block_x()) * each, end = first + each < length ? first + each : length;
     if (first >= length) return;
     const int shares = (length + each - 1) / each;
     const float factor = float(args.scale * 1.4426950408889634);
     // Only the newest key and value come from the kernel before.
-    const bool early = end < length;
-    if (early) load(first, end);
+    load(first, end, past);
     wait_for_last_kernel();
-    if (!early) load(first, end);
+    if (past >= first && past < first + KEYS) load_one(first, past);
     load_queries();
     AttentionSums<D> own;
     own.clear();
@@ -390,30 +402,54 @@ struct DecodeAttention {
       block_barrier();
       add_tile(own, start, end, factor);
       block_barrier();
-      if (start + KEYS < end) load(start + KEYS, end);
+      if (start + KEYS < end) load(start + KEYS, end, -1);
     }
     own.finish();
     leave(own);
     block_barrier();
+    join_warps(shares, factor);
+    if (shares > 1 && is_last(shares)) join_shares(shares, factor);
+  }
+
+  // What the share of a largest score is in sums to `largest`.
+  DEVICE static float part(float maximum, float largest, float factor) {
+    return exp2_fast(maximum * factor - (largest == -INFINITY ? 0.0f : largest * factor));
+  }
+
+  DEVICE void write(int item, const float (&out)[4], float by) const {
+    const uint64_t low = pack_bf16(out[0] * by, out[1] * by), high = pack_bf16(out[2] * by, out[3] * by);
+    *reinterpret_cast<uint64_t*>(args.out + block_y() * args.group * D + 4 * item) = low | high << 32;
+  }
+
+  // Four neighbouring sums a thread.
+  DEVICE void join_warps(int shares, float factor) const {
     const int64_t place = (block_y() * grid_x() + block_x()) * ROWS;
-    for (int at = thread_index(); at < args.group * D; at += THREADS) {
-      const int row = at / D, column = at % D;
-      float largest, total, out;
-      join(
-          WARPS, factor, [&](int i) { return stats[2 * (16 * i + row)]; },
-          [&](int i) { return stats[2 * (16 * i + row) + 1]; },
-          [&](int i) { return sums[(16 * i + row) * D + column]; }, largest, total, out);
+    for (int item = thread_index(); item < args.group * (D / 4); item += THREADS) {
+      const int row = item / (D / 4), column = 4 * (item % (D / 4));
+      float largest = -INFINITY, total = 0.0f, out[4] = {0.0f, 0.0f, 0.0f, 0.0f};
+      UNROLL
+      for (int i = 0; i < WARPS; ++i) largest = fmaxf(largest, stats[2 * (16 * i + row)]);
+      UNROLL
+      for (int i = 0; i < WARPS; ++i) {
+        const float share = part(stats[2 * (16 * i + row)], largest, factor);
+        const Words four = load_words(sums + (16 * i + row) * D + column);
+        total += share * stats[2 * (16 * i + row) + 1];
+        UNROLL
+        for (int j = 0; j < 4; ++j) out[j] += share * bits_to_float(four.at[j]);
+      }
       if (shares == 1) {
-        args.out[block_y() * args.group * D + at] = from_float<bf16>(out / total);
+        write(item, out, 1.0f / total);
         continue;
       }
-      args.partial[(place + row) * D + column] = out;
+      Words four;
+      UNROLL
+      for (int j = 0; j < 4; ++j) four.at[j] = float_to_bits(out[j]);
+      store_words(args.partial + (place + row) * D + column, four);
       if (column == 0) {
         args.stats[2 * (place + row)] = largest;
         args.stats[2 * (place + row) + 1] = total;
       }
     }
-    if (shares > 1 && is_last(shares)) join_shares(shares, factor);
   }
 
   // Whether all other shares of this key head are written.
@@ -432,17 +468,37 @@ struct DecodeAttention {
   }
 
   DEVICE void join_shares(int shares, float factor) const {
+    constexpr int TOGETHER = 16;
     const int64_t first = block_y() * grid_x() * ROWS;
-    for (int at = thread_index(); at < args.group * D; at += THREADS) {
-      const int row = at / D, column = at % D;
-      const float* stats = args.stats + 2 * (first + row);
-      const float* partial = args.partial + (first + row) * D + column;
-      float largest, total, out;
-      join(
-          shares, factor, [&](int i) { return load_fresh(stats + 2 * ROWS * i); },
-          [&](int i) { return load_fresh(stats + 2 * ROWS * i + 1); },
-          [&](int i) { return load_fresh(partial + int64_t(ROWS) * D * i); }, largest, total, out);
-      args.out[block_y() * args.group * D + at] = from_float<bf16>(out / total);
+    // A lane weighs a share.
+    float* parts = sums;  // [16][SHARES]
+    for (int row = warp(); row < args.group; row += WARPS) {
+      const bool there = lane() < shares;
+      const float* own = args.stats + 2 * (first + ROWS * (there ? lane() : 0) + row);
+      const float maximum = there ? load_fresh(own) : -INFINITY, sum = there ? load_fresh(own + 1) : 0.0f;
+      const float share = part(maximum, max_lanes(maximum, 32), factor);  // 0 beyond the shares
+      parts[row * SHARES + lane()] = share / sum_lanes(share * sum, 32);
+    }
+    block_barrier();
+    for (int item = thread_index(); item < args.group * (D / 4); item += THREADS) {
+      const int row = item / (D / 4), column = 4 * (item % (D / 4));
+      const float* from = args.partial + (first + row) * D + column;
+      float out[4] = {0.0f, 0.0f, 0.0f, 0.0f};
+      for (int base = 0; base < shares; base += TOGETHER) {
+        Words held[TOGETHER];
+        UNROLL
+        for (int i = 0; i < TOGETHER; ++i) {
+          held[i] = {{0, 0, 0, 0}};
+          if (base + i < shares) held[i] = load_words_fresh(from + int64_t(ROWS) * D * (base + i));
+        }
+        UNROLL
+        for (int i = 0; i < TOGETHER; ++i) {
+          const float share = parts[row * SHARES + base + i];
+          UNROLL
+          for (int j = 0; j < 4; ++j) out[j] += share * bits_to_float(held[i].at[j]);
+        }
+      }
+      write(item, out, 1.0f);
     }
   }
 };

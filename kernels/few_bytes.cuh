@@ -333,7 +333,8 @@ struct BytesQ8_0 {
 
 // Rows of bf16 as what is multiplied, see FewBytes.
 struct PlainRows {
-  const bf16* x;  // [rows][depth]
+  static constexpr int TOGETHER = 4;  // chunks that a thread has under way
+  const bf16* x;                      // [rows][depth]
   int64_t depth;
   int rows;
   struct Held {
@@ -378,7 +379,7 @@ struct FewBytes {
 
   // Multiplies the block's `outs` outputs. `weights(out, half)` is the first byte of an output's weights, of the second
   // row of a pair if `half`. `source.start()` waits for what the row depends on, `load` and `widen` bring
-  // chunks of eight of its numbers (zeros beyond rows and depth), `ready` runs after all. `finish(row, out, sum,
+  // chunks of eight of its numbers (zeros beyond rows and depth), TOGETHER a thread, `ready` runs after all. `finish(row, out, sum,
   // second)` gets each result once, in some thread; `second` is that of a pair's second row.
   template <class Weights, class Source, class Finish>
   DEVICE static void multiply(int64_t depth, int outs, const Weights& weights, Source& source, const Finish& finish) {
@@ -412,7 +413,7 @@ struct FewBytes {
     };
 
     auto prepare = [&] {
-      constexpr int TOGETHER = 4;
+      constexpr int TOGETHER = Source::TOGETHER;
       source.start();
       const int chunks = int(depth / 8);
       for (int row = 0; row < ROWS; ++row) {

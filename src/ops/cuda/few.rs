@@ -42,6 +42,17 @@ pub(super) struct Weights {
     pub(super) is_constant: bool,
 }
 
+impl Weights {
+    /// As `kernels/few_bytes.cuh` numbers formats.
+    pub(super) fn number(&self) -> usize {
+        match self.format {
+            Format::Q4K => 0,
+            Format::Q6K => 1,
+            _ => 2,
+        }
+    }
+}
+
 /// `x · weightᵀ + bias` of up to [`FEW_ROWS`] rows `x: [.., depth]` in bf16, in one piece from a multiple
 /// of 16 bytes on; `bias: [outs]`. `None` where no kernel of this file fits.
 pub(super) fn product(
@@ -135,12 +146,18 @@ impl Bytes {
         tiles * weights.depth.div_euclid(self.unit * PIECE)
     }
 
-    /// Shared memory of a block of so many warps.
-    fn shared(self, weights: &Weights, held: usize, blocks: usize, warps: usize) -> usize {
+    /// Shared memory of a block of so many warps, with tiles of so many outputs.
+    fn shared(
+        self,
+        weights: &Weights,
+        held: usize,
+        blocks: usize,
+        [warps, tile]: [usize; 2],
+    ) -> usize {
         const ZEROS: usize = 512;
         let units = weights.depth.div_euclid(self.unit * PIECE);
         let sums = |outs: usize| {
-            let tiles = outs.div_ceil(TILE);
+            let tiles = outs.div_ceil(tile);
             let per_warp = (tiles * units).div_ceil(warps).max(1);
             let sharers = (units + per_warp).saturating_sub(2).div_euclid(per_warp) + 1;
             tiles * sharers * TILE * held * 4
@@ -164,7 +181,7 @@ fn by_bytes(weights: &Weights, rows: usize, limits: Limits) -> Option<Shape> {
     let held = if one { 1 } else { BYTES_ROWS };
     let is_small = one && bytes.units(weights, blocks) <= SMALL_UNITS;
     let most = if is_small { bytes.warps.min(SMALL_WARPS) } else { bytes.warps };
-    let shared = |warps: &usize| bytes.shared(weights, held, blocks, *warps);
+    let shared = |warps: &usize| bytes.shared(weights, held, blocks, [*warps, TILE]);
     let warps = (WARPS_MIN..=most).rev().find(|warps| shared(warps) <= limits.shared_bytes)?;
     let kernel = format!("few_bytes_{held}_{}", weights.format.name());
     Some(Shape { kernel, blocks, warps, shared_bytes: shared(&warps) })
@@ -190,13 +207,8 @@ pub(super) fn product_each(x: &Tensor, matrices: &[Biased<'_>]) -> Result<Option
         }
         let out = Output::new(x.device(), &dims, DType::BF16)?;
         let bias = bias.map(Tensor::contiguous).transpose()?;
-        let format = match weights.format {
-            Format::Q4K => 0,
-            Format::Q6K => 1,
-            _ => 2,
-        };
         args.address(weights.address).tensor(bias.as_ref())?.address(out.address());
-        args.counts([weights.outs, format, blocks]);
+        args.counts([weights.outs, weights.number(), blocks]);
         outs.push(out);
         biases.push(bias);
     }
@@ -211,43 +223,72 @@ pub(super) fn product_each(x: &Tensor, matrices: &[Biased<'_>]) -> Result<Option
 const EACH: usize = 3;
 const EACH_WARPS: usize = 16;
 
+/// How one row is multiplied by up to three matrices at once.
+pub(super) struct Split {
+    /// Of each matrix.
+    pub(super) blocks: Vec<usize>,
+    pub(super) warps: usize,
+    pub(super) shared_bytes: usize,
+}
+
+impl Split {
+    /// Shares out multiprocessors by bytes; `pairs`: an output is two rows of weights. `None` where the kernels
+    /// with rows of bytes do not take the matrices.
+    pub(super) fn of(matrices: &[&Weights], pairs: bool, limits: Limits) -> Option<Self> {
+        Self::new(matrices, if pairs { TILE >> 1 } else { TILE }, limits, false)
+    }
+
+    /// `spare`: small products leave room for the next kernel.
+    fn new(matrices: &[&Weights], tile: usize, limits: Limits, spare: bool) -> Option<Self> {
+        let depth = matrices.first()?.depth;
+        let row_bytes = |weights: &Weights| {
+            let (numbers, bytes) = weights.format.block();
+            weights.depth.div_euclid(numbers) * bytes * weights.outs
+        };
+        let total: usize = matrices.iter().map(|weights| row_bytes(weights)).sum();
+        let (mut before, mut end, mut parts) = (0, 0, Vec::new());
+        for weights in matrices {
+            before += row_bytes(weights);
+            // By bytes, rounded, at least one.
+            let blocks = (before * limits.multiprocessors + (total >> 1)).checked_div(total)?;
+            let blocks = blocks.saturating_sub(end).max(1).min(weights.outs);
+            end += blocks;
+            let bytes = Bytes::of(weights.format, true, depth)?;
+            let fits = weights.depth == depth && (weights.scale - 1.0).abs() < f64::EPSILON;
+            if !fits || !bytes.take(weights, blocks, limits) {
+                return None;
+            }
+            parts.push((weights, bytes, blocks));
+        }
+        let most = parts.iter().map(|(_, bytes, _)| bytes.warps).min()?.min(EACH_WARPS);
+        let is_small = spare
+            && parts.iter().all(|(weights, bytes, n)| bytes.units(weights, *n) <= SMALL_UNITS);
+        let most = if is_small { most.min(SMALL_WARPS) } else { most };
+        let shared = |warps: &usize| {
+            let each = parts
+                .iter()
+                .map(|(weights, bytes, n)| bytes.shared(weights, 1, *n, [*warps, tile]));
+            each.max().unwrap_or(0)
+        };
+        let room = limits.shared_bytes.saturating_sub(SCRATCH_BYTES);
+        let warps = (WARPS_MIN..=most).rev().find(|warps| shared(warps) <= room)?;
+        let blocks = parts.iter().map(|(_, _, blocks)| *blocks).collect();
+        Some(Self { blocks, warps, shared_bytes: shared(&warps) })
+    }
+}
+
+/// Room in shared memory that a kernel may want beside the product's: a number a warp.
+pub(super) const SCRATCH_BYTES: usize = 128;
+
 /// The launch and the blocks of each matrix.
 fn shape_of_each(matrices: &[Biased<'_>], limits: Limits) -> Option<(Shape, Vec<usize>)> {
-    let depth = matrices.first()?.0.depth;
     if !(2..=EACH).contains(&matrices.len()) {
         return None;
     }
-    let row_bytes = |weights: &Weights| {
-        let (numbers, bytes) = weights.format.block();
-        weights.depth.div_euclid(numbers) * bytes * weights.outs
-    };
-    let total: usize = matrices.iter().map(|(weights, _)| row_bytes(weights)).sum();
-    let (mut before, mut end, mut parts) = (0, 0, Vec::new());
-    for (weights, _) in matrices {
-        before += row_bytes(weights);
-        // By bytes, rounded, at least one.
-        let blocks = (before * limits.multiprocessors + (total >> 1)).checked_div(total)?;
-        let blocks = blocks.saturating_sub(end).max(1).min(weights.outs);
-        end += blocks;
-        let bytes = Bytes::of(weights.format, true, depth)?;
-        let fits = weights.depth == depth && (weights.scale - 1.0).abs() < f64::EPSILON;
-        if !fits || !bytes.take(weights, blocks, limits) {
-            return None;
-        }
-        parts.push((weights, bytes, blocks));
-    }
-    let most = parts.iter().map(|(_, bytes, _)| bytes.warps).min()?.min(EACH_WARPS);
-    let is_small =
-        parts.iter().all(|(weights, bytes, blocks)| bytes.units(weights, *blocks) <= SMALL_UNITS);
-    let most = if is_small { most.min(SMALL_WARPS) } else { most };
-    let shared = |warps: &usize| {
-        let each = parts.iter().map(|(weights, bytes, n)| bytes.shared(weights, 1, *n, *warps));
-        each.max().unwrap_or(0)
-    };
-    let warps = (WARPS_MIN..=most).rev().find(|warps| shared(warps) <= limits.shared_bytes)?;
+    let weights: Vec<&Weights> = matrices.iter().map(|(weights, _)| weights).collect();
+    let Split { blocks, warps, shared_bytes } = Split::new(&weights, TILE, limits, true)?;
     let kernel = "few_bytes_each".to_owned();
-    let shape = Shape { kernel, blocks: end, warps, shared_bytes: shared(&warps) };
-    Some((shape, parts.into_iter().map(|(_, _, blocks)| blocks).collect()))
+    Some((Shape { kernel, blocks: blocks.iter().sum(), warps, shared_bytes }, blocks))
 }
 
 /// `kernels/few.cuh`.

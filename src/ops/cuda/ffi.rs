@@ -214,8 +214,9 @@ pub(super) fn launch_early(device: &Device, launch: &Launch) -> Result<()> {
 #[derive(Debug, Clone, Copy)]
 pub(super) struct Limits {
     pub(super) multiprocessors: usize,
-    /// Of shared memory, the most that one block may use.
+    /// Of shared memory, the most that one block may use, and what a multiprocessor has.
     pub(super) shared_bytes: usize,
+    pub(super) shared_bytes_all: usize,
     /// Whether it is of compute capability 9.0 or later: copies rows to shared memory by itself, and starts
     /// kernels early.
     pub(super) is_hopper: bool,
@@ -226,7 +227,10 @@ pub(super) fn limits(device: &Device) -> Result<Limits> {
     match device {
         #[cfg(feature = "cuda")]
         Device::Cuda(device) => device::limits(device),
-        _ => Ok(Limits { multiprocessors: 3, shared_bytes: 227 << 10, is_hopper: true }),
+        _ => {
+            let [shared_bytes, shared_bytes_all] = [227 << 10, 228 << 10];
+            Ok(Limits { multiprocessors: 3, shared_bytes, shared_bytes_all, is_hopper: true })
+        }
     }
 }
 
@@ -497,10 +501,14 @@ mod device {
     }
 
     pub(super) fn limits(device: &CudaDevice) -> Result<Limits> {
-        use DeviceAttribute::CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN as SHARED_BYTES;
+        use DeviceAttribute::{
+            CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN as OF_A_BLOCK,
+            CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_MULTIPROCESSOR as OF_ALL,
+        };
         Ok(Limits {
             multiprocessors: multiprocessors(device)?,
-            shared_bytes: ask(device, SHARED_BYTES)?,
+            shared_bytes: ask(device, OF_A_BLOCK)?,
+            shared_bytes_all: ask(device, OF_ALL)?,
             is_hopper: capability(device)?.0 >= 9,
         })
     }

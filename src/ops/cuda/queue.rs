@@ -105,27 +105,6 @@ pub(super) struct Starts {
     pub(super) overlapping: bool,
 }
 
-/// What a device has of what blocks take.
-#[derive(Debug, Clone, Copy)]
-pub(super) struct Limits {
-    pub(super) multiprocessors: usize,
-    /// Shared memory of a multiprocessor, and the most that one block may use.
-    pub(super) shared_bytes: usize,
-    pub(super) shared_bytes_block: usize,
-}
-
-/// The limits of a device; few multiprocessors in the emulation, so that blocks have more to do.
-pub(super) fn limits(device: &Device) -> Result<Limits> {
-    match device {
-        #[cfg(feature = "cuda")]
-        Device::Cuda(device) => device::limits(device),
-        _ => {
-            let [shared_bytes, shared_bytes_block] = [228 << 10, 227 << 10];
-            Ok(Limits { multiprocessors: 2, shared_bytes, shared_bytes_block })
-        }
-    }
-}
-
 #[cfg(feature = "cuda")]
 #[expect(unsafe_code, reason = "kernels get addresses")]
 mod device {
@@ -142,24 +121,8 @@ mod device {
             ffi::{Arguments, capability, function, named},
             launch::Launch,
         },
-        Limits, Starts,
+        Starts,
     };
-
-    pub(super) fn limits(device: &CudaDevice) -> Result<Limits> {
-        use sys::CUdevice_attribute as Attribute;
-        let stream = device.cuda_stream();
-        let ask = |attribute| {
-            let found = stream.context().attribute(attribute).w()?;
-            usize::try_from(found).map_err(Error::wrap)
-        };
-        Ok(Limits {
-            multiprocessors: ask(Attribute::CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT)?,
-            shared_bytes: ask(Attribute::CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_MULTIPROCESSOR)?,
-            shared_bytes_block: ask(
-                Attribute::CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN,
-            )?,
-        })
-    }
 
     /// Host memory that the device writes to without help.
     #[derive(Debug)]

@@ -4,10 +4,11 @@ use candle_core::{DType, Device, Result, Tensor};
 
 use super::{
     super::{
-        ffi::Output,
+        few::{SCRATCH_BYTES, Split, Weights},
+        ffi::{Limits, Output, address, limits},
         launch::{Args, Launch},
         linear::{Format, StoredMatrix},
-        queue::{Limits, Readout, Sequence, Starts, limits},
+        queue::{Readout, Sequence, Starts},
     },
     ATTENTION_ROWS, DecodeLayer, DecodeModel, DecodePlan, KEYS, Kept, Sizes, TOGETHER,
 };
@@ -49,7 +50,7 @@ impl Stored {
         let suits_bias = bias.is_none_or(|bias| {
             bias.dtype() == DType::BF16 && bias.is_contiguous() && bias.dims() == [outs]
         });
-        let bias = bias.map(super::super::ffi::address).transpose().ok()?;
+        let bias = bias.map(address).transpose().ok()?;
         let fits = format != Format::F8E4M3
             && (scale - 1.0).abs() < f64::EPSILON
             && bytes.is_multiple_of(16)
@@ -86,6 +87,18 @@ impl Stored {
         self.outs * self.depth.checked_div(numbers).unwrap_or(0) * bytes
     }
 
+    /// For the kernels of `kernels/decode_bytes.cuh`, with outputs of `rows` rows of weights each.
+    fn weights(&self, rows: usize) -> Weights {
+        Weights {
+            address: self.bytes,
+            format: self.format,
+            outs: self.outs.div_euclid(rows),
+            depth: self.depth,
+            scale: 1.0,
+            is_constant: true,
+        }
+    }
+
     fn push(&self, args: &mut Args) {
         args.address(self.bytes).counts([self.number(), self.outs]);
     }
@@ -120,8 +133,8 @@ impl Shape {
         const RESERVED: usize = 1 << 10;
         let mut best: Option<(usize, Self)> = None;
         for resident in 1..=RESIDENT_MAX {
-            let room = limits.shared_bytes.checked_div(resident)?.saturating_sub(RESERVED);
-            let room = room.min(limits.shared_bytes_block);
+            let room = limits.shared_bytes_all.checked_div(resident)?.saturating_sub(RESERVED);
+            let room = room.min(limits.shared_bytes);
             for warps in (1..=warps_max.min(steps)).filter(|warps| bytes(*warps) <= room) {
                 // Warps at work, in thousandths: the last round of steps is not full.
                 let work = 1000 * resident * steps;
@@ -144,6 +157,17 @@ impl Shape {
             shared_bytes: self.shared_bytes,
             args,
         }
+    }
+}
+
+/// A launch of a kernel of `kernels/decode_bytes.cuh`.
+fn launch_bytes(kernel: String, split: &Split, args: Args) -> Launch {
+    Launch {
+        kernel,
+        grid: [split.blocks.iter().sum(), 1, 1],
+        threads: split.warps * WARP,
+        shared_bytes: split.shared_bytes + SCRATCH_BYTES,
+        args,
     }
 }
 
@@ -297,6 +321,16 @@ impl Builder {
         Some(args)
     }
 
+    /// A `NormArgs` of the kernels.
+    fn normed(&mut self, weight: &Tensor, split: &Split) -> Option<Args> {
+        self.norm(weight)?;
+        let mut args = Args::default();
+        args.address(self.x.address()).tensor(Some(weight)).ok()?;
+        args.flag(weight.dtype() == DType::F32).number(self.eps);
+        args.counts([self.sizes.width, split.shared_bytes]);
+        Some(args)
+    }
+
     fn qkv(&mut self, layer: &DecodeLayer<'_>) -> Option<()> {
         let Sizes { width, heads, kv_heads, head_dim, .. } = self.sizes;
         let [q, k, v] = layer.qkv;
@@ -306,6 +340,27 @@ impl Builder {
             self.stored(k, kv_width, width)?,
             self.stored(v, kv_width, width)?,
         ];
+        let bytes = matrices.iter().map(Stored::size).sum();
+        self.tensors.extend(layer.cache.map(Tensor::clone));
+        let pairs = matrices.each_ref().map(|matrix| matrix.weights(2));
+        if let Some(split) = Split::of(&pairs.each_ref(), true, self.limits) {
+            let mut args = self.normed(layer.norm, &split)?;
+            let [keys, values] = layer.cache;
+            let to = [
+                self.query.address(),
+                address(self.cache(keys)?).ok()?,
+                address(self.cache(values)?).ok()?,
+            ];
+            for (((matrix, pairs), to), blocks) in
+                matrices.iter().zip(&pairs).zip(to).zip(&split.blocks)
+            {
+                args.address(matrix.bytes).address(matrix.bias.unwrap_or(0)).address(to);
+                args.counts([pairs.outs, pairs.number(), *blocks]);
+            }
+            args.address(self.state.address()).count(head_dim);
+            self.push(bytes, launch_bytes("decode_qkv_bytes".to_owned(), &split, args));
+            return Some(());
+        }
         let tiles = (heads + 2 * kv_heads) * head_dim.div_ceil(TILE_ROWS);
         let shape = Shape::of(&matrices.each_ref(), tiles, self.limits, QKV_WARPS_MAX)?;
         let norm = self.norm(layer.norm)?;
@@ -319,8 +374,6 @@ impl Builder {
             args.tensor(Some(self.cache(side)?)).ok()?;
         }
         args.address(self.state.address()).count(head_dim);
-        self.tensors.extend(layer.cache.map(Tensor::clone));
-        let bytes = matrices.iter().map(Stored::size).sum();
         self.push(bytes, shape.launch("decode_qkv", args));
         Some(())
     }
@@ -371,6 +424,15 @@ impl Builder {
         if matrix.bias.is_some() {
             return None;
         }
+        let weights = matrix.weights(1);
+        if let Some(split) = Split::of(&[&weights], false, self.limits) {
+            let mut args = Args::default();
+            args.address(row).count(depth).address(matrix.bytes).count(matrix.outs);
+            args.address(self.x.address());
+            let kernel = format!("decode_add_{}", matrix.format.name());
+            self.push(matrix.size(), launch_bytes(kernel, &split, args));
+            return Some(());
+        }
         let tiles = matrix.outs.div_ceil(TILE_ROWS);
         let shape = Shape::of(&[&matrix], tiles, self.limits, WARPS_MAX)?;
         let mut args = self.input(&Input::Narrow(row), depth, &shape)?;
@@ -386,6 +448,15 @@ impl Builder {
         let (gate, up) = (self.stored(gate, inner, width)?, self.stored(up, inner, width)?);
         if gate.format != up.format || gate.bias.is_some() || up.bias.is_some() {
             return None;
+        }
+        // An output is a row of each.
+        let weights = gate.weights(1);
+        if let Some(split) = Split::of(&[&weights], true, self.limits) {
+            let mut args = self.normed(layer.mlp_norm, &split)?;
+            args.address(gate.bytes).address(up.bytes).count(inner).address(self.inner.address());
+            let kernel = format!("decode_gate_up_{}", gate.format.name());
+            self.push(gate.size() + up.size(), launch_bytes(kernel, &split, args));
+            return Some(());
         }
         let tiles = inner.div_ceil(TILE_ROWS >> 1);
         let shape = Shape::of(&[&gate], tiles, self.limits, WARPS_MAX)?;
@@ -403,6 +474,14 @@ impl Builder {
         if head.bias.is_some() {
             return None;
         }
+        let weights = head.weights(1);
+        if let Some(split) = Split::of(&[&weights], false, self.limits) {
+            let mut args = self.normed(model.norm, &split)?;
+            args.address(head.bytes).count(vocab).address(self.logits.address());
+            let kernel = format!("decode_logits_{}", head.format.name());
+            self.push(head.size(), launch_bytes(kernel, &split, args));
+            return Some(());
+        }
         let tiles = vocab.div_ceil(TILE_ROWS);
         let shape = Shape::of(&[&head], tiles, self.limits, WARPS_MAX)?;
         let norm = self.norm(model.norm)?;
@@ -418,32 +497,67 @@ impl Builder {
 mod tests {
     use super::*;
 
-    /// Products of the published sizes fit blocks of every generation: 99, 163 and 227 KiB.
+    const FORMATS: [Format; 5] =
+        [Format::Q8_0, Format::Q4K, Format::Q5K, Format::Q6K, Format::Bf16];
+    const SIZES: [(usize, usize); 4] =
+        [(3584, 3584), (3584, 18_944), (18_944, 3584), (152_064, 3584)];
+
+    /// Multiprocessors, their shared memory and a block's in KiB of several generations.
+    fn devices() -> [Limits; 3] {
+        [(128, 100, 99), (108, 164, 163), (132, 228, 227)].map(|(multiprocessors, all, block)| {
+            Limits {
+                multiprocessors,
+                shared_bytes: block << 10,
+                shared_bytes_all: all << 10,
+                is_hopper: block == 227,
+            }
+        })
+    }
+
+    fn matrices() -> impl Iterator<Item = Stored> {
+        FORMATS.into_iter().flat_map(|format| {
+            SIZES.map(|(outs, depth)| Stored { bytes: 0, format, outs, depth, bias: None })
+        })
+    }
+
+    /// Products of the published sizes fit blocks of every generation.
     #[test]
     fn shapes_fit_every_device() {
-        for (multiprocessors, shared, block) in [(128, 100, 99), (108, 164, 163), (132, 228, 227)] {
-            let limits = Limits {
-                multiprocessors,
-                shared_bytes: shared << 10,
-                shared_bytes_block: block << 10,
-            };
-            for format in [Format::Q8_0, Format::Q4K, Format::Q5K, Format::Q6K, Format::Bf16] {
-                for (outs, depth) in [(3584, 3584), (3584, 18_944), (18_944, 3584), (152_064, 3584)]
-                {
-                    let matrix = Stored { bytes: 0, format, outs, depth, bias: None };
-                    let tiles = outs.div_ceil(TILE_ROWS);
-                    for warps in [QKV_WARPS_MAX, WARPS_MAX] {
-                        let shape = Shape::of(&[&matrix], tiles, limits, warps);
-                        let name = format!("{format:?} {outs} × {depth}, {block} KiB");
-                        let shape = shape.unwrap_or_else(|| panic!("{name}: no shape"));
-                        assert!(
-                            shape.shared_bytes <= block << 10,
-                            "{name}: {}",
-                            shape.shared_bytes
-                        );
-                        assert!(shape.blocks > 0 && shape.warps > 1, "{name}: {}", shape.warps);
-                    }
-                }
+        for (limits, matrix) in
+            devices().into_iter().flat_map(|device| matrices().map(move |matrix| (device, matrix)))
+        {
+            let tiles = matrix.outs.div_ceil(TILE_ROWS);
+            for warps in [QKV_WARPS_MAX, WARPS_MAX] {
+                let shape = Shape::of(&[&matrix], tiles, limits, warps);
+                let name = format!("{:?} {limits:?}", matrix.format);
+                let shape = shape.unwrap_or_else(|| panic!("{name}: no shape"));
+                assert!(
+                    shape.shared_bytes <= limits.shared_bytes,
+                    "{name}: {}",
+                    shape.shared_bytes
+                );
+                assert!(shape.blocks > 0 && shape.warps > 1, "{name}: {}", shape.warps);
+            }
+        }
+    }
+
+    /// On Hopper, all matrices of the published sizes but those of Q5_K and bf16 are multiplied by bytes.
+    #[test]
+    fn bytes_fit_hopper() {
+        let [_, _, hopper] = devices();
+        for matrix in matrices() {
+            let by_bytes = matches!(matrix.format, Format::Q8_0 | Format::Q4K | Format::Q6K);
+            for rows in [1, 2] {
+                let weights = matrix.weights(rows);
+                let split = Split::of(&[&weights], rows > 1, hopper);
+                assert_eq!(split.is_some(), by_bytes, "{weights:?}");
+                let Some(split) = split else { continue };
+                assert!(split.shared_bytes + SCRATCH_BYTES <= hopper.shared_bytes, "{weights:?}");
+                assert_eq!(split.blocks, [hopper.multiprocessors], "{weights:?}");
+                let wanted = if weights.format == Format::Q6K { 8 } else { 16 };
+                // A deep row of Q8_0 leaves room for fewer rings.
+                let is_deep = weights.format == Format::Q8_0 && weights.depth > 8192;
+                assert!(split.warps >= wanted || is_deep, "{weights:?}: {}", split.warps);
             }
         }
     }

@@ -58,6 +58,7 @@ fn cases() -> Vec<Case> {
         Case { name: "Q6_K", formats: SAME(Format::Q6K), heads: [8, 1, 32], past: 64, ..large },
         Case { name: "mixed", formats: mixed, ..large },
         Case { name: "long shares", capacity: 2300, past: 2174, heads: [3, 3, 16], ..small },
+        Case { name: "all shares", capacity: 2048, past: 2045, heads: [6, 1, 32], ..small },
         Case {
             name: "28 heads over 4",
             width: 256,
@@ -72,10 +73,60 @@ fn cases() -> Vec<Case> {
     ]
 }
 
+/// Of sizes for which all kernels multiply bytes.
+fn cases_by_bytes() -> Vec<Case> {
+    let (k4, k6) = (Format::Q4K, Format::Q6K);
+    let small = Case {
+        name: "Q4_K_M by bytes",
+        width: 1024,
+        inner: 1536,
+        heads: [14, 2, 128],
+        vocab: 333,
+        layers: 1,
+        formats: [k4, k4, k6, k4, k4, k6, k6],
+        capacity: 130,
+        past: 126,
+        tokens: 3,
+    };
+    let layers = 2;
+    vec![
+        Case {
+            name: "Q6_K by bytes",
+            width: 512,
+            inner: 512,
+            heads: [8, 1, 64],
+            layers,
+            formats: SAME(k6),
+            ..small
+        },
+        Case {
+            name: "Q8_0 by bytes",
+            width: 256,
+            inner: 768,
+            heads: [8, 4, 32],
+            layers,
+            formats: SAME(Format::Q8_0),
+            past: 63,
+            ..small
+        },
+        Case {
+            name: "Q8_0 and Q4_K by bytes",
+            width: 512,
+            inner: 256,
+            heads: [4, 2, 64],
+            formats: [Format::Q8_0, k4, k6, k4, k4, Format::Q8_0, k4],
+            past: 0,
+            ..small
+        },
+        small,
+    ]
+}
+
 pub(super) fn check(suite: &mut Suite) {
-    for case in cases() {
+    let by_bytes = cases_by_bytes().into_iter().map(|case| (case, true));
+    for (case, by_bytes) in cases().into_iter().map(|case| (case, false)).chain(by_bytes) {
         let name = format!("{}, {} tokens after {}", case.name, case.tokens, case.past);
-        let decoder = match Decoder::new(suite, &case) {
+        let decoder = match Decoder::new(suite, &case, by_bytes) {
             Ok(decoder) => decoder,
             Err(error) => {
                 suite.judge("decode", &name, Err(error), vec![Ok(super::empty())]);
@@ -120,12 +171,14 @@ struct Decoder {
     /// Rows of the embedding of each token, and its angles' cosines and sines.
     rows: Vec<Tensor>,
     angles: Vec<[Tensor; 2]>,
+    /// Whether all products are to multiply bytes.
+    by_bytes: bool,
 }
 
 const EPS: f64 = 1e-5;
 
 impl Decoder {
-    fn new(suite: &mut Suite, case: &Case) -> Result<Self> {
+    fn new(suite: &mut Suite, case: &Case, by_bytes: bool) -> Result<Self> {
         let Case { width, inner, heads: [heads, kv_heads, d], formats, .. } = *case;
         let device = suite.device.clone();
         let mut matrix = |[outs, depth]: [usize; 2], format, biased: bool| {
@@ -173,6 +226,7 @@ impl Decoder {
             head,
             rows,
             angles,
+            by_bytes,
         })
     }
 
@@ -223,6 +277,14 @@ impl Decoder {
         let Some(mut plan) = DecodePlan::new(&model)? else {
             candle_core::bail!("no kernel fits");
         };
+        if self.by_bytes && super::super::ffi::limits(&self.device)?.is_hopper {
+            let others = ["decode_qkv,", "decode_add,", "decode_gate_up,", "decode_logits,"];
+            let parts = plan.parts()?;
+            let other = parts.iter().find(|part| others.iter().any(|it| part.name.starts_with(it)));
+            if let Some(other) = other {
+                candle_core::bail!("{} where bytes are to be multiplied", other.name);
+            }
+        }
         let mut logits = Vec::new();
         for (i, (row, angles)) in self.rows.iter().zip(&self.angles).enumerate() {
             let row = row.to_vec1::<f32>()?;
