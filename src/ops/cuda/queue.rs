@@ -111,10 +111,10 @@ mod device {
     use std::sync::Arc;
 
     use candle_core::{
-        CudaDevice, CudaStorage, Error, Result,
+        CudaDevice, CudaStorage, Error, Result, bail,
         cuda::{WrapErr, cudarc},
     };
-    use cudarc::driver::{CudaFunction, CudaGraph, CudaStream, PinnedHostSlice, sys};
+    use cudarc::driver::{CudaFunction, CudaStream, PinnedHostSlice, result, sys};
 
     use super::{
         super::{
@@ -151,7 +151,7 @@ mod device {
         stream: Arc<CudaStream>,
         ready: Vec<Ready>,
         overlapping: bool,
-        graph: Option<CudaGraph>,
+        graph: Option<Graph>,
     }
 
     struct Ready {
@@ -178,7 +178,7 @@ mod device {
         }
 
         /// Queues the kernel; `early` lets it begin before the one before it has ended.
-        fn start(&self, stream: &CudaStream, early: bool) -> Result<()> {
+        fn start(&self, stream: sys::CUstream, early: bool) -> Result<()> {
             let mut attribute = sys::CUlaunchAttribute {
                 id: sys::CUlaunchAttributeID::CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION,
                 pad: [0; 4],
@@ -193,7 +193,7 @@ mod device {
                 blockDimY: 1,
                 blockDimZ: 1,
                 sharedMemBytes: self.shared_bytes,
-                hStream: stream.cu_stream(),
+                hStream: stream,
                 attrs: &raw mut attribute,
                 numAttrs: u32::from(early),
             };
@@ -209,6 +209,76 @@ mod device {
                 )
             };
             started.result().map_err(|error| named(&self.launch, &error))
+        }
+    }
+
+    /// Launches that were recorded and are started as a whole on a device's stream.
+    struct Graph {
+        stream: Arc<CudaStream>,
+        graph: sys::CUgraph,
+        executable: sys::CUgraphExec,
+    }
+
+    // SAFETY: the handles may be used from any thread, by one at a time, as `Queue` is.
+    unsafe impl Send for Graph {}
+
+    /// A stream that nothing but a recording uses.
+    struct RecordingStream(sys::CUstream);
+
+    impl Drop for RecordingStream {
+        fn drop(&mut self) {
+            // SAFETY: it was made here and is destroyed once.
+            let _nothing_to_do_about_it = unsafe { result::stream::destroy(self.0) };
+        }
+    }
+
+    impl Graph {
+        /// Records what `start` starts on the stream that it gets. That is one of its own: what another thread
+        /// queues on the device's stream meanwhile, such as weights that are copied, must not be recorded.
+        fn of(
+            stream: &Arc<CudaStream>,
+            start: impl FnOnce(sys::CUstream) -> Result<()>,
+        ) -> Result<Self> {
+            use sys::CUstreamCaptureMode::CU_STREAM_CAPTURE_MODE_THREAD_LOCAL as THIS_THREAD;
+            stream.context().bind_to_thread().w()?;
+            let own = result::stream::create(result::stream::StreamKind::NonBlocking).w()?;
+            let own = RecordingStream(own);
+            // SAFETY: the stream is alive until the end of this function.
+            unsafe { result::stream::begin_capture(own.0, THIS_THREAD) }.w()?;
+            let started = start(own.0);
+            // SAFETY: as above; a recording that began is ended, whatever came of it.
+            let graph = unsafe { result::stream::end_capture(own.0) }.w()?;
+            if graph.is_null() {
+                bail!("nothing was recorded");
+            }
+            let mut made =
+                Self { stream: Arc::clone(stream), graph, executable: std::ptr::null_mut() };
+            started?;
+            // SAFETY: the graph is alive, and so is what it was made into.
+            unsafe {
+                made.executable =
+                    result::graph::instantiate(graph, sys::CUgraphInstantiate_flags(0)).w()?;
+                result::graph::upload(made.executable, stream.cu_stream()).w()?;
+            }
+            Ok(made)
+        }
+
+        fn launch(&self) -> Result<()> {
+            self.stream.context().bind_to_thread().w()?;
+            // SAFETY: both are alive.
+            unsafe { result::graph::launch(self.executable, self.stream.cu_stream()) }.w()
+        }
+    }
+
+    impl Drop for Graph {
+        fn drop(&mut self) {
+            // SAFETY: they were made here and are destroyed once; what was started goes on.
+            unsafe {
+                if !self.executable.is_null() {
+                    let _nothing_to_do_about_it = result::graph::exec_destroy(self.executable);
+                }
+                let _nothing_to_do_about_it = result::graph::destroy(self.graph);
+            }
         }
     }
 
@@ -231,41 +301,28 @@ mod device {
 
         /// The launches as a graph; `None` where the driver does not record them, so that they are started
         /// one by one.
-        fn recorded(&self) -> Option<CudaGraph> {
-            use sys::CUstreamCaptureMode::CU_STREAM_CAPTURE_MODE_THREAD_LOCAL as THIS_THREAD;
-            if let Err(error) = self.stream.begin_capture(THIS_THREAD) {
-                tracing::debug!(%error, "kernels are not recorded");
-                return None;
-            }
-            let started = self.start_each();
-            let graph = self.stream.end_capture(sys::CUgraphInstantiate_flags(0));
-            match (started, graph) {
-                (Ok(()), Ok(graph)) => {
-                    if let Some(Err(error)) = graph.as_ref().map(CudaGraph::upload) {
-                        tracing::debug!(%error, "the recorded kernels were not uploaded");
-                    }
-                    graph
-                }
-                (started, graph) => {
-                    let graph = graph.map(|_| ());
-                    tracing::debug!(?started, ?graph, "kernels are not recorded");
+        fn recorded(&self) -> Option<Graph> {
+            match Graph::of(&self.stream, |recording| self.start_each(recording)) {
+                Ok(graph) => Some(graph),
+                Err(error) => {
+                    tracing::debug!(%error, "kernels are not recorded");
                     None
                 }
             }
         }
 
-        fn start_each(&self) -> Result<()> {
+        fn start_each(&self, stream: sys::CUstream) -> Result<()> {
             self.stream.context().bind_to_thread().w()?;
             self.ready
                 .iter()
                 .enumerate()
-                .try_for_each(|(i, ready)| ready.start(&self.stream, self.overlapping && i > 0))
+                .try_for_each(|(i, ready)| ready.start(stream, self.overlapping && i > 0))
         }
 
         pub(super) fn run(&self) -> Result<()> {
             match &self.graph {
-                Some(graph) => graph.launch().w(),
-                None => self.start_each(),
+                Some(graph) => graph.launch(),
+                None => self.start_each(self.stream.cu_stream()),
             }
         }
 
