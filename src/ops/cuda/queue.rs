@@ -219,9 +219,6 @@ mod device {
         executable: sys::CUgraphExec,
     }
 
-    // SAFETY: the handles may be used from any thread, by one at a time, as `Queue` is.
-    unsafe impl Send for Graph {}
-
     /// A stream that nothing but a recording uses.
     struct RecordingStream(sys::CUstream);
 
