@@ -254,7 +254,7 @@ fn start(device: &Device, launch: &Launch, early: bool) -> Result<()> {
 }
 
 #[cfg(feature = "cuda")]
-pub(super) use device::{Arguments, capability, function, name as device_name, named};
+pub(super) use device::{Arguments, capability, function, name as device_name, queue};
 
 #[cfg(feature = "cuda-emulation")]
 #[expect(unsafe_code, reason = "the emulation is C++")]
@@ -436,7 +436,7 @@ mod device {
     }
 
     /// The driver's error with the launch that it is about.
-    pub(in super::super) fn named(launch: &Launch, error: &cudarc::driver::DriverError) -> Error {
+    fn named(launch: &Launch, error: &cudarc::driver::DriverError) -> Error {
         Error::msg(format!("{launch}: {error:?}"))
     }
 
@@ -515,11 +515,21 @@ mod device {
 
     pub(super) fn launch(device: &CudaDevice, launch: &Launch, early: bool) -> Result<()> {
         let function = function(device, launch)?;
-        let mut arguments = Arguments::of(launch)?;
-        let small = |n: usize| u32::try_from(n).map_err(Error::wrap);
-        let [x, y, z] = launch.grid;
         let stream = device.cuda_stream();
         stream.context().bind_to_thread().w()?;
+        queue(&function, &Arguments::of(launch)?, launch, (stream.cu_stream(), early))
+    }
+
+    /// Queues `function` with `arguments` as `launch` says, on a stream of the context that is current; where
+    /// `early`, it may begin before what was queued before has ended.
+    pub(in super::super) fn queue(
+        function: &CudaFunction,
+        arguments: &Arguments,
+        launch: &Launch,
+        (stream, early): (sys::CUstream, bool),
+    ) -> Result<()> {
+        let small = |n: usize| u32::try_from(n).map_err(Error::wrap);
+        let [x, y, z] = launch.grid;
         let mut attribute = sys::CUlaunchAttribute {
             id: sys::CUlaunchAttributeID::CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION,
             pad: [0; 4],
@@ -533,11 +543,12 @@ mod device {
             blockDimY: 1,
             blockDimZ: 1,
             sharedMemBytes: small(launch.shared_bytes)?,
-            hStream: stream.cu_stream(),
+            hStream: stream,
             attrs: &raw mut attribute,
             numAttrs: u32::from(early),
         };
-        let mut parameters = [(&raw mut arguments).cast::<std::ffi::c_void>()];
+        let arguments: *const Arguments = &raw const *arguments;
+        let mut parameters = [arguments.cast_mut().cast::<std::ffi::c_void>()];
         // SAFETY: the arguments are the kernel's own, which the emulation's tests hold; addresses and
         // sizes in them are those of tensors that are alive while this is queued. The driver copies them
         // before it returns.

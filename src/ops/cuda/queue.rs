@@ -111,14 +111,14 @@ mod device {
     use std::sync::Arc;
 
     use candle_core::{
-        CudaDevice, CudaStorage, Error, Result, bail,
+        CudaDevice, CudaStorage, Result, bail,
         cuda::{WrapErr, cudarc},
     };
     use cudarc::driver::{CudaFunction, CudaStream, PinnedHostSlice, result, sys};
 
     use super::{
         super::{
-            ffi::{Arguments, capability, function, named},
+            ffi::{Arguments, capability, function, queue},
             launch::Launch,
         },
         Starts,
@@ -158,57 +158,20 @@ mod device {
         function: CudaFunction,
         arguments: Box<Arguments>,
         launch: Launch,
-        grid: [u32; 3],
-        threads: u32,
-        shared_bytes: u32,
     }
 
     impl Ready {
         fn new(device: &CudaDevice, launch: &Launch) -> Result<Self> {
-            let small = |n: usize| u32::try_from(n).map_err(Error::wrap);
-            let [x, y, z] = launch.grid;
             Ok(Self {
                 function: function(device, launch)?,
                 arguments: Box::new(Arguments::of(launch)?),
                 launch: launch.clone(),
-                grid: [small(x)?, small(y)?, small(z)?],
-                threads: small(launch.threads)?,
-                shared_bytes: small(launch.shared_bytes)?,
             })
         }
 
         /// Queues the kernel; `early` lets it begin before the one before it has ended.
         fn start(&self, stream: sys::CUstream, early: bool) -> Result<()> {
-            let mut attribute = sys::CUlaunchAttribute {
-                id: sys::CUlaunchAttributeID::CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION,
-                pad: [0; 4],
-                value: sys::CUlaunchAttributeValue { programmaticStreamSerializationAllowed: 1 },
-            };
-            let [x, y, z] = self.grid;
-            let config = sys::CUlaunchConfig {
-                gridDimX: x,
-                gridDimY: y,
-                gridDimZ: z,
-                blockDimX: self.threads,
-                blockDimY: 1,
-                blockDimZ: 1,
-                sharedMemBytes: self.shared_bytes,
-                hStream: stream,
-                attrs: &raw mut attribute,
-                numAttrs: u32::from(early),
-            };
-            let arguments: *const Arguments = &raw const *self.arguments;
-            let mut parameters = [arguments.cast_mut().cast::<std::ffi::c_void>()];
-            // SAFETY: as for `launch`; the driver copies the arguments before it returns.
-            let started = unsafe {
-                sys::cuLaunchKernelEx(
-                    &raw const config,
-                    self.function.cu_function(),
-                    parameters.as_mut_ptr(),
-                    std::ptr::null_mut(),
-                )
-            };
-            started.result().map_err(|error| named(&self.launch, &error))
+            queue(&self.function, &self.arguments, &self.launch, (stream, early))
         }
     }
 
