@@ -3,7 +3,8 @@
 use std::{collections::BTreeMap, path::Path};
 
 use pentimento::{
-    EditOutcome, EditRequest, Engine, Event, HandOver, LoraSource, Observer, Result,
+    EditOutcome, EditRequest, Engine, Event, HandOver, LoraSource, Observer, Result, Stage,
+    StageReport,
     pixels::{self, EditRecord, Format, LoraRecord, ModelRecord, Overwrite, RECORD_VERSION},
 };
 use serde_json::json;
@@ -221,9 +222,16 @@ fn summary(
 }
 
 fn times(engine: &Engine, outcome: &EditOutcome) -> String {
-    let stages = std::iter::once(engine.load_report()).chain(outcome.stages.iter().copied());
-    let times: Vec<String> = stages
-        .map(|report| format!("{} {:.2} s", report.stage.label(), report.elapsed.as_secs_f64()))
-        .collect();
+    let time = |label: &str, report: &StageReport| {
+        format!("{label} {:.2} s", report.elapsed.as_secs_f64())
+    };
+    let of_stage = |report: &StageReport| match report.stage {
+        // What is read after opening is read while the planner writes.
+        Stage::Load => time("reading the transformer meanwhile", report),
+        stage => time(stage.label(), report),
+    };
+    let opened = engine.load_report();
+    let opened = std::iter::once(time(opened.stage.label(), &opened));
+    let times: Vec<String> = opened.chain(outcome.stages.iter().map(of_stage)).collect();
     times.join(", ")
 }
