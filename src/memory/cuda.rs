@@ -143,6 +143,10 @@ impl Pool for CudaPool {
     }
 
     fn trim(&mut self) {
+        // What is freed in the stream's order is nobody's only when the stream has come there.
+        if let Err(error) = self.stream.synchronize() {
+            tracing::debug!(%error, "the pool is trimmed while its stream is busy");
+        }
         #[expect(unsafe_code, reason = "a call of the driver")]
         // SAFETY: the pool gives back only what nobody holds.
         let trimmed = unsafe { sys::cuMemPoolTrimTo(self.pool, 0) };
