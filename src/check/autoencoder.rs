@@ -6,7 +6,7 @@ use candle_core::{DType, Device, Tensor};
 
 use super::{
     report::{Finding, Row},
-    times::{Timer, or_failed},
+    times::{Timer, taken},
 };
 use crate::{
     diffusion::vae::{Autoencoder, Tiling},
@@ -15,6 +15,7 @@ use crate::{
     weights::{ModelFiles, Precision},
 };
 
+const PART: &str = "autoencoder";
 /// Every tensor's name and shape, from diffusers' `AutoencoderKLQwenImage` with its defaults.
 const SHAPES: &str = include_str!("autoencoder.txt");
 /// The narrowest width there.
@@ -27,12 +28,11 @@ const CHANNELS: usize = 16;
 const ROUNDING_MIB: f64 = 64.0;
 
 pub(super) fn times(device: &Device, scratch: &Path, shrink: usize) -> Vec<Row> {
-    let part = "autoencoder";
-    let mut timer = Timer { device, part, runs: 5_usize.div_ceil(shrink), rows: Vec::new() };
-    let folder = scratch.join(part);
-    let done = write(&folder, device, BASE.div_ceil(8 * shrink) * 8)
-        .and_then(|()| both_ways(&mut timer, &folder, shrink));
-    or_failed(part, done.map(|()| timer.rows))
+    let folder = scratch.join(PART);
+    taken(device, PART, 5_usize.div_ceil(shrink), |timer| {
+        write(&folder, device, BASE.div_ceil(8 * shrink) * 8)?;
+        both_ways(timer, &folder, shrink)
+    })
 }
 
 fn both_ways(timer: &mut Timer<'_>, folder: &Path, shrink: usize) -> Result<()> {
@@ -67,7 +67,7 @@ fn both_ways(timer: &mut Timer<'_>, folder: &Path, shrink: usize) -> Result<()> 
         _ => Finding::LeftOut("there is no memory pool on the CPU".to_owned()),
     };
     let name = format!("MiB for {px} × {px} pixels, of the estimate");
-    timer.rows.push(Row { part: timer.part.into(), name, finding });
+    timer.rows.push(Row { part: PART.into(), name, finding });
     Ok(())
 }
 

@@ -52,7 +52,7 @@ pub(super) const PARTS: &[Part] = &[
         rows
     }),
     timed("time of the autoencoder", |device, options| {
-        on_kernels(device, || autoencoder::times(device, &options.scratch, options.shrink))
+        autoencoder::times(device, &options.scratch, options.shrink)
     }),
     timed("time of the language model", |device, options| {
         on_kernels(device, || language::times(device, options.shrink))
@@ -73,8 +73,8 @@ const TEXT_TOKENS: usize = 512;
 
 pub(super) struct Timer<'a> {
     pub(super) device: &'a Device,
-    pub(super) part: &'static str,
-    pub(super) runs: usize,
+    part: &'static str,
+    runs: usize,
     pub(super) rows: Vec<Row>,
 }
 
@@ -140,7 +140,7 @@ fn random(device: &Device, dims: &[usize]) -> Result<Tensor> {
 }
 
 /// Rows of what could not even be prepared.
-pub(super) fn or_failed(part: &'static str, rows: Result<Vec<Row>>) -> Vec<Row> {
+fn or_failed(part: &'static str, rows: Result<Vec<Row>>) -> Vec<Row> {
     rows.unwrap_or_else(|error| {
         let finding = Finding::failed(&error);
         vec![Row { part: part.into(), name: "preparation".to_owned(), finding }]
@@ -162,7 +162,7 @@ fn wake(device: &Device) -> Result<()> {
 }
 
 /// `work` on kernels, with a timer of so many runs.
-fn taken(
+pub(super) fn taken(
     device: &Device,
     part: &'static str,
     runs: usize,
@@ -489,21 +489,16 @@ fn forward(
     let contexts = model.contexts(&[0.5], &cancel)?;
     let Some(context) = contexts.first() else { return Ok(()) };
     let name = format!("{} layers, {} tokens, {kept}", dims.layers, 2 * side * side + text);
-    let step = || {
+    let step = |model: &Transformer| {
         let input =
             ModelInput { tokens: &tokens, grids: &[grid, grid], conditioning: &conditioning };
         model.forward(&input, context, Outputs::Target, &cancel)?;
         Ok(())
     };
-    timer.time(name, (1.0, "steps/s"), step);
+    timer.time(name, (1.0, "steps/s"), || step(&model));
     // Few enough layers that a device's queue does not fill up and hold the host back.
     let layers = HOST_LAYERS.min(dims.layers);
-    let model = Transformer::load(&files, precision)?.repeated(layers);
-    timer.time_host(format!("the host's part of {layers} layers, {kept}"), || {
-        let input =
-            ModelInput { tokens: &tokens, grids: &[grid, grid], conditioning: &conditioning };
-        model.forward(&input, context, Outputs::Target, &cancel)?;
-        Ok(())
-    });
+    let model = model.repeated(layers);
+    timer.time_host(format!("the host's part of {layers} layers, {kept}"), || step(&model));
     Ok(())
 }

@@ -163,7 +163,7 @@ impl Variant {
         }
         Ok(Launch {
             kernel: format!("conv2d_hopper_{outs}"),
-            grid: [tiles.min(ffi::multiprocessors(device)?), 1, 1],
+            grid: [tiles.min(ffi::limits(device)?.multiprocessors), 1, 1],
             threads: 384,
             shared_bytes: hopper_bytes(outs),
             args,

@@ -175,16 +175,6 @@ pub(super) fn tile_map(device: &Device, tiles: &Tiles) -> Result<[u64; TILE_MAP]
     }
 }
 
-/// Blocks that take a whole multiprocessor each and run at a time.
-pub(super) fn multiprocessors(device: &Device) -> Result<usize> {
-    match device {
-        #[cfg(feature = "cuda")]
-        Device::Cuda(device) => device::multiprocessors(device),
-        // Few, so that each takes several tiles.
-        _ => Ok(3),
-    }
-}
-
 /// Kernels that were started in this process.
 static LAUNCHES: AtomicU64 = AtomicU64::new(0);
 
@@ -450,10 +440,6 @@ mod device {
         usize::try_from(found).map_err(Error::wrap)
     }
 
-    pub(super) fn multiprocessors(device: &CudaDevice) -> Result<usize> {
-        ask(device, DeviceAttribute::CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT)
-    }
-
     /// What the driver makes of `tiles`: pure arithmetic on the host. Axes: 64 columns, rows, pieces of
     /// 64 columns, batch entries.
     pub(super) fn tile_map(tiles: &Tiles) -> Result<[u64; TILE_MAP]> {
@@ -500,17 +486,26 @@ mod device {
         Ok(format!("{}, compute capability {major}.{minor}", stream.context().name().w()?))
     }
 
+    /// Asked for once for each device: products look at them at every start.
     pub(super) fn limits(device: &CudaDevice) -> Result<Limits> {
         use DeviceAttribute::{
             CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN as OF_A_BLOCK,
             CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_MULTIPROCESSOR as OF_ALL,
+            CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT as MULTIPROCESSORS,
         };
-        Ok(Limits {
-            multiprocessors: multiprocessors(device)?,
+        static KNOWN: Mutex<Option<HashMap<DeviceId, Limits>>> = Mutex::new(None);
+        let mut known = KNOWN.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(limits) = known.get_or_insert_default().get(&device.id()) {
+            return Ok(*limits);
+        }
+        let limits = Limits {
+            multiprocessors: ask(device, MULTIPROCESSORS)?,
             shared_bytes: ask(device, OF_A_BLOCK)?,
             shared_bytes_all: ask(device, OF_ALL)?,
             is_hopper: capability(device)?.0 >= 9,
-        })
+        };
+        known.get_or_insert_default().insert(device.id(), limits);
+        Ok(limits)
     }
 
     pub(super) fn launch(device: &CudaDevice, launch: &Launch, early: bool) -> Result<()> {

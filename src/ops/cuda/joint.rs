@@ -90,7 +90,7 @@ fn on_hopper(
     all.count(b).aligned();
     Ok(Some(Launch {
         kernel: "attention_hopper_d128".to_owned(),
-        grid: [(tiles * h * b).min(ffi::multiprocessors(device)?), 1, 1],
+        grid: [(tiles * h * b).min(ffi::limits(device)?.multiprocessors), 1, 1],
         threads: HOPPER_THREADS,
         shared_bytes: HOPPER_SHARED_BYTES,
         args: all,
