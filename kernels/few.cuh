@@ -219,6 +219,21 @@ struct Few {
     for (int i = 0; i < 4; ++i) c[i] = 0.0f;
   }
 
+  // Unit u of a tile's 16 rows, as the left operands of its two products.
+  DEVICE static void operands(uint32_t (&first)[4], uint32_t (&second)[4],
+                              const unsigned char* const (&rows)[2], int u, int t) {
+    uint32_t upper[4], lower[4];
+    Format::unit(rows[0], u, t, upper);
+    Format::unit(rows[1], u, t, lower);
+    UNROLL
+    for (int i = 0; i < 2; ++i) {
+      first[2 * i] = upper[i];
+      first[2 * i + 1] = lower[i];
+      second[2 * i] = upper[2 + i];
+      second[2 * i + 1] = lower[2 + i];
+    }
+  }
+
   // One row: a column is a group.
   DEVICE static void groups(float (&sums)[TILES][4], const unsigned char* const (&rows)[TILES][2],
                             const unsigned char* x, int g, int t) {
@@ -247,11 +262,8 @@ struct Few {
         for (int j = 0; j < 4; ++j) b[j] = g == (PARTS == 1 ? i : 2 * i + j / 2) ? own[j] : 0;
         UNROLL
         for (int tile = 0; tile < TILES; ++tile) {
-          uint32_t upper[4], lower[4];
-          Format::unit(rows[tile][0], u, t, upper);
-          Format::unit(rows[tile][1], u, t, lower);
-          const uint32_t first[4] = {upper[0], lower[0], upper[1], lower[1]};
-          const uint32_t second[4] = {upper[2], lower[2], upper[3], lower[3]};
+          uint32_t first[4], second[4];
+          operands(first, second, rows[tile], u, t);
           multiply_add(c[tile], first, b[0], b[1]);
           multiply_add(c[tile], second, b[2], b[3]);
         }
@@ -305,11 +317,8 @@ struct Few {
         }
         UNROLL
         for (int tile = 0; tile < TILES; ++tile) {
-          uint32_t upper[4], lower[4];
-          Format::unit(rows[tile][0], u, t, upper);
-          Format::unit(rows[tile][1], u, t, lower);
-          const uint32_t first[4] = {upper[0], lower[0], upper[1], lower[1]};
-          const uint32_t second[4] = {upper[2], lower[2], upper[3], lower[3]};
+          uint32_t first[4], second[4];
+          operands(first, second, rows[tile], u, t);
           if (!Format::SCALED) {
             multiply_add(sums[tile], first, b[0], b[1]);
             multiply_add(sums[tile], second, b[2], b[3]);
