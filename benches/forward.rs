@@ -1,7 +1,7 @@
 //! One of the models at the published dimensions, a few times; `compare.sh` runs it in turn
 //! with diffusers.
 //!
-//! `forward FOLDER transformer|encode|decode f32|bf16|q8_0 REPEATS` prints one line for each repeat
+//! `forward FOLDER transformer|encode|decode f32|bf16|q8_0|q4_k REPEATS` prints one line for each repeat
 //! after a first, untimed one: `seconds,peak_bytes,checksum`. `forward FOLDER error TYPE 0` prints how
 //! far the transformer's output is from that in float32.
 #![expect(clippy::unwrap_used, clippy::panic, reason = "a benchmark may panic")]
@@ -26,7 +26,8 @@ fn main() {
         "f32" => Storage::Plain(DType::F32),
         "bf16" => Storage::Plain(DType::BF16),
         "q8_0" => Storage::Q8_0,
-        other => panic!("{other}: expected f32, bf16 or q8_0"),
+        "q4_k" => Storage::Q4K,
+        other => panic!("{other}: expected f32, bf16, q8_0 or q4_k"),
     };
     let attention = AttentionType::LikeWeights;
     let precision = Precision { storage, attention, ..Precision::reference() };

@@ -11,12 +11,32 @@ use rayon::prelude::*;
 
 use super::{BLOCK, FOURS, HALF, Instructions, hugepage};
 
+/// Rows of a tile that are multiplied as usual where the others are multiplied in pairs.
+pub(super) const PLAIN_ROWS: usize = 3;
+
+/// What rows are rounded for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) struct Rounding {
+    pub(super) instructions: Instructions,
+    /// The largest magnitude. Below [`Self::WHOLE`], rows from [`PLAIN_ROWS`] on are for pairs.
+    pub(super) limit: u8,
+}
+
+impl Rounding {
+    /// The range of a signed byte.
+    pub(super) const WHOLE: u8 = 127;
+
+    fn is_paired(self, row: usize) -> bool {
+        self.limit < Self::WHOLE && row >= PLAIN_ROWS
+    }
+}
+
 /// Blocks of each row of a tile of activations.
 #[derive(Debug, Clone, Copy)]
 #[repr(C)]
 pub(super) struct RowBlock<const R: usize> {
     pub(super) values: [[[i8; 4]; FOURS]; R],
-    /// −128 times the block's sum.
+    /// What the row's sums start from: −128 times the block's sum. For pairs, see [`pair_start`].
     pub(super) starts: [i32; R],
     /// The block's power of two, to be added to the exponent of a number: its bits.
     pub(super) exponents: [i32; R],
@@ -89,7 +109,7 @@ impl<const R: usize> Activations<R> {
         rows: &impl Rows,
         depth: usize,
         with_sums: bool,
-        instructions: Instructions,
+        rounding: Rounding,
     ) -> Self {
         let count = rows.count();
         let tiles = count.div_ceil(R);
@@ -108,8 +128,8 @@ impl<const R: usize> Activations<R> {
             for (i, (row, scale)) in (tile * R..count).zip(scales).enumerate() {
                 largest.resize(depth, 0.0);
                 let x = rows.row(row, computed);
-                let mut row = Row { x, largest, blocks, sums, i };
-                *scale = instructions.quantize_row(&mut row);
+                let mut row = Row { x, largest, blocks, sums, i, rounding };
+                *scale = rounding.instructions.quantize_row(&mut row);
             }
         });
         Self { buffer, len, scales }
@@ -171,6 +191,7 @@ pub(super) struct Row<'a, const R: usize> {
     sums: &'a mut [Sums<R>],
     /// Its place in the tile.
     i: usize,
+    rounding: Rounding,
 }
 
 /// The powers of two of a row's blocks are between `2^-SPAN` and 2.
@@ -194,7 +215,7 @@ impl<const R: usize> Row<'_, R> {
         } else {
             let unit = best_unit(self.largest, all);
             self.round(unit, steps);
-            return unit / 127.0 * f32::from_bits((BIAS - SPAN) << MANTISSA_BITS);
+            return unit / f32::from(self.rounding.limit) * f32::from_bits((BIAS - SPAN) << MANTISSA_BITS);
         };
         for block in &mut *self.blocks {
             block.values[self.i] = [[0; 4]; FOURS];
@@ -207,20 +228,23 @@ impl<const R: usize> Row<'_, R> {
         scale
     }
 
-    /// Rounds to multiples of `unit / 127` times a power of two for each block.
+    /// Rounds to multiples of `unit / limit` times a power of two for each block.
     #[inline(always)]
     #[expect(clippy::cast_possible_wrap, reason = "an exponent below 2^31")]
     #[expect(clippy::cast_precision_loss, reason = "sums of numbers of 8 bits are exact in f32")]
     fn round(&mut self, unit: f32, steps: impl Steps) {
         let (i, inverse) = (self.i, unit.recip());
+        let (limit, paired) = (f32::from(self.rounding.limit), self.rounding.is_paired(i));
         let mut sums = self.sums.iter_mut();
         let x = self.x.as_chunks::<BLOCK>().0.iter().zip(self.largest.iter());
         for ((x, largest), block) in x.zip(self.blocks.iter_mut()) {
             let power = power_above(largest * inverse);
-            let factor = 127.0 * inverse / power;
+            let factor = limit * inverse / power;
             let (values, halves) = steps.round(x, factor);
-            block.values[i].as_flattened_mut().copy_from_slice(&values);
-            block.starts[i] = -128 * (halves[0] + halves[1]);
+            let to = &mut block.values[i];
+            to.as_flattened_mut().copy_from_slice(&values);
+            block.starts[i] =
+                if paired { pair_start(to) } else { -128 * (halves[0] + halves[1]) };
             block.exponents[i] = (power.to_bits() - ((BIAS - SPAN) << MANTISSA_BITS)) as i32;
             let Some(sums) = sums.next() else { continue };
             sums.second_starts[i] = -128 * halves[1];
@@ -229,6 +253,20 @@ impl<const R: usize> Row<'_, R> {
             sums.second[i] = halves[1] as f32 * power;
         }
     }
+}
+
+/// What the sums of a row that is multiplied in pairs start from, `−Σ x (x' + 128)`; turns the signs
+/// of the `x`, as [`super::pairs`] wants them.
+#[inline(always)]
+fn pair_start(values: &mut [[i8; 4]; FOURS]) -> i32 {
+    let mut sums = [0; 4];
+    for [first, second] in values.as_chunks_mut::<2>().0 {
+        for (sum, (x, next)) in sums.iter_mut().zip(first.iter_mut().zip(second)) {
+            *sum -= i32::from(*x) * (i32::from(*next) + 128);
+            *x ^= i8::MIN;
+        }
+    }
+    sums.iter().sum()
 }
 
 /// Numbers between −127 and 127, and the sum of each half.

@@ -82,6 +82,16 @@ impl BlockFormat {
         Parts { halves, words }
     }
 
+    /// What lies in the middle of weights that are multiplied in pairs: those of four and five bits.
+    #[cfg_attr(not(target_arch = "x86_64"), expect(dead_code, reason = "for x86 only"))]
+    pub(super) fn center(self) -> Option<u8> {
+        match self {
+            Self::Q4_0 | Self::Q4_1 | Self::Q4K => Some(8),
+            Self::Q5_0 | Self::Q5_1 | Self::Q5K => Some(16),
+            Self::Q8_0 | Self::Q6K | Self::Q3K | Self::Q2K | Self::Iq4Nl | Self::Iq4Xs => None,
+        }
+    }
+
     /// Groups of weights with a scale of their own in 32 weights, and groups with a minimum.
     pub(super) fn groups(self) -> (usize, usize) {
         match self {

@@ -8,6 +8,8 @@
 
 mod activations;
 mod format;
+#[cfg(target_arch = "x86_64")]
+mod pairs;
 mod plain;
 mod store;
 #[cfg(test)]
@@ -20,7 +22,7 @@ use std::{borrow::Cow, ops::Range};
 
 pub use self::format::BlockFormat;
 use self::{
-    activations::{Activations, PlainSteps, Row, RowBlock, Sums},
+    activations::{Activations, PlainSteps, Rounding, Row, RowBlock, Sums},
     format::{PanelBlock, Word},
     store::StoreRow,
 };
@@ -68,6 +70,8 @@ struct Unpacked {
     scales: [[f32; PANEL]; 2],
     /// As many as the format has.
     mins: [[f32; PANEL]; 2],
+    /// What sums of pairs start from.
+    starts: [i32; PANEL],
 }
 
 impl Unpacked {
@@ -87,6 +91,7 @@ const EMPTY: Unpacked = Unpacked {
     weights: [[[0; 4]; PANEL]; FOURS],
     scales: [[0.0; PANEL]; 2],
     mins: [[0.0; PANEL]; 2],
+    starts: [0; PANEL],
 };
 
 /// The instructions that a matrix is multiplied with.
@@ -297,8 +302,22 @@ impl PackedBlocks {
         let width = self.dims().1;
         let (depth, with_sums) = (width.div_euclid(BLOCK), self.needs_sums());
         let rows = DenseRows { x, width };
-        let x = Activations::<R>::new(&rows, depth, with_sums, self.instructions);
+        let x = Activations::<R>::new(&rows, depth, with_sums, self.rounding());
         self.multiply_activations(&x, bias, out, &AsItIs);
+    }
+
+    /// The center of weights that are multiplied in pairs, where this matrix's are.
+    fn center(&self) -> Option<u8> {
+        #[cfg(target_arch = "x86_64")]
+        return self.format.center().filter(|_| self.instructions == Instructions::Avx512Vnni);
+        #[cfg(not(target_arch = "x86_64"))]
+        None
+    }
+
+    /// How this matrix wants rows rounded.
+    fn rounding(&self) -> Rounding {
+        let limit = self.center().map_or(Rounding::WHOLE, |center| 128 - center);
+        Rounding { instructions: self.instructions, limit }
     }
 
     /// Whether the format has minimums, or more than one scale for a block of activations.
@@ -306,18 +325,25 @@ impl PackedBlocks {
         self.format.groups() != (1, 0)
     }
 
-    /// Rounds `rows` for products with `matrices` of that width.
+    /// Rounds `rows` for products with `matrices` of that width: once for all that want it alike.
     pub(crate) fn round(matrices: &[&Self], rows: &impl Rows) -> Option<RoundedRows> {
         let first = matrices.first()?;
-        let (width, instructions) = (first.dims().1, first.instructions);
-        let alike = |m: &&Self| m.dims().1 == width && m.instructions == instructions;
-        if !matrices.iter().all(alike) {
+        let width = first.dims().1;
+        if !matrices.iter().all(|matrix| matrix.dims().1 == width) {
             return None;
         }
         let (depth, count) = (width.div_euclid(BLOCK), rows.count());
-        let with_sums = matrices.iter().any(|matrix| matrix.needs_sums());
-        let activations = Activations::new(rows, depth, with_sums, instructions);
-        Some(RoundedRows { activations, count, width, instructions })
+        let mut activations: Vec<(Rounding, Activations<TILE_ROWS>)> = Vec::new();
+        for matrix in matrices {
+            let rounding = matrix.rounding();
+            if activations.iter().all(|(known, _)| *known != rounding) {
+                let mut alike = matrices.iter().filter(|matrix| matrix.rounding() == rounding);
+                let with_sums = alike.any(|matrix| matrix.needs_sums());
+                let rounded = Activations::new(rows, depth, with_sums, rounding);
+                activations.push((rounding, rounded));
+            }
+        }
+        Some(RoundedRows { activations, count, width })
     }
 
     /// [`Self::multiply`] of rows that were [rounded](Self::round) for this matrix, with `finish`
@@ -329,9 +355,12 @@ impl PackedBlocks {
         out: &mut [f32],
         finish: &impl Finish,
     ) {
-        assert_eq!((x.width, x.instructions), (self.dims().1, self.instructions));
-        assert_eq!(out.len(), x.count * self.out);
-        self.multiply_activations(&x.activations, bias, out, finish);
+        assert_eq!((x.width, out.len()), (self.dims().1, x.count * self.out));
+        let wanted = self.rounding();
+        let found = x.activations.iter().find(|(rounding, _)| *rounding == wanted);
+        #[expect(clippy::expect_used, reason = "rows are rounded for the matrices they meet")]
+        let (_, activations) = found.expect("rows were rounded for this matrix");
+        self.multiply_activations(activations, bias, out, finish);
     }
 
     fn multiply_activations<const R: usize>(
@@ -389,6 +418,14 @@ impl PackedBlocks {
         if self.reads_in_place() {
             return x86::widen_q8_0_512(PanelBlock::new(self.format, block), &mut out[0]);
         }
+        #[cfg(target_arch = "x86_64")]
+        if self.center().is_some() {
+            return pairs::unpack_centered_512(
+                self.format,
+                PanelBlock::new(self.format, block),
+                out,
+            );
+        }
         self.instructions.unpack(self.format, block, out);
     }
 
@@ -403,6 +440,13 @@ impl PackedBlocks {
         #[cfg(target_arch = "x86_64")]
         if self.reads_in_place() {
             return x86::add_q8_0_tile_512(stored, unpacked, x, sums);
+        }
+        #[cfg(target_arch = "x86_64")]
+        if let Ok(sums) = <&mut PanelRows<TILE_ROWS>>::try_from(&mut sums[..])
+            && self.center().is_some()
+        {
+            let x = (bytemuck::cast_slice(x.0), bytemuck::cast_slice(x.1));
+            return pairs::add_paired_tile_512::<M>(unpacked, x, sums);
         }
         self.instructions.add_tile::<R, G, M>(unpacked, x, sums);
     }
@@ -508,10 +552,9 @@ fn store(
 /// Rows of activations in 8 bits.
 #[derive(Debug)]
 pub(crate) struct RoundedRows {
-    activations: Activations<TILE_ROWS>,
+    activations: Vec<(Rounding, Activations<TILE_ROWS>)>,
     count: usize,
     width: usize,
-    instructions: Instructions,
 }
 
 impl RoundedRows {

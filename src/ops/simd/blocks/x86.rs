@@ -47,6 +47,8 @@ macro_rules! with_instructions {
     )*};
 }
 
+pub(super) use with_instructions;
+
 with_instructions! {
     /// [`Row::quantize`] in wide registers.
     "avx512f,avx512bw,avx512vl,avx512dq,avx512vnni" quantize_row_512<R>(row: &mut Row<'_, R>) -> f32 {
@@ -218,7 +220,7 @@ fn round_512(x: &[f32; BLOCK], factor: f32) -> Rounded {
 
 #[inline]
 #[target_feature(enable = "avx2,f16c")]
-fn wide(halves: &Halves) -> [f32; PANEL] {
+pub(super) fn wide(halves: &Halves) -> [f32; PANEL] {
     let mut wide = [[0.0_f32; HALF_LANES]; 4];
     for (wide, halves) in wide.iter_mut().zip(halves.as_chunks::<HALF_LANES>().0) {
         *wide = bytemuck::cast(_mm256_cvtph_ps(bytemuck::cast(*halves)));
@@ -229,7 +231,7 @@ fn wide(halves: &Halves) -> [f32; PANEL] {
 /// Replaces each byte `i < 16` by `TABLE[i]`; the length is a multiple of 32.
 #[inline]
 #[target_feature(enable = "avx2")]
-fn replace(indices: &mut [u8]) {
+pub(super) fn replace(indices: &mut [u8]) {
     let table: [[u8; 16]; 2] = [unpack::TABLE; 2];
     for indices in indices.as_chunks_mut::<32>().0 {
         #[expect(unsafe_code, reason = "unaligned loads and a store")]
@@ -374,7 +376,7 @@ fn word(four: [i8; 4]) -> i32 {
 
 #[inline]
 #[target_feature(enable = "avx512f")]
-fn add(out: &mut [f32; PANEL], sums: [__m512; 2]) {
+pub(super) fn add(out: &mut [f32; PANEL], sums: [__m512; 2]) {
     let old = half_numbers(out);
     let new = [_mm512_add_ps(old[0], sums[0]), _mm512_add_ps(old[1], sums[1])];
     *out = bytemuck::cast(new);
@@ -382,7 +384,7 @@ fn add(out: &mut [f32; PANEL], sums: [__m512; 2]) {
 
 #[inline]
 #[target_feature(enable = "avx512f")]
-fn half_numbers(numbers: &[f32; PANEL]) -> [__m512; 2] {
+pub(super) fn half_numbers(numbers: &[f32; PANEL]) -> [__m512; 2] {
     let start = numbers.as_ptr();
     #[expect(unsafe_code, reason = "unaligned loads")]
     // SAFETY: the array holds the two times 16 numbers that are read.
