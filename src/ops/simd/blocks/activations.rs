@@ -5,11 +5,17 @@
 //! the one that the block alone would get. The row's scale is the best of eight, so that the mean
 //! square of the steps is at most 2.3 times that of a scale for each block.
 
-use std::sync::{Mutex, PoisonError};
+use std::{
+    ops::Range,
+    sync::{Mutex, PoisonError},
+};
 
 use rayon::prelude::*;
 
-use super::{BLOCK, FOURS, HALF, Instructions, hugepage};
+use super::{BLOCK, FOURS, HALF, SUPER_BLOCK, hugepage, instructions::Instructions};
+
+/// Blocks of a super-block.
+pub(super) const BLOCKS: usize = SUPER_BLOCK.div_euclid(BLOCK);
 
 /// Rows of a tile that are multiplied as usual where the others are multiplied in pairs.
 pub(super) const PLAIN_ROWS: usize = 3;
@@ -20,6 +26,26 @@ pub(super) struct Rounding {
     pub(super) instructions: Instructions,
     /// The largest magnitude. Below [`Self::WHOLE`], rows from [`PLAIN_ROWS`] on are for pairs.
     pub(super) limit: u8,
+    /// What is to be added to all weights.
+    pub(super) shift: i32,
+}
+
+/// What is to be known of rows besides.
+#[derive(Debug, Clone, Copy, Default)]
+pub(super) struct Needs {
+    pub(super) sums: bool,
+    /// The width is one of whole super-blocks.
+    pub(super) super_sums: bool,
+}
+
+impl FromIterator<Self> for Needs {
+    /// What any needs.
+    fn from_iter<I: IntoIterator<Item = Self>>(needs: I) -> Self {
+        needs.into_iter().fold(Self::default(), |all, needs| Self {
+            sums: all.sums || needs.sums,
+            super_sums: all.super_sums || needs.super_sums,
+        })
+    }
 }
 
 impl Rounding {
@@ -36,7 +62,8 @@ impl Rounding {
 #[repr(C)]
 pub(super) struct RowBlock<const R: usize> {
     pub(super) values: [[[i8; 4]; FOURS]; R],
-    /// What the row's sums start from: −128 times the block's sum. For pairs, see [`pair_start`].
+    /// What the row's sums start from: −128 times the block's sum, and the shift of all weights. For
+    /// pairs, see [`pair_start`].
     pub(super) starts: [i32; R],
     /// The block's power of two, to be added to the exponent of a number: its bits.
     pub(super) exponents: [i32; R],
@@ -54,6 +81,15 @@ pub(super) struct Sums<const R: usize> {
     pub(super) second: [f32; R],
 }
 
+/// The sums of a super-block's blocks in 16 bits.
+#[derive(Debug, Clone, Copy)]
+#[repr(C)]
+pub(super) struct SuperSums<const R: usize> {
+    pub(super) pairs: [[[i16; 2]; BLOCKS.div_euclid(2)]; R],
+    /// Their power of two, as that of a block.
+    pub(super) exponents: [i32; R],
+}
+
 #[expect(unsafe_code, reason = "one buffer serves tiles of different shapes")]
 // SAFETY: arrays of numbers of one and of four bytes, the smaller ones in whole fours, so that there
 // is no padding; any bits are a value.
@@ -67,13 +103,40 @@ unsafe impl<const R: usize> bytemuck::Zeroable for Sums<R> {}
 #[expect(unsafe_code, reason = "one buffer serves tiles of different shapes")]
 // SAFETY: as above.
 unsafe impl<const R: usize> bytemuck::Pod for Sums<R> {}
+#[expect(unsafe_code, reason = "one buffer serves tiles of different shapes")]
+// SAFETY: eight numbers of two bytes for each of four.
+unsafe impl<const R: usize> bytemuck::Zeroable for SuperSums<R> {}
+#[expect(unsafe_code, reason = "one buffer serves tiles of different shapes")]
+// SAFETY: as above.
+unsafe impl<const R: usize> bytemuck::Pod for SuperSums<R> {}
+
+/// Some blocks of a tile, and what is known of them where it is needed.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct TileBlocks<'a, const R: usize> {
+    pub(super) blocks: &'a [RowBlock<R>],
+    pub(super) sums: &'a [Sums<R>],
+    pub(super) super_sums: &'a [SuperSums<R>],
+}
+
+impl<'a, const R: usize> TileBlocks<'a, R> {
+    /// The same tile, whose number of rows is known.
+    #[cfg_attr(not(target_arch = "x86_64"), expect(dead_code, reason = "for x86 only"))]
+    pub(super) fn cast<const S: usize>(self) -> TileBlocks<'a, S> {
+        TileBlocks {
+            blocks: bytemuck::cast_slice(self.blocks),
+            sums: bytemuck::cast_slice(self.sums),
+            super_sums: bytemuck::cast_slice(self.super_sums),
+        }
+    }
+}
 
 /// Activations `[rows, width]` in tiles of `R` rows: `[tile][block]`.
 #[derive(Debug)]
 pub(super) struct Activations<const R: usize> {
     buffer: Buffer,
-    /// Tiles times blocks.
-    len: usize,
+    /// Blocks of a row.
+    depth: usize,
+    tiles: usize,
     /// What the sums of each row are multiplied with in the end.
     pub(super) scales: Vec<f32>,
 }
@@ -104,50 +167,66 @@ impl Rows for DenseRows<'_> {
 }
 
 impl<const R: usize> Activations<R> {
-    /// Rounds rows of `depth` blocks; `with_sums` says whether a format needs [`Self::sums`].
-    pub(super) fn new(
-        rows: &impl Rows,
-        depth: usize,
-        with_sums: bool,
-        rounding: Rounding,
-    ) -> Self {
+    /// Rounds rows of `depth` blocks.
+    pub(super) fn new(rows: &impl Rows, depth: usize, needs: Needs, rounding: Rounding) -> Self {
         let count = rows.count();
-        let tiles = count.div_ceil(R);
-        let len = tiles * depth;
-        let mut buffer = Buffer::take(len * Self::FLOATS);
+        let (tiles, supers) = (count.div_ceil(R), supers(depth));
+        let floats = depth * (Self::BLOCK_FLOATS + Self::SUMS_FLOATS) + supers * Self::SUPER_FLOATS;
+        let mut buffer = Buffer::take(tiles * floats);
         let mut scales = vec![0.0; tiles * R];
-        let (blocks, sums) = buffer.0.split_at_mut(len * Self::BLOCK_FLOATS);
-        let blocks: &mut [RowBlock<R>] = bytemuck::cast_slice_mut(blocks);
-        let sums = &mut sums[..len * (Self::FLOATS - Self::BLOCK_FLOATS)];
-        let sums: &mut [Sums<R>] = bytemuck::cast_slice_mut(sums);
-        let tiles = blocks.par_chunks_mut(depth).zip(sums.par_chunks_mut(depth));
-        let tiles = tiles.zip(scales.par_chunks_mut(R)).enumerate();
+        let (blocks, rest) = buffer.0.split_at_mut(tiles * depth * Self::BLOCK_FLOATS);
+        let (sums, rest) = rest.split_at_mut(tiles * depth * Self::SUMS_FLOATS);
+        let super_sums = &mut rest[..tiles * supers * Self::SUPER_FLOATS];
+        let blocks = blocks.par_chunks_mut(depth * Self::BLOCK_FLOATS);
+        let sums = sums.par_chunks_mut(depth * Self::SUMS_FLOATS);
+        let super_sums = super_sums.par_chunks_mut(supers * Self::SUPER_FLOATS);
+        let tiles_of = blocks.zip(sums).zip(super_sums).zip(scales.par_chunks_mut(R)).enumerate();
         let scratch = || (Vec::new(), Vec::new());
-        tiles.for_each_init(scratch, |(largest, computed), (tile, ((blocks, sums), scales))| {
-            let sums = if with_sums { sums } else { &mut [] };
+        tiles_of.for_each_init(scratch, |(largest, computed), (tile, (parts, scales))| {
+            let ((blocks, sums), super_sums) = parts;
             for (i, (row, scale)) in (tile * R..count).zip(scales).enumerate() {
                 largest.resize(depth, 0.0);
-                let x = rows.row(row, computed);
-                let mut row = Row { x, largest, blocks, sums, i, rounding };
+                let mut row = Row::<R> {
+                    x: rows.row(row, computed),
+                    largest,
+                    blocks: bytemuck::cast_slice_mut(blocks),
+                    sums: bytemuck::cast_slice_mut(if needs.sums { &mut *sums } else { &mut [] }),
+                    super_sums: bytemuck::cast_slice_mut(match needs.super_sums {
+                        true => &mut *super_sums,
+                        false => &mut [],
+                    }),
+                    i,
+                    rounding,
+                };
                 *scale = rounding.instructions.quantize_row(&mut row);
             }
         });
-        Self { buffer, len, scales }
+        Self { buffer, depth, tiles, scales }
     }
 
     const BLOCK_FLOATS: usize = size_of::<RowBlock<R>>().div_euclid(size_of::<f32>());
-    /// Of a block with its sums.
-    const FLOATS: usize = Self::BLOCK_FLOATS + size_of::<Sums<R>>().div_euclid(size_of::<f32>());
+    const SUMS_FLOATS: usize = size_of::<Sums<R>>().div_euclid(size_of::<f32>());
+    const SUPER_FLOATS: usize = size_of::<SuperSums<R>>().div_euclid(size_of::<f32>());
 
-    pub(super) fn blocks(&self) -> &[RowBlock<R>] {
-        bytemuck::cast_slice(&self.buffer.0[..self.len * Self::BLOCK_FLOATS])
+    /// The blocks in `range` of a tile. What was not [needed](Needs) is what was left there before.
+    pub(super) fn tile(&self, tile: usize, range: Range<usize>) -> TileBlocks<'_, R> {
+        let Self { buffer, depth, tiles, .. } = self;
+        let supers = supers(*depth);
+        let (blocks, rest) = buffer.0.split_at(tiles * depth * Self::BLOCK_FLOATS);
+        let (sums, rest) = rest.split_at(tiles * depth * Self::SUMS_FLOATS);
+        let super_sums = &rest[..tiles * supers * Self::SUPER_FLOATS];
+        let super_range = range.start.div_euclid(BLOCKS)..range.end.div_euclid(BLOCKS);
+        TileBlocks {
+            blocks: &bytemuck::cast_slice(blocks)[tile * depth..][range.clone()],
+            sums: &bytemuck::cast_slice(sums)[tile * depth..][range],
+            super_sums: &bytemuck::cast_slice(super_sums)[tile * supers..][super_range],
+        }
     }
+}
 
-    /// What was left there before, where the rows were rounded without sums.
-    pub(super) fn sums(&self) -> &[Sums<R>] {
-        let range = self.len * Self::BLOCK_FLOATS..self.len * Self::FLOATS;
-        bytemuck::cast_slice(&self.buffer.0[range])
-    }
+/// Super-blocks in a row of `depth` blocks. Room for one is there in any case.
+fn supers(depth: usize) -> usize {
+    depth.div_euclid(BLOCKS).max(1)
 }
 
 /// Memory that is kept from product to product: the system takes as long to hand out a page as a
@@ -189,6 +268,8 @@ pub(super) struct Row<'a, const R: usize> {
     blocks: &'a mut [RowBlock<R>],
     /// Empty where no format needs them.
     sums: &'a mut [Sums<R>],
+    /// Likewise.
+    super_sums: &'a mut [SuperSums<R>],
     /// Its place in the tile.
     i: usize,
     rounding: Rounding,
@@ -215,7 +296,8 @@ impl<const R: usize> Row<'_, R> {
         } else {
             let unit = best_unit(self.largest, all);
             self.round(unit, steps);
-            return unit / f32::from(self.rounding.limit) * f32::from_bits((BIAS - SPAN) << MANTISSA_BITS);
+            return unit / f32::from(self.rounding.limit)
+                * f32::from_bits((BIAS - SPAN) << MANTISSA_BITS);
         };
         for block in &mut *self.blocks {
             block.values[self.i] = [[0; 4]; FOURS];
@@ -225,34 +307,63 @@ impl<const R: usize> Row<'_, R> {
             sums.second_starts[self.i] = 0;
             (sums.all[self.i], sums.second[self.i]) = (0.0, 0.0);
         }
+        self.super_sums.iter_mut().for_each(|sums| sums.set(self.i, &[0.0; BLOCKS]));
         scale
     }
 
     /// Rounds to multiples of `unit / limit` times a power of two for each block.
     #[inline(always)]
-    #[expect(clippy::cast_possible_wrap, reason = "an exponent below 2^31")]
     #[expect(clippy::cast_precision_loss, reason = "sums of numbers of 8 bits are exact in f32")]
     fn round(&mut self, unit: f32, steps: impl Steps) {
         let (i, inverse) = (self.i, unit.recip());
         let (limit, paired) = (f32::from(self.rounding.limit), self.rounding.is_paired(i));
-        let mut sums = self.sums.iter_mut();
+        let (mut sums, mut super_sums) = (self.sums.iter_mut(), self.super_sums.iter_mut());
+        let (mut eight, shift) = ([0.0; BLOCKS], self.rounding.shift);
         let x = self.x.as_chunks::<BLOCK>().0.iter().zip(self.largest.iter());
-        for ((x, largest), block) in x.zip(self.blocks.iter_mut()) {
+        for (place, ((x, largest), block)) in x.zip(self.blocks.iter_mut()).enumerate() {
             let power = power_above(largest * inverse);
             let factor = limit * inverse / power;
             let (values, halves) = steps.round(x, factor);
             let to = &mut block.values[i];
             to.as_flattened_mut().copy_from_slice(&values);
-            block.starts[i] =
-                if paired { pair_start(to) } else { -128 * (halves[0] + halves[1]) };
-            block.exponents[i] = (power.to_bits() - ((BIAS - SPAN) << MANTISSA_BITS)) as i32;
+            let all = halves[0] + halves[1];
+            block.starts[i] = shift * all + if paired { pair_start(to) } else { -128 * all };
+            block.exponents[i] = exponent_of(power);
+            eight[place % BLOCKS] = all as f32 * power;
+            if place % BLOCKS == BLOCKS - 1
+                && let Some(sums) = super_sums.next()
+            {
+                sums.set(i, &eight);
+            }
             let Some(sums) = sums.next() else { continue };
             sums.second_starts[i] = -128 * halves[1];
             let power = power * f32::from_bits((BIAS + SPAN) << MANTISSA_BITS);
-            sums.all[i] = (halves[0] + halves[1]) as f32 * power;
+            sums.all[i] = all as f32 * power;
             sums.second[i] = halves[1] as f32 * power;
         }
     }
+}
+
+impl<const R: usize> SuperSums<R> {
+    /// Rounds the sums of row `i` to multiples of a power of two. Sums of blocks whose powers are not
+    /// further apart than 8 stay what they are.
+    #[inline(always)]
+    #[expect(clippy::cast_possible_truncation, reason = "rounded numbers of 16 bits")]
+    fn set(&mut self, i: usize, sums: &[f32; BLOCKS]) {
+        let largest = sums.iter().fold(0.0_f32, |max, sum| max.max(sum.abs()));
+        let power = power_above(largest / f32::from(i16::MAX));
+        for (pair, sums) in self.pairs[i].iter_mut().zip(sums.as_chunks::<2>().0) {
+            *pair = sums.map(|sum| (sum / power).round_ties_even() as i16);
+        }
+        self.exponents[i] = exponent_of(power);
+    }
+}
+
+/// What is added to a number's bits to multiply it by `power` times `2^SPAN`.
+#[inline(always)]
+#[expect(clippy::cast_possible_wrap, reason = "an exponent below 2^31")]
+fn exponent_of(power: f32) -> i32 {
+    (power.to_bits() - ((BIAS - SPAN) << MANTISSA_BITS)) as i32
 }
 
 /// What the sums of a row that is multiplied in pairs start from, `−Σ x (x' + 128)`; turns the signs

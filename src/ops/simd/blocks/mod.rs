@@ -8,6 +8,7 @@
 
 mod activations;
 mod format;
+mod instructions;
 #[cfg(target_arch = "x86_64")]
 mod pairs;
 mod plain;
@@ -22,8 +23,9 @@ use std::{borrow::Cow, ops::Range};
 
 pub use self::format::BlockFormat;
 use self::{
-    activations::{Activations, PlainSteps, Rounding, Row, RowBlock, Sums},
+    activations::{Activations, Needs, Rounding, RowBlock, TileBlocks},
     format::{PanelBlock, Word},
+    instructions::Instructions,
     store::StoreRow,
 };
 pub(crate) use self::{
@@ -45,6 +47,8 @@ const HALF: usize = BLOCK.div_euclid(2);
 const FOURS: usize = BLOCK.div_euclid(4);
 /// Outputs of a panel: two registers of 32-bit sums.
 const PANEL: usize = 32;
+/// Weights of a super-block, in formats that have them.
+const SUPER_BLOCK: usize = 256;
 /// Blocks that are multiplied at a time: their weights stay in the first-level cache.
 const DEPTH: usize = 16;
 /// Rows of the activations that are multiplied at a time.
@@ -72,6 +76,9 @@ struct Unpacked {
     mins: [[f32; PANEL]; 2],
     /// What sums of pairs start from.
     starts: [i32; PANEL],
+    /// Of the leading four blocks of a super-block that is multiplied in pairs: two of its minimums as
+    /// they are stored. The second `mins` of the first block are what all are multiplied with.
+    stored_mins: [[i16; 2]; PANEL],
 }
 
 impl Unpacked {
@@ -92,85 +99,8 @@ const EMPTY: Unpacked = Unpacked {
     scales: [[0.0; PANEL]; 2],
     mins: [[0.0; PANEL]; 2],
     starts: [0; PANEL],
+    stored_mins: [[0; 2]; PANEL],
 };
-
-/// The instructions that a matrix is multiplied with.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) enum Instructions {
-    #[cfg(target_arch = "x86_64")]
-    Avx512Vnni,
-    #[cfg(target_arch = "x86_64")]
-    AvxVnni,
-    #[cfg(target_arch = "x86_64")]
-    Avx2,
-    Plain,
-}
-
-impl Instructions {
-    /// All that this machine has, the fastest first.
-    pub(crate) fn available() -> Vec<Self> {
-        let mut found = Vec::new();
-        #[cfg(target_arch = "x86_64")]
-        {
-            let avx2 = is_x86_feature_detected!("avx2")
-                && is_x86_feature_detected!("fma")
-                && is_x86_feature_detected!("f16c");
-            let avx512 = is_x86_feature_detected!("avx512f")
-                && is_x86_feature_detected!("avx512bw")
-                && is_x86_feature_detected!("avx512vl")
-                && is_x86_feature_detected!("avx512dq")
-                && is_x86_feature_detected!("avx512vnni");
-            found.extend((avx2 && avx512).then_some(Self::Avx512Vnni));
-            let vnni = is_x86_feature_detected!("avxvnni");
-            found.extend((avx2 && vnni).then_some(Self::AvxVnni));
-            found.extend(avx2.then_some(Self::Avx2));
-        }
-        found.push(Self::Plain);
-        found
-    }
-
-    fn quantize_row<const R: usize>(self, row: &mut Row<'_, R>) -> f32 {
-        match self {
-            #[cfg(target_arch = "x86_64")]
-            Self::Avx512Vnni => x86::quantize_row_512(row),
-            #[cfg(target_arch = "x86_64")]
-            Self::AvxVnni | Self::Avx2 => x86::quantize_row_256(row),
-            Self::Plain => row.quantize(PlainSteps),
-        }
-    }
-
-    fn unpack(self, format: BlockFormat, block: &[u8], out: &mut [Unpacked]) {
-        let block = PanelBlock::new(format, block);
-        match self {
-            #[cfg(target_arch = "x86_64")]
-            Self::Avx512Vnni => x86::unpack_512(format, block, out),
-            #[cfg(target_arch = "x86_64")]
-            Self::AvxVnni | Self::Avx2 => x86::unpack_256(format, block, out),
-            Self::Plain => unpack::unpack(format, block, out, unpack::wide, |indices| {
-                indices.iter_mut().for_each(|i| *i = unpack::TABLE[usize::from(*i & 15)]);
-            }),
-        }
-    }
-
-    /// Adds the product of a tile of rows with a panel of outputs, whose blocks have `G` scales and
-    /// `M` minimums for each output.
-    fn add_tile<const R: usize, const G: usize, const M: usize>(
-        self,
-        panel: &[Unpacked],
-        x: (&[RowBlock<R>], &[Sums<R>]),
-        out: &mut PanelRows<R>,
-    ) {
-        match self {
-            #[cfg(target_arch = "x86_64")]
-            Self::Avx512Vnni => x86::add_tile_512::<R, G, M>(panel, x, out),
-            #[cfg(target_arch = "x86_64")]
-            Self::AvxVnni => x86::add_tile_vnni_256::<R, G, M>(panel, x, out),
-            #[cfg(target_arch = "x86_64")]
-            Self::Avx2 => x86::add_tile_256::<R, G, M>(panel, x, out),
-            Self::Plain => plain::add_tile::<R, G, M>(panel, x, out),
-        }
-    }
-}
 
 /// 64 bytes, aligned so that no load of a panel straddles two cache lines.
 #[derive(Debug, Clone, Copy, bytemuck::Pod, bytemuck::Zeroable)]
@@ -300,9 +230,8 @@ impl PackedBlocks {
 
     fn multiply_rows<const R: usize>(&self, x: &[f32], bias: Option<&[f32]>, out: &mut [f32]) {
         let width = self.dims().1;
-        let (depth, with_sums) = (width.div_euclid(BLOCK), self.needs_sums());
-        let rows = DenseRows { x, width };
-        let x = Activations::<R>::new(&rows, depth, with_sums, self.rounding());
+        let (depth, rows) = (width.div_euclid(BLOCK), DenseRows { x, width });
+        let x = Activations::<R>::new(&rows, depth, self.needs::<R>(), self.rounding());
         self.multiply_activations(&x, bias, out, &AsItIs);
     }
 
@@ -316,13 +245,24 @@ impl PackedBlocks {
 
     /// How this matrix wants rows rounded.
     fn rounding(&self) -> Rounding {
-        let limit = self.center().map_or(Rounding::WHOLE, |center| 128 - center);
-        Rounding { instructions: self.instructions, limit }
+        let (limit, shift) = match self.center() {
+            None => (Rounding::WHOLE, 0),
+            Some(center) if self.format.groups().1 == 0 => (128 - center, 0),
+            Some(center) => (128 - center, i32::from(center)),
+        };
+        Rounding { instructions: self.instructions, limit, shift }
     }
 
-    /// Whether the format has minimums, or more than one scale for a block of activations.
-    fn needs_sums(&self) -> bool {
-        self.format.groups() != (1, 0)
+    /// Whether the minimums of a super-block are multiplied at once.
+    fn joins_mins<const R: usize>(&self) -> bool {
+        R == TILE_ROWS && self.center().is_some() && self.format.numbers() == SUPER_BLOCK
+    }
+
+    /// What this matrix needs to know of rows: their sums where the format has minimums, or more than
+    /// one scale for a block of activations.
+    fn needs<const R: usize>(&self) -> Needs {
+        let (joined, grouped) = (self.joins_mins::<R>(), self.format.groups() != (1, 0));
+        Needs { sums: grouped && !joined, super_sums: joined }
     }
 
     /// Rounds `rows` for products with `matrices` of that width: once for all that want it alike.
@@ -337,9 +277,9 @@ impl PackedBlocks {
         for matrix in matrices {
             let rounding = matrix.rounding();
             if activations.iter().all(|(known, _)| *known != rounding) {
-                let mut alike = matrices.iter().filter(|matrix| matrix.rounding() == rounding);
-                let with_sums = alike.any(|matrix| matrix.needs_sums());
-                let rounded = Activations::new(rows, depth, with_sums, rounding);
+                let alike = matrices.iter().filter(|matrix| matrix.rounding() == rounding);
+                let needs = alike.map(|matrix| matrix.needs::<TILE_ROWS>()).collect();
+                let rounded = Activations::new(rows, depth, needs, rounding);
                 activations.push((rounding, rounded));
             }
         }
@@ -434,21 +374,24 @@ impl PackedBlocks {
     fn add_tile<const R: usize, const G: usize, const M: usize>(
         &self,
         (stored, unpacked): (&[u8], &[Unpacked]),
-        x: (&[RowBlock<R>], &[Sums<R>]),
+        x: TileBlocks<'_, R>,
         sums: &mut PanelRows<R>,
     ) {
+        let parts = (x.blocks, x.sums);
         #[cfg(target_arch = "x86_64")]
         if self.reads_in_place() {
-            return x86::add_q8_0_tile_512(stored, unpacked, x, sums);
+            return x86::add_q8_0_tile_512(stored, unpacked, parts, sums);
         }
         #[cfg(target_arch = "x86_64")]
         if let Ok(sums) = <&mut PanelRows<TILE_ROWS>>::try_from(&mut sums[..])
             && self.center().is_some()
         {
-            let x = (bytemuck::cast_slice(x.0), bytemuck::cast_slice(x.1));
-            return pairs::add_paired_tile_512::<M>(unpacked, x, sums);
+            return match self.joins_mins::<R>() {
+                true => pairs::add_super_tile_512(unpacked, x.cast(), sums),
+                false => pairs::add_paired_tile_512::<M>(unpacked, x.cast(), sums),
+            };
         }
-        self.instructions.add_tile::<R, G, M>(unpacked, x, sums);
+        self.instructions.add_tile::<R, G, M>(unpacked, parts, sums);
     }
 
     /// Blocks of one row, where there is a kernel for it.
@@ -477,10 +420,9 @@ impl PackedBlocks {
         sums.resize(panels.len() * rows, [0.0; PANEL]);
         let stored_blocks = self.format.numbers().div_euclid(BLOCK);
         let depth = self.depth * stored_blocks;
-        let start = tile.rows.start.div_euclid(R) * depth;
-        let (blocks, parts) = (&x.blocks()[start..], &x.sums()[start..]);
+        let first = tile.rows.start.div_euclid(R);
         #[cfg(target_arch = "x86_64")]
-        if let Some(x) = self.as_row(&blocks[..depth]).filter(|_| rows == 1) {
+        if let Some(x) = self.as_row(x.tile(first, 0..depth).blocks).filter(|_| rows == 1) {
             for (panel, sums) in panels.clone().zip(sums.iter_mut()) {
                 x86::add_q8_0_row_512(self.panel(panel), x, std::array::from_mut(sums));
             }
@@ -504,8 +446,7 @@ impl PackedBlocks {
                 let mut next = self.next_chunk(&panels, panel, &stored).chunks(share);
                 for (i, sums) in sums.as_chunks_mut().0.iter_mut().enumerate() {
                     next.next().map(into_second_level);
-                    let range = i * depth + from..i * depth + to;
-                    let x = (&blocks[range.clone()], &parts[range]);
+                    let x = x.tile(first + i, from..to);
                     self.add_tile::<R, G, M>((chunk, unpacked), x, sums);
                 }
             }

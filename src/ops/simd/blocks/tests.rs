@@ -137,18 +137,25 @@ fn a_packed_matrix_keeps_its_numbers() {
     }
 }
 
-/// Whole numbers up to 127 with one of 127 in every block: quantizing them is exact.
+/// Whole numbers up to the limit with one of that in every block: quantizing them is exact.
 #[test]
 fn the_product_is_that_of_the_quantized_activations() {
     for [rows, width, out] in SHAPES {
-        let whole = |i: usize| f32::from(u8::try_from(i * 31 % 255).unwrap()) - 127.0;
-        let x: Vec<f32> = (0..rows * width).map(whole).collect();
-        let x: Vec<f32> = x.chunks(BLOCK).flat_map(|x| [&[127.0], &x[1..]].concat()).collect();
-        let bias: Vec<f32> = (0..out).map(|i| whole(7 * i)).collect();
         for format in BlockFormat::ALL {
             let (packed, weight) = packed(format, out, width);
-            let exact = exact(&x, &weight, width);
             for packed in &packed {
+                let is_q4k_row = rows == 1 && packed.shares_rows();
+                let limit = if is_q4k_row { Rounding::WHOLE } else { packed.rounding().limit };
+                let whole = |i: usize| {
+                    f32::from(u8::try_from(i * 31 % 255).unwrap()) % f32::from(2 * limit + 1)
+                        - f32::from(limit)
+                };
+                let x: Vec<f32> = (0..rows * width).map(whole).collect();
+                let blocks = x.chunks(BLOCK);
+                let x: Vec<f32> =
+                    blocks.flat_map(|x| [&[f32::from(limit)], &x[1..]].concat()).collect();
+                let bias: Vec<f32> = (0..out).map(|i| whole(7 * i)).collect();
+                let exact = exact(&x, &weight, width);
                 let y = product(packed, &x, Some(&bias));
                 for (i, (y, (sum, size))) in y.iter().zip(&exact).enumerate() {
                     let error = (f64::from(*y) - sum - f64::from(bias[i % out])).abs();
@@ -211,10 +218,12 @@ fn rounding_follows_the_rule() {
     }
 }
 
-/// But for Q4_K, whose product with one row is another one.
+/// But for Q4_K and Q5_K: with one row the first has a product of its own, and with many rows the
+/// minimums of a super-block are multiplied at once.
 #[test]
 fn a_row_alone_gives_the_numbers_it_gives_among_others() {
-    for format in BlockFormat::ALL.into_iter().filter(|format| *format != BlockFormat::Q4K) {
+    let others = [BlockFormat::Q4K, BlockFormat::Q5K];
+    for format in BlockFormat::ALL.into_iter().filter(|format| !others.contains(format)) {
         let x = activations(7, 1536, true);
         for packed in &packed(format, 70, 1536).0 {
             let all = product(packed, &x, None);
@@ -229,11 +238,17 @@ fn a_row_alone_gives_the_numbers_it_gives_among_others() {
 #[test]
 fn rows_that_several_matrices_share_give_what_each_gives() {
     let x = activations(7, 768, true);
-    let formats = [BlockFormat::Q8_0, BlockFormat::Q4K, BlockFormat::Q6K];
+    let formats = [
+        BlockFormat::Q8_0,
+        BlockFormat::Q4K,
+        BlockFormat::Q6K,
+        BlockFormat::Q4_1,
+        BlockFormat::Q4_0,
+    ];
     let packed = formats.map(|format| packed(format, 70, 768).0);
     let rows = DenseRows { x: &x, width: 768 };
     for (i, instructions) in Instructions::available().into_iter().enumerate() {
-        for shared in [&[0, 1, 2][..], &[0], &[0, 0]] {
+        for shared in [&[0, 1, 2, 3, 4][..], &[0], &[0, 0], &[1, 3], &[3, 1, 4]] {
             let matrices: Vec<&PackedBlocks> = shared.iter().map(|m| &packed[*m][i]).collect();
             let rounded = PackedBlocks::round(&matrices, &rows).unwrap();
             for matrix in matrices {

@@ -126,19 +126,29 @@ fn fifth_bits(bits: &[Word; PANEL], out: &mut Fours, f: impl Fn(u8) -> u8) {
 /// Scales and minimums of six bits, in twelve bytes for each output.
 #[inline(always)]
 fn six_bits(block: PanelBlock<'_>, [d, dmin]: [&[f32; PANEL]; 2], out: &mut [Unpacked]) {
-    let [first, second, rest] = [&block.words[0], &block.words[1], &block.words[2]];
+    let words = |i: usize| block.words[i].map(u32::from_le_bytes);
+    let [first, second, rest] = [words(0), words(1), words(2)];
     let (lower, upper) = out.split_at_mut(4);
-    for (i, (lower, upper)) in lower.iter_mut().zip(upper).enumerate() {
+    for (shift, (lower, upper)) in (0..32).step_by(8).zip(lower.iter_mut().zip(upper)) {
         for output in 0..PANEL {
-            let (first, second, rest) = (first[output][i], second[output][i], rest[output][i]);
+            let byte = |words: &[u32; PANEL]| words[output] >> shift;
+            let (first, second, rest) = (byte(&first), byte(&second), byte(&rest));
             let (d, dmin) = (d[output], dmin[output]);
             // The upper four's two highest bits are the lower four's spare ones.
-            lower.scales[0][output] = d * f32::from(first & 63);
-            lower.mins[0][output] = dmin * f32::from(second & 63);
-            upper.scales[0][output] = d * f32::from(rest & 15 | first >> 6 << 4);
-            upper.mins[0][output] = dmin * f32::from(rest >> 4 | second >> 6 << 4);
+            lower.scales[0][output] = d * small(first & 63);
+            lower.mins[0][output] = dmin * small(second & 63);
+            upper.scales[0][output] = d * small(rest & 15 | first >> 2 & 48);
+            upper.mins[0][output] = dmin * small(rest >> 4 & 15 | second >> 2 & 48);
         }
     }
+}
+
+/// A number of a few bits.
+#[inline(always)]
+#[expect(clippy::cast_precision_loss, clippy::cast_possible_wrap, reason = "exact")]
+fn small(bits: u32) -> f32 {
+    // As a signed number, since all processors convert those in registers.
+    bits as i32 as f32
 }
 
 #[inline(always)]
