@@ -14,6 +14,7 @@ use super::{
     planning::{ENCODER, PlannerParts},
 };
 use crate::{
+    diffusion::Residency,
     error::{Error, Result},
     memory::{Budget, DeviceMemory, Lease, ladder::is_out_of_memory},
     pixels::{Picture, Size},
@@ -175,6 +176,11 @@ impl Residence {
         leases.values().map(Lease::bytes).sum()
     }
 
+    fn bytes_of(&self, owner: &'static str) -> u64 {
+        let leases = self.leases.lock().unwrap_or_else(PoisonError::into_inner);
+        leases.get(owner).map_or(0, Lease::bytes)
+    }
+
     pub(super) fn memory(&self) -> &DeviceMemory {
         &self.memory
     }
@@ -195,16 +201,29 @@ impl Engine {
     /// # Errors
     /// [`Error::OutOfMemory`] where it cannot fit.
     pub(super) fn settle(&self, request: &EditRequest) -> Result<MemoryPlan> {
-        let held = self.residence.held_bytes();
-        let mut room = room(self.budget, self.placement_options, &self.opened.precision, held);
+        let taken = self.taken_bytes();
+        let mut room = room(self.budget, self.placement_options, &self.opened.precision, taken);
         if let Some(memory) = self.residence.memory().room() {
-            let bytes = memory.saturating_add(held);
+            let bytes = memory.saturating_add(self.residence.held_bytes());
             room.bytes = Some(room.bytes.map_or(bytes, |room| room.min(bytes)));
         }
         let plan = placement::place(self.opened.models(), request, room)?;
         let plan = placement::require(plan, &format!("an edit with {}", self.info.name))?;
         self.follow(plan.placement);
         Ok(plan)
+    }
+
+    /// What weights take of the system's memory: less than they hold as long as blocks are still to
+    /// be read.
+    fn taken_bytes(&self) -> u64 {
+        let held = self.residence.held_bytes();
+        let transformer = self.diffusion.transformer();
+        if transformer.is_filled() {
+            return held;
+        }
+        let (blocks, footprint) = (transformer.blocks_in_memory(), &self.opened.known.transformer);
+        let read = footprint.resting(Residency::Streamed { blocks }) - footprint.outside();
+        held - self.residence.bytes_of(TRANSFORMER).saturating_sub(read)
     }
 
     /// Lets the models hold what a placement says from now on.
@@ -307,5 +326,25 @@ impl Engine {
         let footprint = &self.opened.known.transformer;
         let bytes = footprint.working(placement.transformer) - footprint.outside();
         self.residence.hold(TRANSFORMER, bytes)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::editor::ModelSource;
+
+    #[test]
+    fn blocks_that_are_not_read_yet_take_nothing() {
+        let picture = Picture::from_rgb(image::RgbImage::new(64, 64));
+        let request = EditRequest::new(picture, "make it night");
+        let options = EngineOptions::default();
+        let engine = Engine::open_for(&ModelSource::Mini, &options, &request, &()).unwrap();
+        let held = engine.residence.held_bytes();
+        let blocks = engine.residence.bytes_of(TRANSFORMER);
+        assert!(engine.has_blocks_to_read() && blocks > 0);
+        assert!(engine.taken_bytes() < held && engine.taken_bytes() >= held - blocks);
+        engine.read_blocks(&CancelToken::new()).unwrap();
+        assert_eq!(engine.taken_bytes(), engine.residence.held_bytes());
     }
 }
