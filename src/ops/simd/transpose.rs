@@ -51,6 +51,7 @@ macro_rules! square {
 square!(u8, 16, _mm_unpacklo_epi8, _mm_unpackhi_epi8);
 square!(u16, 8, _mm_unpacklo_epi16, _mm_unpackhi_epi16);
 square!(u32, 4, _mm_unpacklo_epi32, _mm_unpackhi_epi32);
+square!(f32, 4, _mm_unpacklo_epi32, _mm_unpackhi_epi32);
 
 /// Squares of numbers that are kept in the bits of others.
 macro_rules! square_of_bits {
@@ -65,7 +66,6 @@ macro_rules! square_of_bits {
     };
 }
 
-square_of_bits!(f32, 4);
 square_of_bits!(bf16, 8);
 square_of_bits!(f16, 8);
 

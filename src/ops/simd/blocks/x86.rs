@@ -161,6 +161,14 @@ fn magnitudes_512(x: &[f32; BLOCK]) -> __m512i {
     _mm512_max_epu32(bits(first), bits(second))
 }
 
+/// [`magnitudes_512`] of two blocks, folded in half: theirs in turn.
+#[inline]
+#[target_feature(enable = "avx512f")]
+fn pair_512(a: &[f32; BLOCK], b: &[f32; BLOCK]) -> __m512i {
+    let (a, b) = (magnitudes_512(a), magnitudes_512(b));
+    _mm512_max_epu32(_mm512_unpacklo_epi32(a, b), _mm512_unpackhi_epi32(a, b))
+}
+
 /// Sixteen blocks at a time: what is left of each is folded together with its neighbour's.
 #[inline]
 #[target_feature(enable = "avx512f")]
@@ -172,14 +180,12 @@ fn all_largest_512(x: &[f32], largest: &mut [f32]) -> u32 {
     let (outs, outs_rest) = largest.as_chunks_mut::<LANES>();
     let mut all = _mm512_set1_epi32(0);
     for (blocks, out) in sixteens.iter().zip(outs) {
-        let fours = [0, 4, 8, 12].map(|i| {
-            let twos = [i, i + 2].map(|i| {
-                let (a, b) = (magnitudes_512(&blocks[i]), magnitudes_512(&blocks[i + 1]));
-                _mm512_max_epu32(_mm512_unpacklo_epi32(a, b), _mm512_unpackhi_epi32(a, b))
-            });
-            let [a, b] = twos;
-            _mm512_max_epu32(_mm512_unpacklo_epi64(a, b), _mm512_unpackhi_epi64(a, b))
-        });
+        // Not with `map`: what it calls is not inlined, and registers then pass through memory.
+        let mut fours = [all; 4];
+        for (four, blocks) in fours.iter_mut().zip(blocks.as_chunks::<4>().0) {
+            let (a, b) = (pair_512(&blocks[0], &blocks[1]), pair_512(&blocks[2], &blocks[3]));
+            *four = _mm512_max_epu32(_mm512_unpacklo_epi64(a, b), _mm512_unpackhi_epi64(a, b));
+        }
         let fold = |a, b| {
             let (even, odd) =
                 (_mm512_shuffle_i32x4::<EVEN>(a, b), _mm512_shuffle_i32x4::<ODD>(a, b));
