@@ -65,7 +65,12 @@ const CASES: [Case; 8] = [
 
 pub(super) fn steps(device: &Device, options: &Options) -> Vec<Row> {
     on_kernels(device, || {
-        CASES.iter().flat_map(|case| LAYERS.map(|layers| row(device, options, case, layers))).collect()
+        CASES
+            .iter()
+            .flat_map(|case| {
+                LAYERS.map(|layers| row(device, options, case, layers.div_ceil(options.shrink)))
+            })
+            .collect()
     })
 }
 
@@ -96,9 +101,8 @@ fn median_step(device: &Device, options: &Options, case: &Case, layers: usize) -
 
     let side = SIDE.div_ceil(options.shrink);
     let grid = Grid { height: side, width: side };
-    let random = |tokens: usize, width: usize| {
-        Tensor::randn(0.0_f32, 1.0, (1, tokens, width), device)
-    };
+    let random =
+        |tokens: usize, width: usize| Tensor::randn(0.0_f32, 1.0, (1, tokens, width), device);
     let texts = TEXT.map(|tokens| -> Result<Conditioning> {
         let hidden_states = random(tokens.div_ceil(options.shrink), dims.conditioning)?;
         Ok(Conditioning { hidden_states: hidden_states.to_dtype(DType::BF16)? })

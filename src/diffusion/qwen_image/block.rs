@@ -4,6 +4,7 @@ use candle_core::{DType, Error, Result as TensorResult, Tensor};
 
 use super::{
     config::Config,
+    layout::Layout,
     modulation::{BlockContext, BlockModulation, Modulation},
     rope::Rotation,
 };
@@ -16,17 +17,6 @@ use crate::{
 
 const EPS: f64 = 1e-6;
 const MLP_RATIO: usize = 4;
-
-/// Facts about the tokens that all blocks share.
-#[derive(Debug)]
-pub(super) struct Layout {
-    pub(super) image: Rotation,
-    pub(super) text: Rotation,
-    /// Tokens of the picture that is denoised; the references follow.
-    pub(super) target_tokens: usize,
-    /// Text tokens of each entry of a batch, where they differ; the rest of its rows is padding.
-    pub(super) text_lengths: Option<Vec<usize>>,
-}
 
 /// Both streams: `image: [b, n_image, dim]`, `text: [b, n_text, dim]`.
 #[derive(Debug, Clone)]
@@ -204,7 +194,7 @@ impl Block {
     ) -> TensorResult<JointOutput> {
         #[expect(clippy::cast_precision_loss, reason = "the width of a head is small")]
         let scale = (self.head_dim as f32).sqrt().recip();
-        let shape = JointShape { scale, eps: EPS, text_lengths: layout.text_lengths.as_deref() };
+        let shape = JointShape { scale, eps: EPS, text_lengths: layout.text_lengths.as_ref() };
         let text_stream = text.stream(&self.text_attention, &layout.text);
         let image_stream = image.stream(&self.image_attention, &layout.image);
         let attended = match self.attention_in_bf16 {

@@ -3,7 +3,7 @@
 use candle_core::{Device, Tensor};
 
 use super::*;
-use crate::ops::joint_attention;
+use crate::ops::{TextLengths, joint_attention};
 
 /// Shapes of one case: batch, heads, width of a head; tokens and queries of text and picture.
 struct Case {
@@ -65,7 +65,8 @@ fn error(x: &Tensor, exact: &Tensor) -> f64 {
 
 fn check(case: &Case, text_lengths: Option<&[usize]>) {
     let [text, image] = [Owned::new(case, 0), Owned::new(case, 1)];
-    let shape = JointShape { scale: 0.13, eps: 1e-6, text_lengths };
+    let text_lengths = text_lengths.map(|lengths| TextLengths::new(lengths.to_vec()));
+    let shape = JointShape { scale: 0.13, eps: 1e-6, text_lengths: text_lengths.as_ref() };
     let exact = joint_attention(&text.stream(), &image.stream(), shape).unwrap();
     let Some(fast) = attention(&text.stream(), &image.stream(), shape).unwrap() else {
         assert!(!Head::supports(case.d));
