@@ -92,8 +92,11 @@ for row_few, row_many, few, many in zip(rows[::2], rows[1::2], steps[::2], steps
     if BLAS not in calls:
         faults.append(f"{name}: no products by cuBLASLt")
     if wanted in (name, "all"):
-        beside = {of: n - calls.get(of, 0) * layers[1] for of, n in many["calls"].items()}
-        for title, found in (("calls", calls), ("kernels", kernels), ("calls beside the layers", beside)):
+        def beside(kind, each):
+            return {of: n - each.get(of, 0) * layers[1] for of, n in many[kind].items()}
+
+        for title, found in (("calls", calls), ("kernels", kernels), ("calls beside", beside("calls", calls)),
+                             ("kernels beside", beside("kernels", kernels))):
             print(f"  {title}: " + ", ".join(f"{of} {n:g}" for of, n in found.items() if n))
 if faults:
     fail("\n     ".join(dict.fromkeys(faults)))

@@ -37,8 +37,8 @@ SUCCEEDS(curandGenerateUniform)
 SUCCEEDS(curandGenerateUniformDouble)
 
 // The attributes of a product's description that the program sets, by their number.
-enum { EPILOGUE = 7, BIAS_POINTER = 8, SCALE_A = 17, ATTRIBUTES = 64 };
-enum { GELU = 32, BIAS = 4, BF16 = 14 };
+enum { EPILOGUE = 7, BIAS_POINTER = 8, SCALES_OF_A = 17, SCALES_OF_B = 18, ATTRIBUTES = 64 };
+enum { GELU = 32, BIAS = 4, BF16 = 14, E4M3 = 28 };
 typedef struct { uint64_t of[ATTRIBUTES]; } description;
 typedef struct { int type; uint64_t rows, columns; int64_t apart; } layout;
 
@@ -87,20 +87,29 @@ static uint16_t rounded(float number) {
   return (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
 }
 
-// D = A^T B with bias and GELU, columns first, in bf16.
+static float number(const void *of, int type, uint64_t at) {
+  if (type == BF16) return widened((const uint16_t *)of + at);
+  uint8_t code = ((const uint8_t *)of)[at];
+  float size = code & 0x78 ? ldexpf(8 + (code & 7), (code >> 3 & 15) - 10) : ldexpf(code & 7, -9);
+  return code & 0x80 ? -size : size;
+}
+
+// D = A^T B with bias and GELU, columns first, in bf16; A and B in bf16, or in e4m3 with scales.
 int cublasLtMatmul(void *on, description *of, const float *alpha, const void *a, layout *la, const void *b, layout *lb,
                    const float *beta, const void *c, layout *lc, uint16_t *d, layout *ld, const void *algorithm,
                    void *workspace, size_t bytes, void *stream) {
   COUNTED;
-  if (ld->rows * ld->columns * la->rows > 1 << 20 || la->type != BF16) return 0;
+  if (ld->rows * ld->columns * la->rows > 1 << 20) return 0;
   int epilogue = of->of[EPILOGUE];
   const uint16_t *bias = (const uint16_t *)of->of[BIAS_POINTER];
+  const float *of_a = (const float *)of->of[SCALES_OF_A], *of_b = (const float *)of->of[SCALES_OF_B];
   for (uint64_t column = 0; column < ld->columns; column++)
     for (uint64_t row = 0; row < ld->rows; row++) {
       double sum = 0;
       for (uint64_t k = 0; k < la->rows; k++)
-        sum += widened((const uint16_t *)a + row * la->apart + k) * widened((const uint16_t *)b + column * lb->apart + k);
+        sum += number(a, la->type, row * la->apart + k) * number(b, lb->type, column * lb->apart + k);
       sum *= *alpha;
+      if (la->type == E4M3) sum *= of_a[row] * of_b[column];
       if (epilogue & BIAS) sum += widened(bias + row);
       if (epilogue & GELU) sum *= 0.5 * (1 + tanh(0.7978845608028654 * (sum + 0.044715 * sum * sum * sum)));
       d[column * ld->apart + row] = rounded(sum);

@@ -142,7 +142,7 @@ impl Block {
         layout: &Layout,
         step: &BlockContext,
     ) -> TensorResult<Tensor> {
-        let target = streams.image.narrow(1, 0, layout.target_tokens)?;
+        let target = leading(&streams.image, layout.target_tokens)?;
         let runs = Runs::of(streams, layout, step)?;
         let target_runs = RunsOfStream::new(&[(layout.target_tokens, &step.target)]);
         let (of_text, of_image) = (&self.text_attention, &self.image_attention);
@@ -211,6 +211,15 @@ impl Block {
     fn heads_of(&self, x: &Tensor) -> TensorResult<Tensor> {
         let (b, n, _) = x.dims3()?;
         x.reshape((b, n, self.heads, self.head_dim)) // (b, n, h, d)
+    }
+}
+
+/// The first `tokens` tokens of each entry of `x: [b, n, dim]`, without gaps.
+fn leading(x: &Tensor, tokens: usize) -> TensorResult<Tensor> {
+    let entry = |i: usize| x.narrow(0, i, 1)?.narrow(1, 0, tokens);
+    match x.dim(0)? {
+        1 => entry(0),
+        b => Tensor::cat(&(0..b).map(entry).collect::<TensorResult<Vec<_>>>()?, 0), // (b, tokens, dim)
     }
 }
 
