@@ -58,7 +58,6 @@ pub(super) fn copied(x: &Tensor) -> Result<Tensor> {
 #[derive(Debug)]
 pub(super) struct Output {
     dims: Vec<usize>,
-    device: Device,
     memory: Memory,
 }
 
@@ -87,7 +86,7 @@ impl Output {
             (Device::Cuda(device), _) => Memory::Cuda(device::allocate(device, count, dtype)?),
             _ => bail!("a kernel does not write {dtype:?} on {device:?}"),
         };
-        Ok(Self { dims: dims.to_vec(), device: device.clone(), memory })
+        Ok(Self { dims: dims.to_vec(), memory })
     }
 
     /// Where the kernel writes.
@@ -137,9 +136,9 @@ impl Output {
     /// What was written; the launches must have been queued before.
     pub(super) fn into_tensor(self) -> Result<Tensor> {
         match self.memory {
-            Memory::Bf16(numbers) => Tensor::from_vec(numbers, self.dims, &self.device),
-            Memory::F32(numbers) => Tensor::from_vec(numbers, self.dims, &self.device),
-            Memory::U8(numbers) => Tensor::from_vec(numbers, self.dims, &self.device),
+            Memory::Bf16(numbers) => Tensor::from_vec(numbers, self.dims, &Device::Cpu),
+            Memory::F32(numbers) => Tensor::from_vec(numbers, self.dims, &Device::Cpu),
+            Memory::U8(numbers) => Tensor::from_vec(numbers, self.dims, &Device::Cpu),
             #[cfg(feature = "cuda")]
             Memory::Cuda(storage) => {
                 let none = candle_core::op::BackpropOp::none();
