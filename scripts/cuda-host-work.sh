@@ -61,7 +61,7 @@ if len(ranges) != len(rows) * STEPS:
     fail(f"{len(ranges)} steps were seen of {len(rows) * STEPS}")
 faults = []
 steps = [ranges[i : i + STEPS] for i in range(0, len(ranges), STEPS)]
-print("case, us a layer (beside a layer), launches, allocations, products by cuBLASLt, all calls a layer")
+print("case: us a layer (beside the layers), kernels, products by cuBLASLt, allocations, all calls a layer")
 for row_few, row_many, few, many in zip(rows[::2], rows[1::2], steps[::2], steps[1::2]):
     layers = [int(row["name"].split()[0]) for row in (row_few, row_many)]
     name = row_many["name"].split(", ", 1)[1]
@@ -87,8 +87,8 @@ for row_few, row_many, few, many in zip(rows[::2], rows[1::2], steps[::2], steps
         return sum(n for of, n in calls.items() if any(word in of for word in words))
 
     launches, allocations = some("cuLaunchKernel"), some("cuMemAlloc")
-    print(f"{name}: {each:.0f} us ({times[1] - each * layers[1]:.0f}), {launches:g}, {allocations:g}, "
-          f"{some(BLAS):g}, {sum(calls.values()):g}")
+    print(f"{name}: {each:.0f} us ({times[1] - each * layers[1]:.0f}), {launches:g}, {calls.get(BLAS, 0):g}, "
+          f"{allocations:g}, {sum(calls.values()):g}")
     if BLAS not in calls:
         faults.append(f"{name}: no products by cuBLASLt")
     if wanted in (name, "all"):

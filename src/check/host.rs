@@ -52,11 +52,17 @@ const BF16: Case = Case {
     zero_cond: false,
     guidance: None,
 };
-const CASES: [Case; 8] = [
+const CASES: [Case; 9] = [
     BF16,
     Case { name: "bf16, guidance in turn", guidance: Some(GuidancePass::InTurn), ..BF16 },
     Case { name: "bf16, guidance in one batch", guidance: Some(GuidancePass::OneBatch), ..BF16 },
     Case { name: "bf16, references free of noise", zero_cond: true, ..BF16 },
+    Case {
+        name: "bf16, references free of noise, guidance in one batch",
+        zero_cond: true,
+        guidance: Some(GuidancePass::OneBatch),
+        ..BF16
+    },
     Case { name: "Q8_0", storage: Storage::Q8_0, ..BF16 },
     Case { name: "Q4_K", storage: Storage::Q4K, ..BF16 },
     Case { name: "fp8 widened", matrices: Matrices::Float8, ..BF16 },
