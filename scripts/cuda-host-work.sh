@@ -8,6 +8,9 @@ set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 program=$(realpath "${1:-target/cuda/release/pentimento-gpu-check}")
 cuda=${CUDA_HOME:-$HOME/.cache/pentimento/cuda-13.0}
+if [[ ! -e $cuda/include/cuda.h ]] && command -v nvcc >/dev/null; then
+  cuda=$(dirname "$(dirname "$(realpath "$(command -v nvcc)")")")
+fi
 work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT
 stand_in=scripts/cuda-stand-in

@@ -125,14 +125,15 @@ int cuGetProcAddress_v2(const char *name, void **to, int version, uint64_t flags
 
 // Memory: each allocation has addresses of its own, which the system backs where they are written.
 
-#define ROOM ((size_t)16 << 40)
+#define ROOM ((size_t)4 << 40)
 static char *memory;
 static size_t taken;
 
 static int take(address *to, size_t bytes) {
   if (!memory) {
-    memory = mmap(0, ROOM, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
-    if (memory == MAP_FAILED) abort();
+    void *room = mmap(0, ROOM, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+    if (room == MAP_FAILED) return OUT_OF_MEMORY;
+    memory = room;
   }
   bytes = (bytes + 511) & ~(size_t)511;
   size_t at = __atomic_fetch_add(&taken, bytes, __ATOMIC_RELAXED);
