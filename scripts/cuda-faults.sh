@@ -7,6 +7,9 @@ set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 program=$(realpath "${1:-target/cuda/release/pentimento}")
 cuda=${CUDA_HOME:-$HOME/.cache/pentimento/cuda-13.0}
+if [[ ! -e $cuda/include/cuda.h ]] && command -v nvcc >/dev/null; then
+  cuda=$(dirname "$(dirname "$(realpath "$(command -v nvcc)")")")
+fi
 picture=models/mini/samples/add.png
 work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT

@@ -67,7 +67,7 @@ fn compared(
 ) -> Result<[f64; 2]> {
     let dims = Dimensions::new(options.shrink);
     let folder = options.scratch.join(format!("accuracy-{matrices:?}"));
-    weights::write(&folder, device, dims, matrices)?;
+    weights::write(&folder, device, dims, matrices, false)?;
     let side = SIDE.div_ceil(options.shrink);
     let random = |shape: [usize; 3]| Tensor::randn(0.0_f32, 1.0, &shape, device);
     let tokens = random([1, 2 * side * side, dims.latent])?;

@@ -7,6 +7,7 @@
 
 mod accuracy;
 mod autoencoder;
+mod host;
 mod language;
 mod large;
 mod models;

@@ -10,7 +10,7 @@ use std::{
 use candle_core::{DType, Device, Tensor, quantized::GgmlDType};
 
 use super::{
-    Options, Part, autoencoder, language, on_kernels,
+    Options, Part, autoencoder, host, language, on_kernels,
     report::{Finding, Row},
     weights::{self, Dimensions, Matrices},
 };
@@ -54,6 +54,7 @@ pub(super) const PARTS: &[Part] = &[
     timed("time of the autoencoder", |device, options| {
         autoencoder::times(device, &options.scratch, options.shrink)
     }),
+    timed("time of the host", host::steps),
     timed("time of the language model", |device, options| {
         on_kernels(device, || language::times(device, options.shrink))
     }),
@@ -456,7 +457,7 @@ fn transformer(
     let (part, runs) = ("transformer", 3_usize.div_ceil(*shrink));
     let folder = scratch.join(format!("{matrices:?}"));
     taken(device, part, runs, |timer| {
-        weights::write(&folder, device, dims, matrices)?;
+        weights::write(&folder, device, dims, matrices, false)?;
         let precision = Precision {
             device: device.clone(),
             compute: DType::BF16,

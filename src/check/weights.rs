@@ -40,12 +40,14 @@ pub(super) enum Matrices {
     Float8,
 }
 
-/// Writes `transformer/` below `folder`, unless it is there; everything but the matrices in bf16.
+/// Writes `transformer/` below `folder`, unless it is there; everything but the matrices in bf16. With
+/// `zero_cond`, references are modulated as free of noise.
 pub(super) fn write(
     folder: &Path,
     device: &Device,
     dims: Dimensions,
     matrices: Matrices,
+    zero_cond: bool,
 ) -> Result<()> {
     let folder = folder.join("transformer");
     if folder.join("config.json").is_file() {
@@ -80,6 +82,7 @@ pub(super) fn write(
         "patch_size": 2,
         "axes_dims_rope": [16, 56, 56],
         "guidance_embeds": false,
+        "zero_cond_t": zero_cond,
     });
     fs_err::write(folder.join("config.json"), config.to_string())?;
     Ok(())

@@ -8,6 +8,7 @@ use super::{
     activation::{GeluInPlace, gelu_tanh_owned},
     buffers,
     cpu::{Floats, is_fast},
+    cuda,
     linear::{PackedLinear, forward_each},
     norm::{gated_add, gated_add_norm, modulated_layer_norm},
     recycle,
@@ -40,6 +41,9 @@ pub fn modulated_layer_norm_each(
     runs: &[ModulatedTokens<'_>],
     eps: f64,
 ) -> Result<Tensor> {
+    if let Some(y) = cuda::layer_norm_each(x, runs, eps)? {
+        return Ok(y);
+    }
     by_run([x], runs, |[x], run| modulated_layer_norm(x, run.scale, run.shift, eps))
 }
 
@@ -52,6 +56,9 @@ pub fn gated_add_each(
     x: &Tensor,
     runs: &[ModulatedTokens<'_>],
 ) -> Result<Tensor> {
+    if let Some(y) = cuda::gated_add_each(residual, x, runs)? {
+        return Ok(y);
+    }
     by_run([residual, x], runs, |[residual, x], run| gated_add(residual, x, run.gate))
 }
 
@@ -70,6 +77,9 @@ pub fn gated_add_norm_each(
         && run.tokens == x.dims3()?.1
     {
         return gated_add_norm(residual, x, run.gate, [next.scale, next.shift], eps);
+    }
+    if let Some(both) = cuda::gated_add_norm_each(residual, x, [runs, next], eps)? {
+        return Ok(both);
     }
     let sum = gated_add_each(residual, x, runs)?;
     let normed = modulated_layer_norm_each(&sum, next, eps)?;

@@ -1,7 +1,9 @@
 //! Attention of two streams that see each other, as in the blocks of diffusion transformers: text
 //! and picture keep their own projections, norms and positions, and share one softmax.
 
-use candle_core::{DType, Result, Tensor, bail};
+use std::{ops::Deref, sync::OnceLock};
+
+use candle_core::{DType, Device, Error, Result, Tensor, bail};
 
 use super::{Mask, attention, cuda, flash, rms_norm, rotate_pairs};
 
@@ -35,7 +37,44 @@ pub struct JointShape<'a> {
     pub eps: f64,
     /// How many text tokens of each batch entry are there, `b` numbers of at most `n_text`; the
     /// rest is padding that nobody attends to, whatever its keys and values are. `None`: all.
-    pub text_lengths: Option<&'a [usize]>,
+    pub text_lengths: Option<&'a TextLengths>,
+}
+
+/// How many text tokens each entry of a batch has: numbers of the host, which go to the device that reads
+/// them once.
+#[derive(Debug, Clone)]
+pub struct TextLengths {
+    lengths: Vec<usize>,
+    near: OnceLock<Tensor>,
+}
+
+impl TextLengths {
+    /// One length for each entry.
+    #[must_use]
+    pub fn new(lengths: Vec<usize>) -> Self {
+        Self { lengths, near: OnceLock::new() }
+    }
+
+    /// The lengths where a kernel on `device` reads them, as 64-bit integers.
+    pub(super) fn on(&self, device: &Device) -> Result<Tensor> {
+        if let Some(near) = self.near.get().filter(|near| near.device().same_device(device)) {
+            return Ok(near.clone());
+        }
+        let wide = self.lengths.iter().map(|length| i64::try_from(*length).map_err(Error::wrap));
+        let wide = wide.collect::<Result<Vec<i64>>>()?;
+        let near = Tensor::from_vec(wide, self.lengths.len(), device)?;
+        // The first device is the one that computes.
+        _ = self.near.set(near.clone());
+        Ok(near)
+    }
+}
+
+impl Deref for TextLengths {
+    type Target = [usize];
+
+    fn deref(&self) -> &[usize] {
+        &self.lengths
+    }
 }
 
 /// The attended values of both streams.

@@ -35,7 +35,9 @@ pub use fused::{
     ModulatedTokens, gated_add_each, gated_add_norm_each, linear_gated_add,
     modulated_layer_norm_each, modulated_linear_each, modulated_linear_gelu,
 };
-pub use joint::{JointOutput, JointShape, JointStream, joint_attention, joint_attention_bf16};
+pub use joint::{
+    JointOutput, JointShape, JointStream, TextLengths, joint_attention, joint_attention_bf16,
+};
 pub use linear::{LinearWeight, PackedLinear, forward_each};
 pub use matrix::{Float8, PackedMatrix};
 pub use norm::{

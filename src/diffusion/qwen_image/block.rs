@@ -4,6 +4,7 @@ use candle_core::{DType, Error, Result as TensorResult, Tensor};
 
 use super::{
     config::Config,
+    layout::Layout,
     modulation::{BlockContext, BlockModulation, Modulation},
     rope::Rotation,
 };
@@ -16,17 +17,6 @@ use crate::{
 
 const EPS: f64 = 1e-6;
 const MLP_RATIO: usize = 4;
-
-/// Facts about the tokens that all blocks share.
-#[derive(Debug)]
-pub(super) struct Layout {
-    pub(super) image: Rotation,
-    pub(super) text: Rotation,
-    /// Tokens of the picture that is denoised; the references follow.
-    pub(super) target_tokens: usize,
-    /// Text tokens of each entry of a batch, where they differ; the rest of its rows is padding.
-    pub(super) text_lengths: Option<Vec<usize>>,
-}
 
 /// Both streams: `image: [b, n_image, dim]`, `text: [b, n_text, dim]`.
 #[derive(Debug, Clone)]
@@ -152,7 +142,7 @@ impl Block {
         layout: &Layout,
         step: &BlockContext,
     ) -> TensorResult<Tensor> {
-        let target = streams.image.narrow(1, 0, layout.target_tokens)?;
+        let target = leading(&streams.image, layout.target_tokens)?;
         let runs = Runs::of(streams, layout, step)?;
         let target_runs = RunsOfStream::new(&[(layout.target_tokens, &step.target)]);
         let (of_text, of_image) = (&self.text_attention, &self.image_attention);
@@ -204,7 +194,7 @@ impl Block {
     ) -> TensorResult<JointOutput> {
         #[expect(clippy::cast_precision_loss, reason = "the width of a head is small")]
         let scale = (self.head_dim as f32).sqrt().recip();
-        let shape = JointShape { scale, eps: EPS, text_lengths: layout.text_lengths.as_deref() };
+        let shape = JointShape { scale, eps: EPS, text_lengths: layout.text_lengths.as_ref() };
         let text_stream = text.stream(&self.text_attention, &layout.text);
         let image_stream = image.stream(&self.image_attention, &layout.image);
         let attended = match self.attention_in_bf16 {
@@ -221,6 +211,15 @@ impl Block {
     fn heads_of(&self, x: &Tensor) -> TensorResult<Tensor> {
         let (b, n, _) = x.dims3()?;
         x.reshape((b, n, self.heads, self.head_dim)) // (b, n, h, d)
+    }
+}
+
+/// The first `tokens` tokens of each entry of `x: [b, n, dim]`, without gaps.
+fn leading(x: &Tensor, tokens: usize) -> TensorResult<Tensor> {
+    let entry = |i: usize| x.narrow(0, i, 1)?.narrow(1, 0, tokens);
+    match x.dim(0)? {
+        1 => entry(0),
+        b => Tensor::cat(&(0..b).map(entry).collect::<TensorResult<Vec<_>>>()?, 0), // (b, tokens, dim)
     }
 }
 

@@ -7,6 +7,7 @@ mod config;
 pub(crate) mod export;
 mod footprint;
 pub(crate) mod header;
+mod layout;
 mod model;
 mod modulation;
 pub mod pack;

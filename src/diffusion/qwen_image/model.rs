@@ -12,12 +12,12 @@ use candle_core::Tensor;
 
 use super::{
     batch::{self, GuidancePass},
-    block::{Block, Layout, Streams, recycle},
+    block::{Block, Streams, recycle},
     cache::BlockCache,
     config::{self, Config},
+    layout::{Layout, Layouts},
     modulation::{BlockContext, BlockProjections, StepContext, TimeEmbedding},
     pack::Grid,
-    rope::rotations,
     store::{Store, readers},
 };
 use crate::{
@@ -90,6 +90,7 @@ pub struct Transformer {
     norm_out: Linear,
     proj_out: Linear,
     kept: Mutex<Vec<Kept>>,
+    layouts: Layouts,
     /// Whether inputs that fit together go through the blocks as one batch.
     in_batches: AtomicBool,
 }
@@ -185,6 +186,7 @@ impl Transformer {
             precision: precision.clone(),
             config,
             kept: Mutex::new(Vec::new()),
+            layouts: Layouts::default(),
             in_batches: AtomicBool::new(false),
         };
         // The mark carries no numbers: that it is there is all it says.
@@ -247,6 +249,7 @@ impl Transformer {
     pub fn release(&self) {
         self.blocks.release();
         self.projections.release();
+        self.layouts.clear();
     }
 
     /// Blocks that are in memory now.
@@ -255,8 +258,9 @@ impl Transformer {
         self.blocks.in_memory()
     }
 
-    /// Drops what is kept of earlier timesteps.
+    /// Drops what is kept of earlier timesteps and inputs.
     pub fn forget(&self) {
+        self.layouts.clear();
         self.kept.lock().unwrap_or_else(PoisonError::into_inner).clear();
     }
 
@@ -413,12 +417,10 @@ impl Transformer {
     fn begin(&self, inputs: &[ModelInput<'_>], recycles: bool) -> Result<Pass> {
         let layout = self.layout(inputs)?;
         let Precision { device, compute, .. } = &self.precision;
-        let text = batch::texts(inputs, layout.text.tokens()?)?;
-        let text = text.to_device(device)?.to_dtype(*compute)?;
         let image = batch::images(inputs)?.to_device(device)?.to_dtype(*compute)?;
         let streams = Streams {
             image: self.image_in.forward(&image)?,
-            text: self.text_in.forward(&self.text_norm.forward(&text)?)?,
+            text: self.text_in.forward(&self.text_norm.forward(&layout.texts)?)?,
         };
         Ok(Pass { layout, streams, recycles, after_first: None, finished: None })
     }
@@ -437,17 +439,13 @@ impl Transformer {
     }
 
     /// Checks the inputs' shapes and places their tokens; their grids are the same.
-    fn layout(&self, inputs: &[ModelInput<'_>]) -> Result<Layout> {
+    fn layout(&self, inputs: &[ModelInput<'_>]) -> Result<Arc<Layout>> {
         let mut text_tokens = 0;
         for input in inputs {
             text_tokens = text_tokens.max(self.check(input)?);
         }
-        let grids = inputs.first().map_or(&[][..], |input| input.grids);
-        let device = &self.precision.device;
-        let (image, text) = rotations(&self.config, grids, text_tokens, device)?;
-        let target_tokens = grids.first().map_or(0, |grid| grid.tokens());
-        let text_lengths = batch::text_lengths(inputs)?;
-        Ok(Layout { image, text, target_tokens, text_lengths })
+        let Precision { device, compute, .. } = &self.precision;
+        self.layouts.of(&self.config, inputs, text_tokens, (device, *compute))
     }
 
     /// Checks the input's shapes; returns the number of its text tokens.
@@ -482,7 +480,7 @@ pub(super) fn ends_storage(storage: Storage) -> Storage {
 
 /// A forward pass under way.
 struct Pass {
-    layout: Layout,
+    layout: Arc<Layout>,
     streams: Streams,
     /// Whether a block's input is given back after the block; a cache keeps views of some.
     recycles: bool,

@@ -1,6 +1,6 @@
 //! Rotary positions: pictures are centred on the origin, text follows on the diagonal.
 
-use candle_core::{Device, Result as TensorResult, Tensor};
+use candle_core::{Device, Tensor};
 
 use super::{config::Config, pack::Grid};
 use crate::error::{Error, Result};
@@ -16,14 +16,7 @@ pub(super) struct Rotation {
     pub(super) sin: Tensor,
 }
 
-impl Rotation {
-    /// The number of tokens.
-    pub(super) fn tokens(&self) -> TensorResult<usize> {
-        self.cos.dim(0)
-    }
-}
-
-/// The rotations of all pictures' tokens, in their order, and of `text_tokens` text tokens.
+/// The rotations of all pictures' tokens, in their order.
 ///
 /// The frame axis counts the pictures from 0. Rows and columns of each picture are centred: a side
 /// of `s` runs from `-(s - s/2)` to `s/2 - 1`. Text goes on where the largest half side ends, with
@@ -33,28 +26,39 @@ impl Rotation {
 /// <https://github.com/huggingface/diffusers/blob/v0.42.1/src/diffusers/models/transformers/transformer_qwenimage.py#L204-L334>.
 ///
 /// # Errors
-/// More positions than the reference's table has.
-pub(super) fn rotations(
+/// A failure of the device.
+pub(super) fn image_rotation(config: &Config, grids: &[Grid], device: &Device) -> Result<Rotation> {
+    let images = grids.iter().enumerate().flat_map(|(index, grid)| {
+        let (rows, columns) = (centred(grid.height), centred(grid.width));
+        rows.flat_map(move |row| columns.clone().map(move |column| [position(index), row, column]))
+    });
+    rotation(config, images, device)
+}
+
+/// The rotations of `text_tokens` text tokens beside pictures of these sizes: see [`image_rotation`].
+///
+/// # Errors
+/// More positions than the reference's table has, or a failure of the device.
+pub(super) fn text_rotation(
     config: &Config,
     grids: &[Grid],
     text_tokens: usize,
     device: &Device,
-) -> Result<(Rotation, Rotation)> {
+) -> Result<Rotation> {
     let text_start = grids.iter().map(|grid| half(grid.height).max(half(grid.width))).max();
     let text_start = text_start.unwrap_or(0);
     if text_start + text_tokens > POSITIONS_MAX || grids.len() > POSITIONS_MAX {
         return Err(Error::field(
             "prompt",
             format!("{text_tokens} tokens"),
-            format!("at most {} beside pictures of this size", POSITIONS_MAX - text_start),
+            format!(
+                "at most {} beside pictures of this size",
+                POSITIONS_MAX.saturating_sub(text_start)
+            ),
         ));
     }
-    let images = grids.iter().enumerate().flat_map(|(index, grid)| {
-        let (rows, columns) = (centred(grid.height), centred(grid.width));
-        rows.flat_map(move |row| columns.clone().map(move |column| [position(index), row, column]))
-    });
     let texts = (text_start..text_start + text_tokens).map(|at| [position(at); 3]);
-    Ok((rotation(config, images, device)?, rotation(config, texts, device)?))
+    rotation(config, texts, device)
 }
 
 #[expect(clippy::integer_division, reason = "the smaller half of an odd side")]

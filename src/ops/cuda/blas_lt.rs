@@ -9,7 +9,7 @@
 #![expect(unsafe_code, reason = "a library in C")]
 
 use std::{
-    collections::HashMap,
+    collections::{HashMap, hash_map::Entry},
     ffi::{c_int, c_void},
     ptr::from_ref,
     sync::{Arc, Mutex, PoisonError},
@@ -56,21 +56,31 @@ pub(super) struct Library {
     handle: sys::cublasLtHandle_t,
     workspace: CudaSlice<u8>,
     stream: Arc<CudaStream>,
-    /// The way that was found for a product, or that there is none.
-    ways: Mutex<HashMap<Kind, Option<Way>>>,
+    /// What was found for a kind of product, or that the library does not do it.
+    known: Mutex<HashMap<Kind, Option<Prepared>>>,
 }
 
-/// How a product is computed.
-#[derive(Clone, Copy)]
-struct Way {
+/// How a kind of product is computed, and its descriptors, in which only addresses change.
+struct Prepared {
     algorithm: sys::cublasLtMatmulAlgo_t,
-    /// Sums of products in fp8 with fewer bits: an error of 2 to 3·10⁻³ of the result instead of
-    /// 1.7·10⁻³, which is that of its rounding to bf16.
-    fast_sums: bool,
+    description: Description,
+    /// Of weights, activations and result.
+    layouts: [Layout; 3],
 }
 
-// SAFETY: the handle may be used from any thread, and the workspace by one product at a time, which the
-// one stream sees to.
+impl Prepared {
+    fn new(
+        inputs: &Inputs,
+        algorithm: sys::cublasLtMatmulAlgo_t,
+        fast_sums: bool,
+    ) -> std::result::Result<Self, CublasError> {
+        let description = Description::of(inputs, fast_sums)?;
+        Ok(Self { algorithm, description, layouts: layouts(inputs)? })
+    }
+}
+
+// SAFETY: the handle may be used from any thread, the descriptors by whoever holds their lock, and the
+// workspace by one product at a time, which the one stream sees to.
 unsafe impl Send for Library {}
 // SAFETY: as above.
 unsafe impl Sync for Library {}
@@ -110,7 +120,7 @@ impl Library {
         let handle = result::create_handle().map_err(Error::wrap)?;
         // SAFETY: products write the workspace before they read it.
         let workspace = unsafe { stream.alloc::<u8>(WORKSPACE_BYTES) }.w()?;
-        Ok(Self { handle, workspace, stream, ways: Mutex::default() })
+        Ok(Self { handle, workspace, stream, known: Mutex::default() })
     }
 
     /// Queues the product; `false` where the library has no way for it.
@@ -123,45 +133,42 @@ impl Library {
         let [rows, depth, outs] = inputs.sizes;
         let marks = [inputs.bias.is_some(), inputs.gelu_tanh, inputs.scales.is_some()];
         let kind = ([rows, depth, outs, inputs.apart], marks);
-        let mut ways = self.ways.lock().unwrap_or_else(PoisonError::into_inner);
-        let way = match ways.get(&kind) {
-            Some(known) => *known,
-            None => {
-                let found = self.choose(inputs)?;
-                ways.insert(kind, found);
-                found
-            }
+        // Descriptions hold addresses while a product is queued, which is one thread's at a time.
+        let mut known = self.known.lock().unwrap_or_else(PoisonError::into_inner);
+        let prepared = match known.entry(kind) {
+            Entry::Occupied(prepared) => prepared.into_mut(),
+            Entry::Vacant(place) => place.insert(self.choose(inputs)?),
         };
-        drop(ways);
-        let Some(way) = way else { return Ok(false) };
-        Ok(unless_refused(self.queue(inputs, &way))?.is_some())
+        let Some(prepared) = prepared else { return Ok(false) };
+        Ok(unless_refused(self.queue(inputs, prepared))?.is_some())
     }
 
     /// The fastest way of a large product, the library's first choice for others.
-    fn choose(&self, inputs: &Inputs) -> Result<Option<Way>> {
+    fn choose(&self, inputs: &Inputs) -> Result<Option<Prepared>> {
         let work = inputs.sizes.iter().fold(1, |work: usize, size| work.saturating_mul(*size));
         let is_timed = work >= TIMED_FROM;
         let sums: &[bool] =
             if is_timed && inputs.scales.is_some() { &[true, false] } else { &[false] };
-        let mut best: Option<(f32, Way)> = None;
+        let mut best: Option<(f32, Prepared)> = None;
         for &fast_sums in sums {
             let found = self.algorithms(inputs, fast_sums, if is_timed { WAYS } else { 1 });
             for algorithm in unless_refused(found)?.unwrap_or_default() {
-                let way = Way { algorithm, fast_sums };
+                let prepared = Prepared::new(inputs, algorithm, fast_sums);
+                let Some(prepared) = unless_refused(prepared)? else { continue };
                 if !is_timed {
-                    return Ok(Some(way));
+                    return Ok(Some(prepared));
                 }
-                let Some(ms) = self.time(inputs, &way)? else { continue };
-                if best.is_none_or(|(least, _)| ms < least) {
-                    best = Some((ms, way));
+                let Some(ms) = self.time(inputs, &prepared)? else { continue };
+                if best.as_ref().is_none_or(|(least, _)| ms < *least) {
+                    best = Some((ms, prepared));
                 }
             }
         }
-        Ok(best.map(|(_, way)| way))
+        Ok(best.map(|(_, prepared)| prepared))
     }
 
     /// Milliseconds of [`TIMED_RUNS`]; `None` where the library does not compute this way after all.
-    fn time(&self, inputs: &Inputs, way: &Way) -> Result<Option<f32>> {
+    fn time(&self, inputs: &Inputs, way: &Prepared) -> Result<Option<f32>> {
         let flags = Some(CUevent_flags::CU_EVENT_DEFAULT);
         if unless_refused(self.queue(inputs, way))?.is_none() {
             return Ok(None);
@@ -176,9 +183,9 @@ impl Library {
         Ok(Some(start.elapsed_ms(&end).w()?))
     }
 
-    fn queue(&self, inputs: &Inputs, way: &Way) -> std::result::Result<(), CublasError> {
-        let description = Description::of(inputs, way.fast_sums)?;
-        let [weight, x, out] = layouts(inputs)?;
+    fn queue(&self, inputs: &Inputs, way: &Prepared) -> std::result::Result<(), CublasError> {
+        let Prepared { algorithm, description, layouts: [weight, x, out] } = way;
+        description.point_to(inputs)?;
         let zero = 0.0_f32;
         let (workspace, _on_one_stream) = self.workspace.device_ptr(&self.stream);
         let at = |address: u64| address as *const c_void;
@@ -198,7 +205,7 @@ impl Library {
                 out.0,
                 at(inputs.out).cast_mut(),
                 out.0,
-                from_ref(&way.algorithm),
+                from_ref(algorithm),
                 at(workspace).cast_mut(),
                 WORKSPACE_BYTES,
                 self.stream.cu_stream().cast(),
@@ -279,6 +286,8 @@ fn is_refusal(error: &CublasError) -> bool {
 struct Description(sys::cublasLtMatmulDesc_t);
 
 impl Description {
+    /// With `fast_sums`, sums of products in fp8 have fewer bits: an error of 2 to 3·10⁻³ of the result instead
+    /// of 1.7·10⁻³, which is that of its rounding to bf16.
     fn of(inputs: &Inputs, fast_sums: bool) -> std::result::Result<Self, CublasError> {
         use sys::{cublasLtEpilogue_t as Epilogue, cublasLtMatmulDescAttributes_t as Attribute};
         const TRANSPOSED: i32 = 1;
@@ -293,12 +302,11 @@ impl Description {
             (true, true) => Epilogue::CUBLASLT_EPILOGUE_GELU_BIAS,
         };
         made.set(Attribute::CUBLASLT_MATMUL_DESC_EPILOGUE, &epilogue)?;
-        if let Some(bias) = &inputs.bias {
+        if inputs.bias.is_some() {
             let kind = sys::cudaDataType_t::CUDA_R_16BF;
-            made.set(Attribute::CUBLASLT_MATMUL_DESC_BIAS_POINTER, bias)?;
             made.set(Attribute::CUBLASLT_MATMUL_DESC_BIAS_DATA_TYPE, &kind)?;
         }
-        if let Some(scales) = &inputs.scales {
+        if inputs.scales.is_some() {
             // CUBLASLT_MATMUL_DESC_A_SCALE_MODE and _B_SCALE_MODE, and
             // CUBLASLT_MATMUL_MATRIX_SCALE_OUTER_VEC_32F of the header.
             const MODES: [c_int; 2] = [31, 32];
@@ -307,10 +315,22 @@ impl Description {
                 made.set_numbered(mode, &ONE_A_ROW)?;
             }
             made.set(Attribute::CUBLASLT_MATMUL_DESC_FAST_ACCUM, &i8::from(fast_sums))?;
-            made.set(Attribute::CUBLASLT_MATMUL_DESC_A_SCALE_POINTER, &scales.weight)?;
-            made.set(Attribute::CUBLASLT_MATMUL_DESC_B_SCALE_POINTER, &scales.x)?;
         }
+        made.point_to(inputs)?;
         Ok(made)
+    }
+
+    /// Sets the addresses that a product of this kind has beside its operands.
+    fn point_to(&self, inputs: &Inputs) -> std::result::Result<(), CublasError> {
+        use sys::cublasLtMatmulDescAttributes_t as Attribute;
+        if let Some(bias) = &inputs.bias {
+            self.set(Attribute::CUBLASLT_MATMUL_DESC_BIAS_POINTER, bias)?;
+        }
+        if let Some(scales) = &inputs.scales {
+            self.set(Attribute::CUBLASLT_MATMUL_DESC_A_SCALE_POINTER, &scales.weight)?;
+            self.set(Attribute::CUBLASLT_MATMUL_DESC_B_SCALE_POINTER, &scales.x)?;
+        }
+        Ok(())
     }
 
     fn set<T>(

@@ -58,7 +58,6 @@ pub(super) fn copied(x: &Tensor) -> Result<Tensor> {
 #[derive(Debug)]
 pub(super) struct Output {
     dims: Vec<usize>,
-    device: Device,
     memory: Memory,
 }
 
@@ -87,7 +86,7 @@ impl Output {
             (Device::Cuda(device), _) => Memory::Cuda(device::allocate(device, count, dtype)?),
             _ => bail!("a kernel does not write {dtype:?} on {device:?}"),
         };
-        Ok(Self { dims: dims.to_vec(), device: device.clone(), memory })
+        Ok(Self { dims: dims.to_vec(), memory })
     }
 
     /// Where the kernel writes.
@@ -137,9 +136,9 @@ impl Output {
     /// What was written; the launches must have been queued before.
     pub(super) fn into_tensor(self) -> Result<Tensor> {
         match self.memory {
-            Memory::Bf16(numbers) => Tensor::from_vec(numbers, self.dims, &self.device),
-            Memory::F32(numbers) => Tensor::from_vec(numbers, self.dims, &self.device),
-            Memory::U8(numbers) => Tensor::from_vec(numbers, self.dims, &self.device),
+            Memory::Bf16(numbers) => Tensor::from_vec(numbers, self.dims, &Device::Cpu),
+            Memory::F32(numbers) => Tensor::from_vec(numbers, self.dims, &Device::Cpu),
+            Memory::U8(numbers) => Tensor::from_vec(numbers, self.dims, &Device::Cpu),
             #[cfg(feature = "cuda")]
             Memory::Cuda(storage) => {
                 let none = candle_core::op::BackpropOp::none();
@@ -432,7 +431,7 @@ mod device {
 
     /// The device's compute capability.
     pub(in super::super) fn capability(device: &CudaDevice) -> Result<(i32, i32)> {
-        device.cuda_stream().context().compute_capability().w()
+        Ok(known(device)?.1)
     }
 
     fn ask(device: &CudaDevice, attribute: DeviceAttribute) -> Result<usize> {
@@ -486,26 +485,33 @@ mod device {
         Ok(format!("{}, compute capability {major}.{minor}", stream.context().name().w()?))
     }
 
-    /// Asked for once for each device: products look at them at every start.
     pub(super) fn limits(device: &CudaDevice) -> Result<Limits> {
+        Ok(known(device)?.0)
+    }
+
+    /// Limits and compute capability, asked for once for each device: products and attention look at them at
+    /// every start.
+    fn known(device: &CudaDevice) -> Result<(Limits, (i32, i32))> {
         use DeviceAttribute::{
             CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN as OF_A_BLOCK,
             CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_MULTIPROCESSOR as OF_ALL,
             CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT as MULTIPROCESSORS,
         };
-        static KNOWN: Mutex<Option<HashMap<DeviceId, Limits>>> = Mutex::new(None);
+        type Known = HashMap<DeviceId, (Limits, (i32, i32))>;
+        static KNOWN: Mutex<Option<Known>> = Mutex::new(None);
         let mut known = KNOWN.lock().unwrap_or_else(PoisonError::into_inner);
-        if let Some(limits) = known.get_or_insert_default().get(&device.id()) {
-            return Ok(*limits);
+        if let Some(found) = known.get_or_insert_default().get(&device.id()) {
+            return Ok(*found);
         }
+        let capability = device.cuda_stream().context().compute_capability().w()?;
         let limits = Limits {
             multiprocessors: ask(device, MULTIPROCESSORS)?,
             shared_bytes: ask(device, OF_A_BLOCK)?,
             shared_bytes_all: ask(device, OF_ALL)?,
-            is_hopper: capability(device)?.0 >= 9,
+            is_hopper: capability.0 >= 9,
         };
-        known.get_or_insert_default().insert(device.id(), limits);
-        Ok(limits)
+        known.get_or_insert_default().insert(device.id(), (limits, capability));
+        Ok((limits, capability))
     }
 
     pub(super) fn launch(device: &CudaDevice, launch: &Launch, early: bool) -> Result<()> {

@@ -41,8 +41,7 @@ pub(in crate::ops) fn joint_attention(
     let device = text.key.device();
     let prepared = [Prepared::new(text, shape)?, Prepared::new(image, shape)?];
     let tiles: usize = prepared.iter().map(|stream| stream.query_rows().div_ceil(ROWS)).sum();
-    let lengths = shape.text_lengths.map(|lengths| super::attention::counts(lengths, device));
-    let lengths = lengths.transpose()?;
+    let lengths = shape.text_lengths.map(|lengths| lengths.on(device)).transpose()?;
 
     let mut args = Args::default();
     for stream in &prepared {

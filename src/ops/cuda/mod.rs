@@ -22,6 +22,7 @@ pub mod parity;
 mod pictures;
 mod queue;
 mod rows;
+mod runs;
 
 use std::{
     cell::Cell,
@@ -48,6 +49,7 @@ pub(super) use rows::{
     Activation, activate, channel_rms_norm, gated_add, gated_add_norm, guided_step, layer_norm,
     rms_norm, rotate,
 };
+pub(super) use runs::{gated_add_each, gated_add_norm_each, layer_norm_each};
 
 thread_local! {
     static EMULATED: Cell<Option<u32>> = const { Cell::new(None) };

@@ -41,22 +41,23 @@ impl Shared {
 
 /// `RowArgs` of `kernels/rows.cu`.
 #[derive(Default)]
-struct RowArgs<'a> {
-    scale: Option<&'a Tensor>,
-    shift: Option<&'a Tensor>,
-    shared: usize,
-    residual: Option<&'a Tensor>,
-    gate: Option<&'a Tensor>,
-    sum: u64,
-    weight: Option<&'a Tensor>,
-    eps: f64,
+pub(super) struct RowArgs<'a> {
+    pub(super) scale: Option<&'a Tensor>,
+    pub(super) shift: Option<&'a Tensor>,
+    pub(super) shared: usize,
+    pub(super) residual: Option<&'a Tensor>,
+    pub(super) gate: Option<&'a Tensor>,
+    pub(super) sum: u64,
+    pub(super) weight: Option<&'a Tensor>,
+    pub(super) eps: f64,
 }
 
 impl RowArgs<'_> {
-    fn args(&self, x: &Tensor, out: &Output) -> Result<Args> {
+    /// The arguments for the rows of `x`, whose results go to the address `out`.
+    pub(super) fn args(&self, x: &Tensor, out: u64) -> Result<Args> {
         let width = x.dim(D::Minus1)?;
         let mut args = Args::default();
-        args.tensor(Some(x))?.address(out.address());
+        args.tensor(Some(x))?.address(out);
         args.counts([x.elem_count().checked_div(width).unwrap_or(0), width]);
         args.tensor(self.scale)?.tensor(self.shift)?.count(self.shared.max(1));
         args.tensor(self.residual)?.tensor(self.gate)?.address(self.sum).tensor(self.weight)?;
@@ -67,12 +68,13 @@ impl RowArgs<'_> {
 }
 
 /// Whether rows of `x` suit the kernels that keep a row in shared memory.
-fn has_rows(x: &Tensor) -> bool {
+pub(super) fn has_rows(x: &Tensor) -> bool {
     let width = x.dims().last().copied().unwrap_or(0);
     x.elem_count() > 0 && width.is_multiple_of(TOGETHER) && width <= WIDTH_MAX
 }
 
-fn by_row(kernel: &str, x: &Tensor, out: &Output, args: Args) -> Result<()> {
+/// Starts a kernel whose blocks own a row of `x` each.
+pub(super) fn by_row(kernel: &str, x: &Tensor, args: Args) -> Result<()> {
     let width = x.dim(D::Minus1)?;
     launch(
         x.device(),
@@ -83,9 +85,7 @@ fn by_row(kernel: &str, x: &Tensor, out: &Output, args: Args) -> Result<()> {
             shared_bytes: (width + WARP_SUMS) * DType::F32.size_in_bytes(),
             args,
         },
-    )?;
-    let _written = out;
-    Ok(())
+    )
 }
 
 /// [`crate::ops::rms_norm`], or `None` where there is no kernel for the types and sizes.
@@ -97,8 +97,9 @@ pub(in crate::ops) fn rms_norm(x: &Tensor, weight: &Tensor, eps: f64) -> Result<
     }
     let (x, weight) = (aligned(x)?, weight.contiguous()?);
     let out = Output::new(x.device(), x.dims(), DType::BF16)?;
-    let args = RowArgs { weight: Some(&weight), eps, ..RowArgs::default() }.args(&x, &out)?;
-    by_row("rms_norm", &x, &out, args)?;
+    let args =
+        RowArgs { weight: Some(&weight), eps, ..RowArgs::default() }.args(&x, out.address())?;
+    by_row("rms_norm", &x, args)?;
     out.into_tensor().map(Some)
 }
 
@@ -129,7 +130,7 @@ pub(in crate::ops) fn layer_norm(
         eps,
         ..RowArgs::default()
     };
-    by_row("layer_norm", &x, &out, args.args(&x, &out)?)?;
+    by_row("layer_norm", &x, args.args(&x, out.address())?)?;
     out.into_tensor().map(Some)
 }
 
@@ -151,8 +152,7 @@ pub(in crate::ops) fn gated_add(
         shared: gate.rows,
         ..RowArgs::default()
     };
-    let grid = x.elem_count().div_ceil(TOGETHER * THREADS);
-    flat("gated_add", x.device(), grid, args.args(&x, &out)?)?;
+    flat_rows("gated_add", &x, args.args(&x, out.address())?)?;
     out.into_tensor().map(Some)
 }
 
@@ -185,7 +185,7 @@ pub(in crate::ops) fn gated_add_norm(
         weight: None,
         eps,
     };
-    by_row("layer_norm", &x, &out, args.args(&x, &out)?)?;
+    by_row("layer_norm", &x, args.args(&x, out.address())?)?;
     Ok(Some((sum.into_tensor()?, out.into_tensor()?)))
 }
 
@@ -311,6 +311,11 @@ fn flat(kernel: &str, device: &Device, blocks: usize, args: Args) -> Result<()> 
         device,
         &Launch { kernel: kernel.to_owned(), grid, threads: THREADS, shared_bytes: 0, args },
     )
+}
+
+/// Starts a kernel whose threads own [`TOGETHER`] elements of `x` each.
+pub(super) fn flat_rows(kernel: &str, x: &Tensor, args: Args) -> Result<()> {
+    flat(kernel, x.device(), x.elem_count().div_ceil(TOGETHER * THREADS), args)
 }
 
 /// `x` without gaps, starting at a multiple of 16 bytes.

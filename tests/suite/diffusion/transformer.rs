@@ -119,6 +119,51 @@ fn predictions_in_one_batch_equal_those_of_two_passes() {
     }
 }
 
+/// Positions and lengths are kept from input to input: whatever came before, a prediction is that of a model
+/// that has seen nothing.
+#[test]
+fn what_is_kept_of_other_inputs_changes_nothing() {
+    let reference = Reference::open("tiny-qwen-2511");
+    let (grids, long) = (grids(&reference), conditioning(&reference));
+    let tokens = reference.tensor("dit.hidden_states");
+    let cut = long.hidden_states.narrow(1, 2, long.hidden_states.dim(1).unwrap() - 3).unwrap();
+    let short = Conditioning { hidden_states: cut };
+    let alone = tokens.narrow(1, 0, grids[0].tokens()).unwrap();
+    let turned: Vec<Grid> =
+        grids.iter().map(|grid| Grid { height: grid.width, width: grid.height }).collect();
+    let input = |tokens, grids, conditioning| ModelInput { tokens, grids, conditioning };
+    let inputs = [
+        vec![input(tokens, &grids[..], &long)],
+        vec![input(tokens, &grids[..], &short)],
+        vec![input(tokens, &grids[..], &long), input(tokens, &grids[..], &short)],
+        vec![input(tokens, &turned[..], &long)],
+        vec![input(&alone, &grids[..1], &long)],
+        vec![input(tokens, &grids[..], &short), input(tokens, &grids[..], &long)],
+        vec![input(tokens, &grids[..], &long)],
+    ];
+    let cancel = CancelToken::new();
+    let predictions = |model: &Transformer, inputs: &[ModelInput<'_>]| {
+        let context = &model.contexts(&[0.37], &cancel).unwrap()[0];
+        let mut branches: Vec<_> =
+            inputs.iter().map(|input| Branch { input: *input, cache: None }).collect();
+        let found = model.forward_each(&mut branches, context, Outputs::All, &cancel).unwrap();
+        Tensor::cat(&found, 0).unwrap()
+    };
+    for guidance in [GuidancePass::InTurn, GuidancePass::OneBatch] {
+        let fresh = || {
+            let model = Transformer::load(&files(&reference), &Precision::reference()).unwrap();
+            model.set_guidance(guidance);
+            model
+        };
+        let used = fresh();
+        for (i, inputs) in inputs.iter().chain(&inputs).enumerate() {
+            let (found, expected) = (predictions(&used, inputs), predictions(&fresh(), inputs));
+            let difference = largest_difference(&found, &expected);
+            assert!(difference == 0.0, "input {i}, {guidance:?}: {difference}");
+        }
+    }
+}
+
 #[test]
 fn half_precision_stays_near_the_reference() {
     let reference = Reference::open("tiny-qwen-2511");

@@ -3,10 +3,11 @@
 use candle_core::{DType, Tensor};
 
 use super::Suite;
-use crate::ops::{self, Sinusoids};
+use crate::ops::{self, ModulatedTokens, Sinusoids};
 
 pub(super) fn check(suite: &mut Suite) {
     rows(suite);
+    runs(suite);
     activations(suite);
     rotations(suite);
     channels(suite);
@@ -53,6 +54,41 @@ fn rows(suite: &mut Suite) {
             });
         }
     }
+}
+
+/// Runs of tokens with a modulation each.
+fn runs(suite: &mut Suite) {
+    const EPS: f64 = 1e-6;
+    for ([b, n, dim], first) in [([1, 70, 48], 33), ([3, 9, 8], 4), ([2, 5, 3072], 0)] {
+        let name = format!("[{b}, {n}, {dim}], {first} tokens in the first run");
+        let [x, y] = [0, 1].map(|_| suite.random(&[b, n, dim]));
+        let modulation = [0; 6].map(|_| suite.random(&[1, 1, dim]));
+        let [a, b, c, d, e, f] = &modulation;
+        let inputs = ([&x, a, b, c, d, e, f], &[][..]);
+        suite.compare("modulated norm of runs", name.clone(), inputs, |[x, of @ ..]| {
+            ops::modulated_layer_norm_each(x, &two_runs(of, [first, n]), EPS)
+        });
+        let inputs = ([&y, &x, a, b, c, d, e, f], &[][..]);
+        suite.compare("gated add of runs", name.clone(), inputs, |[y, x, of @ ..]| {
+            ops::gated_add_each(y, x, &two_runs(of, [first, n]))
+        });
+        suite.compare("gated add and norm of runs", name, inputs, |[y, x, of @ ..]| {
+            let [a, b, c, d, e, f] = of;
+            // The norm of the next half has numbers of its own.
+            let (runs, next) = (two_runs(of, [first, n]), two_runs([d, e, f, b, c, a], [first, n]));
+            let (sum, normed) = ops::gated_add_norm_each(y, x, [&runs, &next], EPS)?;
+            Tensor::cat(&[sum, normed], 0)
+        });
+    }
+}
+
+/// The first tokens of `n` and the others, by scale, shift and gate each.
+fn two_runs<'a>(of: [&'a Tensor; 6], [first, n]: [usize; 2]) -> [ModulatedTokens<'a>; 2] {
+    let run = |tokens, i: usize| {
+        let (scale, shift, gate) = (of[i], of[i + 1], of[i + 2]);
+        ModulatedTokens { tokens, scale, shift, gate }
+    };
+    [run(first, 0), run(n - first, 3)]
 }
 
 fn activations(suite: &mut Suite) {

@@ -4,7 +4,7 @@ use candle_core::{DType, Result, Tensor};
 
 use super::{Suite, rounded};
 use crate::ops::{
-    JointShape, JointStream, Mask,
+    JointShape, JointStream, Mask, TextLengths,
     joint::{prepared_key, prepared_query},
     joint_attention,
 };
@@ -85,8 +85,8 @@ fn padded(x: &Tensor, lengths: &[usize]) -> Result<Tensor> {
 
 fn attend(inputs: [&Tensor; 14], variant: Variant, lengths: &[usize]) -> Result<Tensor> {
     let (text, image) = streams(inputs, variant);
-    let lengths = (variant == Variant::Lengths).then_some(lengths);
-    let shape = JointShape { text_lengths: lengths, ..SHAPE };
+    let lengths = (variant == Variant::Lengths).then(|| TextLengths::new(lengths.to_vec()));
+    let shape = JointShape { text_lengths: lengths.as_ref(), ..SHAPE };
     let out = joint_attention(&text, &image, shape)?;
     let parts = [out.text, out.image].into_iter().flatten();
     let parts: Vec<Tensor> = parts.filter(|part| part.elem_count() > 0).collect();

@@ -3,7 +3,7 @@
 use candle_core::{Device, Tensor};
 
 use super::*;
-use crate::ops::joint_attention;
+use crate::ops::{TextLengths, joint_attention};
 
 /// Shapes of one case: batch, heads, width of a head; tokens and queries of text and picture.
 struct Case {
@@ -65,7 +65,9 @@ fn error(x: &Tensor, exact: &Tensor) -> f64 {
 
 fn check(case: &Case, text_lengths: Option<&[usize]>) {
     // Twice that of rounding queries, keys, values and weights to 8 bits.
-    check_within(case, JointShape { scale: 0.13, eps: 1e-6, text_lengths }, 6e-3);
+    let text_lengths = text_lengths.map(|lengths| TextLengths::new(lengths.to_vec()));
+    let shape = JointShape { scale: 0.13, eps: 1e-6, text_lengths: text_lengths.as_ref() };
+    check_within(case, shape, 6e-3);
 }
 
 fn check_within(case: &Case, shape: JointShape<'_>, limit: f64) {

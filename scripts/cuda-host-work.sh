@@ -1,0 +1,107 @@
+#!/usr/bin/env bash
+# What a step of the denoising loop asks of the host: runs the real code on a driver and libraries that do nothing but
+# count (scripts/cuda-stand-in). Needs a C compiler and what scripts/cuda-build.sh built; no GPU.
+#   scripts/cuda-host-work.sh [PROGRAM] [CASE]     (default: target/cuda/release/pentimento-gpu-check, no names)
+# Prints microseconds and calls of a layer, and fails where a step waits for the device, copies from or to the host or
+# loads a module. Calls of a case, or of `all`, are listed by name.
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+program=$(realpath "${1:-target/cuda/release/pentimento-gpu-check}")
+cuda=${CUDA_HOME:-$HOME/.cache/pentimento/cuda-13.0}
+if [[ ! -e $cuda/include/cuda.h ]] && command -v nvcc >/dev/null; then
+  cuda=$(dirname "$(dirname "$(realpath "$(command -v nvcc)")")")
+fi
+work=$(mktemp -d)
+trap 'rm -rf "$work"' EXIT
+stand_in=scripts/cuda-stand-in
+
+# Every other name of the driver, as a call that is counted and succeeds.
+python3 - "$cuda/include/cuda.h" "$stand_in/driver.c" > "$work/driver.c" <<'PY'
+import re
+import sys
+
+header, driver = (open(path).read() for path in sys.argv[1:])
+names = set(re.findall(r"\b(cu[A-Z]\w*)\s*\(", header))
+for macro, target in re.findall(r"#define\s+(cu\w+)\s+(?:__CUDA_API_PTD?S?Z?\()?(cu\w+)", header):
+    names |= {macro, target}
+names -= set(re.findall(r"\b(cu[A-Z]\w*)\(", driver))
+print(driver)
+for name in sorted(names):
+    print(f"int {name}(void) {{ COUNTED; return SUCCESS; }}")
+PY
+cc -O2 -shared -fPIC -w -Wl,-soname,libcuda.so.1 -o "$work/libcuda.so.1" "$work/driver.c"
+for library in libcublas.so.13 libcublasLt.so.13 libcurand.so.10; do
+  echo "$library { global: *; };" > "$work/version"
+  cc -O2 -shared -fPIC -Wl,-soname,$library -Wl,--version-script="$work/version" -o "$work/$library" \
+    "$stand_in/libraries.c" "$work/libcuda.so.1" -lm
+done
+
+COUNTS=$work/counts LD_LIBRARY_PATH=$work:$cuda/lib64 timeout 120 "$program" --scratch "$work/scratch" \
+  --part "time of the host" --inner > "$work/rows"
+python3 - "$work/rows" "$work/counts" "${2:-}" <<'PY'
+import json
+import statistics
+import sys
+
+rows, counts, wanted = sys.argv[1:]
+rows = [json.loads(line[4:]) for line in open(rows) if line.startswith("row ")]
+ranges = [json.loads(line) for line in open(counts)]
+STEPS = 6  # of src/check/host.rs
+# Waits, copies from and to the host, and what is loaded. Copies within the device are not among them.
+FORBIDDEN = ("Synchronize", "Query", "HtoD", "DtoH", "HtoA", "AtoH", "ModuleLoad", "LibraryLoad", "Link")
+# The last call of a step waits for it, so that it can be told and cancelled.
+ALLOWED = {"cuStreamSynchronize": 1}
+BLAS = "cublasLtMatmul"
+
+def fail(why):
+    print("FAIL", why)
+    sys.exit(1)
+
+failed = [row for row in rows if "Timed" not in row["finding"]]
+if failed or not rows or len(rows) % 2:
+    fail(f"the program: {failed or 'no rows'}")
+if len(ranges) != len(rows) * STEPS:
+    fail(f"{len(ranges)} steps were seen of {len(rows) * STEPS}")
+faults = []
+steps = [ranges[i : i + STEPS] for i in range(0, len(ranges), STEPS)]
+print("case: us a layer (beside the layers), kernels, products by cuBLASLt, allocations, all calls a layer")
+for row_few, row_many, few, many in zip(rows[::2], rows[1::2], steps[::2], steps[1::2]):
+    layers = [int(row["name"].split()[0]) for row in (row_few, row_many)]
+    name = row_many["name"].split(", ", 1)[1]
+    # The first step warms up, and the first and the last look whether numbers are finite.
+    few, many = few[1:-1], many[1:-1]
+    for step in few + many:
+        for call, count in step["calls"].items():
+            if any(word in call for word in FORBIDDEN) and count > ALLOWED.get(call, 0):
+                faults.append(f"{name}: {count} {call} in a step")
+        if step["last"] != "cuStreamSynchronize":
+            faults.append(f"{name}: a step ends with {step['last']}")
+    apart = layers[1] - layers[0]
+    times = [statistics.median(step["us"] for step in some) for some in (few, many)]
+    each = (times[1] - times[0]) / apart
+    few, many = few[-1], many[-1]
+
+    def a_layer(kind):
+        found = {of: (n - few[kind].get(of, 0)) / apart for of, n in many[kind].items()}
+        return dict(sorted(found.items(), key=lambda item: -item[1]))
+
+    calls, kernels = a_layer("calls"), a_layer("kernels")
+    def some(*words):
+        return sum(n for of, n in calls.items() if any(word in of for word in words))
+
+    launches, allocations = some("cuLaunchKernel"), some("cuMemAlloc")
+    print(f"{name}: {each:.0f} us ({times[1] - each * layers[1]:.0f}), {launches:g}, {calls.get(BLAS, 0):g}, "
+          f"{allocations:g}, {sum(calls.values()):g}")
+    if BLAS not in calls:
+        faults.append(f"{name}: no products by cuBLASLt")
+    if wanted in (name, "all"):
+        def beside(kind, each):
+            return {of: n - each.get(of, 0) * layers[1] for of, n in many[kind].items()}
+
+        for title, found in (("calls", calls), ("kernels", kernels), ("calls beside", beside("calls", calls)),
+                             ("kernels beside", beside("kernels", kernels))):
+            print(f"  {title}: " + ", ".join(f"{of} {n:g}" for of, n in found.items() if n))
+if faults:
+    fail("\n     ".join(dict.fromkeys(faults)))
+print("ok   no step waits, copies from or to the host, or loads a module")
+PY
