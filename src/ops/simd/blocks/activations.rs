@@ -208,18 +208,39 @@ impl<const R: usize> Activations<R> {
     const SUMS_FLOATS: usize = size_of::<Sums<R>>().div_euclid(size_of::<f32>());
     const SUPER_FLOATS: usize = size_of::<SuperSums<R>>().div_euclid(size_of::<f32>());
 
-    /// The blocks in `range` of a tile. What was not [needed](Needs) is what was left there before.
-    pub(super) fn tile(&self, tile: usize, range: Range<usize>) -> TileBlocks<'_, R> {
+    /// All tiles. What was not [needed](Needs) is what was left there before.
+    pub(super) fn tiles(&self) -> Tiles<'_, R> {
         let Self { buffer, depth, tiles, .. } = self;
-        let supers = supers(*depth);
         let (blocks, rest) = buffer.0.split_at(tiles * depth * Self::BLOCK_FLOATS);
         let (sums, rest) = rest.split_at(tiles * depth * Self::SUMS_FLOATS);
-        let super_sums = &rest[..tiles * supers * Self::SUPER_FLOATS];
+        let super_sums = &rest[..tiles * supers(*depth) * Self::SUPER_FLOATS];
+        let blocks = TileBlocks {
+            blocks: bytemuck::cast_slice(blocks),
+            sums: bytemuck::cast_slice(sums),
+            super_sums: bytemuck::cast_slice(super_sums),
+        };
+        Tiles { blocks, depth: *depth }
+    }
+}
+
+/// Tiles of rows, one after the other.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Tiles<'a, const R: usize> {
+    blocks: TileBlocks<'a, R>,
+    /// Blocks of a row.
+    depth: usize,
+}
+
+impl<'a, const R: usize> Tiles<'a, R> {
+    /// The blocks in `range` of a tile.
+    #[inline]
+    pub(super) fn blocks(&self, tile: usize, range: Range<usize>) -> TileBlocks<'a, R> {
         let super_range = range.start.div_euclid(BLOCKS)..range.end.div_euclid(BLOCKS);
+        let TileBlocks { blocks, sums, super_sums } = self.blocks;
         TileBlocks {
-            blocks: &bytemuck::cast_slice(blocks)[tile * depth..][range.clone()],
-            sums: &bytemuck::cast_slice(sums)[tile * depth..][range],
-            super_sums: &bytemuck::cast_slice(super_sums)[tile * supers..][super_range],
+            blocks: &blocks[tile * self.depth..][range.clone()],
+            sums: &sums[tile * self.depth..][range],
+            super_sums: &super_sums[tile * supers(self.depth)..][super_range],
         }
     }
 }

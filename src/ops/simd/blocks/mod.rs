@@ -420,9 +420,9 @@ impl PackedBlocks {
         sums.resize(panels.len() * rows, [0.0; PANEL]);
         let stored_blocks = self.format.numbers().div_euclid(BLOCK);
         let depth = self.depth * stored_blocks;
-        let first = tile.rows.start.div_euclid(R);
+        let (first, x) = (tile.rows.start.div_euclid(R), x.tiles());
         #[cfg(target_arch = "x86_64")]
-        if let Some(x) = self.as_row(x.tile(first, 0..depth).blocks).filter(|_| rows == 1) {
+        if let Some(x) = self.as_row(x.blocks(first, 0..depth).blocks).filter(|_| rows == 1) {
             for (panel, sums) in panels.clone().zip(sums.iter_mut()) {
                 x86::add_q8_0_row_512(self.panel(panel), x, std::array::from_mut(sums));
             }
@@ -446,7 +446,7 @@ impl PackedBlocks {
                 let mut next = self.next_chunk(&panels, panel, &stored).chunks(share);
                 for (i, sums) in sums.as_chunks_mut().0.iter_mut().enumerate() {
                     next.next().map(into_second_level);
-                    let x = x.tile(first + i, from..to);
+                    let x = x.blocks(first + i, from..to);
                     self.add_tile::<R, G, M>((chunk, unpacked), x, sums);
                 }
             }
