@@ -131,7 +131,7 @@ fn descend(folder: &Path, depth: usize, left: &mut usize, found: &mut Vec<(PathB
         return;
     }
     let sharded = is_sharded(folder);
-    if sharded {
+    if sharded || is_part(folder) {
         found.push((folder.to_owned(), true));
     }
     for path in children(folder, left) {
@@ -189,11 +189,19 @@ fn is_model(folder: &Path) -> bool {
     folder.join(INDEX).is_file()
 }
 
+/// What the weights of a part are called in the published layout.
+const STEMS: [&str; 2] = ["model", "diffusion_pytorch_model"];
+
 /// Whether weights in shards lie in the folder, which is one thing then.
 fn is_sharded(folder: &Path) -> bool {
-    ["model", "diffusion_pytorch_model"]
-        .iter()
-        .any(|stem| folder.join(format!("{stem}.safetensors.index.json")).is_file())
+    STEMS.iter().any(|stem| folder.join(format!("{stem}.safetensors.index.json")).is_file())
+}
+
+/// Whether the folder is one part of a model with its weights in one file, which has a name of its own
+/// as well.
+fn is_part(folder: &Path) -> bool {
+    let weights = |stem: &&str| folder.join(format!("{stem}.safetensors")).is_file();
+    folder.join("config.json").is_file() && STEMS.iter().any(|stem| weights(&stem))
 }
 
 fn is_weights(path: &Path) -> bool {

@@ -88,6 +88,7 @@ fn cached(hub: &Path, name: &str, source: &Path) {
     fs_err::create_dir_all(repository.join("refs")).unwrap();
     fs_err::write(repository.join("refs/main"), "abc123").unwrap();
     fs_err::create_dir_all(repository.join("snapshots/older")).unwrap();
+    fs_err::create_dir_all(&snapshot).unwrap();
     engine::copy(source, &snapshot);
     fs_err::create_dir_all(repository.join("blobs")).unwrap();
     let mut folders = vec![snapshot];
@@ -181,6 +182,16 @@ fn names_stand_for_what_fits() {
     assert_eq!(machine.found("whole-2511", Want::Folder), machine.at("named/whole-2511"));
     let lora = machine.at("ComfyUI/models/loras/few.safetensors");
     assert_eq!(machine.found("few", Want::File(&[Family::Lora])), lora);
+    // A part in one file is a folder for those who want one, and a file for others.
+    let hub = machine.at("hub");
+    cached(&hub, "Qwen/Planner", &machine.at("named/whole-2511/text_encoder"));
+    let planner = hub.join("models--Qwen--Planner/snapshots/abc123");
+    for name in ["Qwen/Planner", "planner"] {
+        assert_eq!(machine.found(name, Want::ModelOrPart), planner, "{name}");
+    }
+    let file =
+        machine.found("Qwen/Planner/model.safetensors", Want::File(&[Family::VisionLanguage]));
+    assert_eq!(file, planner.join("model.safetensors"));
     // What exists, or is plainly a path, is itself.
     let path = unet.display().to_string();
     assert_eq!(machine.found(&path, Want::Folder), unet);
