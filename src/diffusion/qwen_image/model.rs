@@ -23,6 +23,7 @@ use super::{
 use crate::{
     error::{Error, Result},
     layers::{Linear, RmsNorm},
+    memory::Lead,
     ops,
     progress::CancelToken,
     weights::{
@@ -31,6 +32,9 @@ use crate::{
 };
 
 const EPS: f64 = 1e-6;
+/// Blocks that are queued on a device before the first of them is done: so soon a step can be cancelled.
+/// Queueing one takes a small part of computing it.
+const BLOCKS_AHEAD: usize = 8;
 /// Modulation that is kept for the next pass takes at most this many bytes.
 pub(super) const KEPT_BYTES_MAX: usize = 256 << 20;
 /// Modulation vectors of one block, at most: target, references and text, six each.
@@ -388,6 +392,7 @@ impl Transformer {
             begun.collect::<Result<_>>()?
         };
         let last = self.config.layers.saturating_sub(1);
+        let mut lead = Lead::new(&self.precision.device, BLOCKS_AHEAD);
         self.blocks.each(cancel, |index, block| {
             let context = &step.blocks[index];
             for (pass, branch) in passes.iter_mut().zip(branches.iter_mut()) {
@@ -402,6 +407,7 @@ impl Transformer {
                     _ => pass.advance(block, context)?,
                 }
             }
+            lead.queued()?;
             // Blocks that nobody needs are not read either.
             let all_finished = passes.iter().all(|pass| pass.finished.is_some());
             Ok(if all_finished { ControlFlow::Break(()) } else { ControlFlow::Continue(()) })
