@@ -46,6 +46,7 @@ while [ "$round" -lt "$rounds" ]; do
         case $part in
         transformer)
             run pentimento transformer q8_0 4
+            run pentimento transformer q4_k 4
             run diffusers transformer bf16 3
             run stable-diffusion.cpp transformer q8_0 1
             run stable-diffusion.cpp transformer q8_0-fa 1

@@ -9,6 +9,7 @@ from collections import defaultdict
 # Ours against theirs, and how many times as fast the first is meant to be.
 PAIRS = [
     (("pentimento", "transformer", "q8_0"), ("diffusers", "transformer", "bf16"), 3.0),
+    (("pentimento", "transformer", "q4_k"), ("diffusers", "transformer", "bf16"), None),
     (("pentimento", "transformer", "q8_0"), ("stable-diffusion.cpp", "transformer", "q8_0"), 6.0),
     (("pentimento", "transformer", "q8_0"), ("stable-diffusion.cpp", "transformer", "q8_0-fa"), 6.0),
     (("pentimento", "transformer", "bf16"), ("diffusers", "transformer", "bf16"), None),
