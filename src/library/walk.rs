@@ -201,7 +201,7 @@ fn is_sharded(folder: &Path) -> bool {
 /// as well.
 fn is_part(folder: &Path) -> bool {
     let weights = |stem: &&str| folder.join(format!("{stem}.safetensors")).is_file();
-    folder.join("config.json").is_file() && STEMS.iter().any(|stem| weights(&stem))
+    folder.join("config.json").is_file() && STEMS.iter().any(weights)
 }
 
 fn is_weights(path: &Path) -> bool {

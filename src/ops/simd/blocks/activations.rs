@@ -388,7 +388,7 @@ fn exponent_of(power: f32) -> i32 {
 }
 
 /// What the sums of a row that is multiplied in pairs start from, `−Σ x (x' + 128)`; turns the signs
-/// of the `x`, as [`super::pairs`] wants them.
+/// of the `x`, as [`super::six_rows`] wants them.
 #[inline(always)]
 fn pair_start(values: &mut [[i8; 4]; FOURS]) -> i32 {
     let mut sums = [0; 4];

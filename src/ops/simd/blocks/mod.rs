@@ -9,9 +9,9 @@
 mod activations;
 mod format;
 mod instructions;
-#[cfg(target_arch = "x86_64")]
-mod pairs;
 mod plain;
+#[cfg(target_arch = "x86_64")]
+mod six_rows;
 mod store;
 #[cfg(test)]
 mod tests;
@@ -360,7 +360,7 @@ impl PackedBlocks {
         }
         #[cfg(target_arch = "x86_64")]
         if self.center().is_some() {
-            return pairs::unpack_centered_512(
+            return six_rows::unpack_centered_512(
                 self.format,
                 PanelBlock::new(self.format, block),
                 out,
@@ -384,12 +384,18 @@ impl PackedBlocks {
         }
         #[cfg(target_arch = "x86_64")]
         if let Ok(sums) = <&mut PanelRows<TILE_ROWS>>::try_from(&mut sums[..])
-            && self.center().is_some()
+            && self.instructions == Instructions::Avx512Vnni
         {
-            return match self.joins_mins::<R>() {
-                true => pairs::add_super_tile_512(unpacked, x.cast(), sums),
-                false => pairs::add_paired_tile_512::<M>(unpacked, x.cast(), sums),
-            };
+            match self.format.center() {
+                Some(_) if self.joins_mins::<R>() => {
+                    return six_rows::add_super_tile_512(unpacked, x.cast(), sums);
+                }
+                Some(_) => return six_rows::add_paired_tile_512::<M>(unpacked, x.cast(), sums),
+                None if G == 2 => {
+                    return six_rows::add_half_scaled_tile_512(unpacked, x.cast(), sums);
+                }
+                None => {}
+            }
         }
         self.instructions.add_tile::<R, G, M>(unpacked, parts, sums);
     }

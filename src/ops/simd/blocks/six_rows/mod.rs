@@ -1,6 +1,7 @@
-//! Two products by one multiplication, for weights of four and five bits.
+//! Tiles of six rows with AVX-512 VNNI, in assembly where a compiler falls short: weights of four and five
+//! bits, and formats with a scale for each half of a block.
 //!
-//! With neighbours `x, x'` and their weights `y, y'`,
+//! **Pairs: two products by one multiplication.** With neighbours `x, x'` and their weights `y, y'`,
 //! `x y + x' y' = (x' + y)(x + y') − x x' − y y'` (S. Winograd, 1968). The products `x x'` belong to a
 //! row and `y y'` to an output, so that each is summed once; what is left for every row and output is
 //! one multiplication and two additions. The units that multiply are the narrow place and two others
@@ -33,7 +34,7 @@ use half::f16;
 use super::{
     super::q4k::halves,
     PANEL, PanelRows, SUPER_BLOCK, TILE_ROWS, Unpacked,
-    activations::{BLOCKS, PLAIN_ROWS, RowBlock, SuperSums, TileBlocks},
+    activations::{BLOCKS, PLAIN_ROWS, RowBlock, Sums, SuperSums, TileBlocks},
     format::{BlockFormat, PanelBlock},
     unpack,
     x86::{add, half_numbers, replace, wide, with_instructions},
@@ -60,6 +61,12 @@ with_instructions! {
         panel: &[Unpacked], x: TileBlocks<'_, TILE_ROWS>, out: &mut PanelRows<TILE_ROWS>
     ) {
         paired_tile_512::<M>(panel, x, out);
+    }
+    /// Adds the product of a tile of rows with a panel of outputs whose half blocks have scales.
+    "avx512f,avx512bw,avx512vnni" add_half_scaled_tile_512(
+        panel: &[Unpacked], x: TileBlocks<'_, TILE_ROWS>, out: &mut PanelRows<TILE_ROWS>
+    ) {
+        half_scaled_tile_512(panel, x, out);
     }
     /// [`add_paired_tile_512`] of super-blocks.
     "avx512f,avx512bw,avx512vnni" add_super_tile_512(
@@ -165,6 +172,26 @@ fn super_tile_512(
         // SAFETY: as above; of the slice's eight blocks it reads the leading four.
         unsafe {
             subtract_super_mins!(blocks, parts, sums);
+        }
+    }
+    for row in 0..TILE_ROWS {
+        add(&mut out[row], sums[row]);
+    }
+}
+
+#[inline]
+#[target_feature(enable = "avx512f,avx512bw,avx512vnni")]
+fn half_scaled_tile_512(
+    panel: &[Unpacked],
+    x: TileBlocks<'_, TILE_ROWS>,
+    out: &mut PanelRows<TILE_ROWS>,
+) {
+    let mut sums = [[_mm512_setzero_ps(); 2]; TILE_ROWS];
+    for (panel, (x, parts)) in panel.iter().zip(x.blocks.iter().zip(x.sums)) {
+        #[expect(unsafe_code, reason = "assembly")]
+        // SAFETY: it reads the three structs, at the offsets of their fields, and writes registers.
+        unsafe {
+            add_halves!(panel, x, parts, sums);
         }
     }
     for row in 0..TILE_ROWS {

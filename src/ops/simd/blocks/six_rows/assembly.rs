@@ -133,6 +133,19 @@ macro_rules! scaled {
     };
 }
 
+/// [`scaled`] for all rows; the scales are so many bytes behind the first.
+#[rustfmt::skip]
+macro_rules! all_scaled {
+    ($at:literal) => {
+        concat!(
+            "vmovaps zmm24, zmmword ptr [{panel} + {scales} + ", $at, "]\n",
+            "vmovaps zmm25, zmmword ptr [{panel} + {scales} + ", $at, " + 64]\n",
+            scaled!(0: 0 1, 12 13), scaled!(1: 2 3, 14 15), scaled!(2: 4 5, 16 17),
+            scaled!(3: 6 7, 18 19), scaled!(4: 8 9, 20 21), scaled!(5: 10 11, 22 23),
+        )
+    };
+}
+
 /// Adds a tile's product with a block, but for minimums.
 #[rustfmt::skip]
 macro_rules! add_block {
@@ -140,11 +153,7 @@ macro_rules! add_block {
         with_sums!($sums, {
             concat!(plain_start!(0: 0 1), plain_start!(1: 2 3), plain_start!(2: 4 5)),
             concat!(paired_start!(3: 6 7), paired_start!(4: 8 9), paired_start!(5: 10 11)),
-            concat!(multiplied!(0), multiplied!(1), multiplied!(2), multiplied!(3)),
-            "vmovaps zmm24, zmmword ptr [{panel} + {scales}]",
-            "vmovaps zmm25, zmmword ptr [{panel} + {scales} + 64]",
-            concat!(scaled!(0: 0 1, 12 13), scaled!(1: 2 3, 14 15), scaled!(2: 4 5, 16 17)),
-            concat!(scaled!(3: 6 7, 18 19), scaled!(4: 8 9, 20 21), scaled!(5: 10 11, 22 23)),
+            concat!(multiplied!(0), multiplied!(1), multiplied!(2), multiplied!(3), all_scaled!(0)),
         }, {
             panel = in(reg) ptr::from_ref($panel),
             x = in(reg) ptr::from_ref($x),
@@ -207,6 +216,64 @@ macro_rules! subtract_super_mins {
             factors = const offset_of!(Unpacked, mins) + 4 * PANEL,
             block = const size_of::<Unpacked>(),
             exponents = const offset_of!(SuperSums<TILE_ROWS>, exponents),
+        })
+    };
+}
+
+/// What the counts of a row's first half start from: all but the second half's.
+#[rustfmt::skip]
+macro_rules! first_half_start {
+    ($row:literal: $c0:literal $c1:literal) => {
+        concat!(
+            "vpbroadcastd zmm", $c0, ", dword ptr [{x} + {starts} + 4*", $row, "]\n",
+            "vpsubd zmm", $c0, ", zmm", $c0, ", dword ptr [{parts} + {second} + 4*", $row, "]{{1to16}}\n",
+            "vmovdqa64 zmm", $c1, ", zmm", $c0, "\n",
+        )
+    };
+}
+
+/// What the counts of a row's second half start from.
+#[rustfmt::skip]
+macro_rules! second_half_start {
+    ($row:literal: $c0:literal $c1:literal) => {
+        concat!(
+            "vpbroadcastd zmm", $c0, ", dword ptr [{parts} + {second} + 4*", $row, "]\n",
+            "vmovdqa64 zmm", $c1, ", zmm", $c0, "\n",
+        )
+    };
+}
+
+/// All rows as they are.
+#[rustfmt::skip]
+macro_rules! all_plain {
+    ($pair:literal) => {
+        concat!(
+            weights!($pair),
+            plain!(0: 0 1, $pair), plain!(1: 2 3, $pair), plain!(2: 4 5, $pair),
+            plain!(3: 6 7, $pair), plain!(4: 8 9, $pair), plain!(5: 10 11, $pair),
+        )
+    };
+}
+
+/// Adds a tile's product with a block whose halves have scales of their own.
+#[rustfmt::skip]
+macro_rules! add_halves {
+    ($panel:ident, $x:ident, $parts:ident, $sums:ident) => {
+        with_sums!($sums, {
+            concat!(first_half_start!(0: 0 1), first_half_start!(1: 2 3), first_half_start!(2: 4 5)),
+            concat!(first_half_start!(3: 6 7), first_half_start!(4: 8 9), first_half_start!(5: 10 11)),
+            concat!(all_plain!(0), all_plain!(1), all_scaled!(0)),
+            concat!(second_half_start!(0: 0 1), second_half_start!(1: 2 3), second_half_start!(2: 4 5)),
+            concat!(second_half_start!(3: 6 7), second_half_start!(4: 8 9), second_half_start!(5: 10 11)),
+            concat!(all_plain!(2), all_plain!(3), all_scaled!(128)),
+        }, {
+            panel = in(reg) ptr::from_ref($panel),
+            x = in(reg) ptr::from_ref($x),
+            parts = in(reg) ptr::from_ref($parts),
+            scales = const offset_of!(Unpacked, scales),
+            starts = const offset_of!(RowBlock<TILE_ROWS>, starts),
+            exponents = const offset_of!(RowBlock<TILE_ROWS>, exponents),
+            second = const offset_of!(Sums<TILE_ROWS>, second_starts),
         })
     };
 }
