@@ -1,13 +1,13 @@
 //! The sets of instructions that matrices are multiplied with.
 
-#[cfg(target_arch = "x86_64")]
-use super::x86;
 use super::{
     BlockFormat, PanelRows, Unpacked,
     activations::{PlainSteps, Row, RowBlock, Sums},
     format::PanelBlock,
     plain, unpack,
 };
+#[cfg(target_arch = "x86_64")]
+use super::{avx2, x86};
 
 /// The instructions that a matrix is multiplied with.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -79,9 +79,9 @@ impl Instructions {
             #[cfg(target_arch = "x86_64")]
             Self::Avx512Vnni => x86::add_tile_512::<R, G, M>(panel, x, out),
             #[cfg(target_arch = "x86_64")]
-            Self::AvxVnni => x86::add_tile_vnni_256::<R, G, M>(panel, x, out),
+            Self::AvxVnni => avx2::add_tile_vnni_256::<R, G, M>(panel, x, out),
             #[cfg(target_arch = "x86_64")]
-            Self::Avx2 => x86::add_tile_256::<R, G, M>(panel, x, out),
+            Self::Avx2 => avx2::add_tile_256::<R, G, M>(panel, x, out),
             Self::Plain => plain::add_tile::<R, G, M>(panel, x, out),
         }
     }

@@ -7,6 +7,8 @@
 //! `y = Σ_blocks scale · x_scale · (Σ u · v − 128 · Σ v) − min · x_scale · Σ v`.
 
 mod activations;
+#[cfg(target_arch = "x86_64")]
+mod avx2;
 mod format;
 mod instructions;
 mod plain;
@@ -396,6 +398,14 @@ impl PackedBlocks {
                 }
                 None => {}
             }
+        }
+        #[cfg(target_arch = "x86_64")]
+        if let (Instructions::Avx2, Some(center)) = (self.instructions, self.format.center()) {
+            let zero = if M == 0 { 128 - center } else { 128 };
+            return match center {
+                8 => avx2::add_nibbles_tile_256::<R, M>(unpacked, parts, zero, sums),
+                _ => avx2::add_five_bits_tile_256::<R, M>(unpacked, parts, zero, sums),
+            };
         }
         self.instructions.add_tile::<R, G, M>(unpacked, parts, sums);
     }

@@ -1,18 +1,15 @@
-//! The steps of a product on x86: with AVX-512 VNNI, with AVX-VNNI, and with AVX2.
+//! The steps of a product on x86: rounding rows and unpacking weights, and the product of a tile with
+//! AVX-512 VNNI.
 
 use std::arch::x86_64::{
-    __m256, __m256i, __m512, __m512i, _MM_HINT_T0, _mm_prefetch, _mm_sad_epu8, _mm_set1_epi8,
-    _mm_setzero_si128, _mm_xor_si128, _mm256_abs_epi8, _mm256_add_epi32, _mm256_castps_si256,
-    _mm256_castsi256_ps, _mm256_cvtepi32_ps, _mm256_cvtph_ps, _mm256_dpbusd_avx_epi32,
-    _mm256_fmadd_ps, _mm256_fnmadd_ps, _mm256_loadu_ps, _mm256_loadu_si256, _mm256_madd_epi16,
-    _mm256_maddubs_epi16, _mm256_set1_epi8, _mm256_set1_epi16, _mm256_set1_epi32, _mm256_set1_ps,
-    _mm256_setzero_ps, _mm256_setzero_si256, _mm256_shuffle_epi8, _mm256_sign_epi8,
-    _mm256_storeu_si256, _mm256_sub_epi32, _mm256_xor_si256, _mm512_add_epi32, _mm512_add_ps,
-    _mm512_and_si512, _mm512_castps_si512, _mm512_castsi512_ps, _mm512_cvtepi32_epi8,
-    _mm512_cvtepi32_ps, _mm512_cvtps_epi32, _mm512_dpbusd_epi32, _mm512_fmadd_ps, _mm512_fnmadd_ps,
-    _mm512_loadu_ps, _mm512_loadu_si512, _mm512_max_epu32, _mm512_mul_ps, _mm512_reduce_max_epu32,
-    _mm512_set1_epi32, _mm512_set1_ps, _mm512_setzero_ps, _mm512_shuffle_i32x4, _mm512_sub_epi32,
-    _mm512_unpackhi_epi32, _mm512_unpackhi_epi64, _mm512_unpacklo_epi32, _mm512_unpacklo_epi64,
+    __m512, __m512i, _MM_HINT_T0, _mm_prefetch, _mm_sad_epu8, _mm_set1_epi8, _mm_setzero_si128,
+    _mm_xor_si128, _mm256_cvtph_ps, _mm256_loadu_si256, _mm256_shuffle_epi8, _mm256_storeu_si256,
+    _mm512_add_epi32, _mm512_add_ps, _mm512_and_si512, _mm512_castps_si512, _mm512_castsi512_ps,
+    _mm512_cvtepi32_epi8, _mm512_cvtepi32_ps, _mm512_cvtps_epi32, _mm512_dpbusd_epi32,
+    _mm512_fmadd_ps, _mm512_fnmadd_ps, _mm512_loadu_ps, _mm512_loadu_si512, _mm512_max_epu32,
+    _mm512_mul_ps, _mm512_reduce_max_epu32, _mm512_set1_epi32, _mm512_set1_ps, _mm512_setzero_ps,
+    _mm512_shuffle_i32x4, _mm512_sub_epi32, _mm512_unpackhi_epi32, _mm512_unpackhi_epi64,
+    _mm512_unpacklo_epi32, _mm512_unpacklo_epi64,
 };
 
 use super::{
@@ -26,8 +23,8 @@ use super::{
 /// Outputs of one 512-bit register of 32-bit sums.
 const LANES: usize = PANEL.div_euclid(2);
 /// Outputs of one 256-bit register.
-const HALF_LANES: usize = PANEL.div_euclid(4);
-const HALF_FOURS: usize = FOURS.div_euclid(2);
+pub(super) const HALF_LANES: usize = PANEL.div_euclid(4);
+pub(super) const HALF_FOURS: usize = FOURS.div_euclid(2);
 
 /// Defines safe functions that run `$body` with instructions that not every processor has.
 macro_rules! with_instructions {
@@ -96,22 +93,6 @@ with_instructions! {
         let chunks = panel.chunks(DEPTH * PANEL * BlockFormat::Q8_0.bytes()).zip(x.chunks(DEPTH));
         for (panel, x) in chunks {
             q8_0_row_512(panel, x, out);
-        }
-    }
-    /// Adds the product of a tile of rows with a panel of outputs.
-    "avx2,fma,avxvnni" add_tile_vnni_256<R, G, M>(
-        panel: &[Unpacked], x: (&[RowBlock<R>], &[Sums<R>]), out: &mut PanelRows<R>
-    ) {
-        for quarter in 0..4 {
-            quarter_vnni::<R, G, M>(panel, x, quarter, out);
-        }
-    }
-    /// Adds the product of a tile of rows with a panel of outputs.
-    "avx2,fma" add_tile_256<R, G, M>(
-        panel: &[Unpacked], x: (&[RowBlock<R>], &[Sums<R>]), out: &mut PanelRows<R>
-    ) {
-        for quarter in 0..4 {
-            quarter_256::<R, G, M>(panel, x, quarter, out);
         }
     }
 }
@@ -367,7 +348,11 @@ fn q8_0_row_512(panel: &[u8], x: &[RowBlock<1>], out: &mut PanelRows<1>) {
 
 /// The sum of the activations that have minimum `group` of `M` in common.
 #[inline(always)]
-fn sum_of<const R: usize, const M: usize>(sums: &Sums<R>, row: usize, group: usize) -> f32 {
+pub(super) fn sum_of<const R: usize, const M: usize>(
+    sums: &Sums<R>,
+    row: usize,
+    group: usize,
+) -> f32 {
     match (M, group) {
         (1, _) => sums.all[row],
         (_, 0) => sums.all[row] - sums.second[row],
@@ -376,7 +361,7 @@ fn sum_of<const R: usize, const M: usize>(sums: &Sums<R>, row: usize, group: usi
 }
 
 #[inline(always)]
-fn word(four: [i8; 4]) -> i32 {
+pub(super) fn word(four: [i8; 4]) -> i32 {
     i32::from_le_bytes(four.map(i8::cast_unsigned))
 }
 
@@ -396,118 +381,5 @@ pub(super) fn half_numbers(numbers: &[f32; PANEL]) -> [__m512; 2] {
     // SAFETY: the array holds the two times 16 numbers that are read.
     unsafe {
         [_mm512_loadu_ps(start), _mm512_loadu_ps(start.add(LANES))]
-    }
-}
-
-/// Defines the product of a tile of rows with a quarter of a panel. `$dot(sums, weights, x)` adds
-/// four products to each sum; `$prepare` is applied to weights first, and `$signed` says that they
-/// are signed after it, so that sums start from zero.
-macro_rules! quarter {
-    ($name:ident, $features:literal, $signed:literal, $prepare:ident, $dot:ident) => {
-        #[inline]
-        #[target_feature(enable = $features)]
-        fn $name<const R: usize, const G: usize, const M: usize>(
-            panel: &[Unpacked],
-            x: (&[RowBlock<R>], &[Sums<R>]),
-            quarter: usize,
-            out: &mut PanelRows<R>,
-        ) {
-            let mut sums = [_mm256_setzero_ps(); R];
-            for (panel, (x, parts)) in panel.iter().zip(x.0.iter().zip(x.1)) {
-                for group in 0..G {
-                    let mut counts = [_mm256_setzero_si256(); R];
-                    for row in 0..R {
-                        let all = _mm256_set1_epi32(x.starts[row]);
-                        let second = _mm256_set1_epi32(parts.second_starts[row]);
-                        counts[row] = match (G, group) {
-                            _ if $signed => counts[row],
-                            (1, _) => all,
-                            (_, 0) => _mm256_sub_epi32(all, second),
-                            _ => second,
-                        };
-                    }
-                    for four in 0..const { FOURS.div_euclid(G) } {
-                        let four = group * HALF_FOURS + four;
-                        let weights = $prepare(quarter_of(&panel.weights[four], quarter));
-                        for row in 0..R {
-                            let x = _mm256_set1_epi32(word(x.values[row][four]));
-                            counts[row] = $dot(counts[row], weights, x);
-                        }
-                    }
-                    let scales = quarter_numbers(&panel.scales[group], quarter);
-                    for row in 0..R {
-                        let exponent = _mm256_set1_epi32(x.exponents[row]);
-                        let count = _mm256_castps_si256(_mm256_cvtepi32_ps(counts[row]));
-                        let count = _mm256_castsi256_ps(_mm256_add_epi32(count, exponent));
-                        sums[row] = _mm256_fmadd_ps(count, scales, sums[row]);
-                    }
-                }
-                for group in 0..M {
-                    let mins = quarter_numbers(&panel.mins[group], quarter);
-                    for row in 0..R {
-                        let sum = _mm256_set1_ps(sum_of::<R, M>(parts, row, group));
-                        sums[row] = _mm256_fnmadd_ps(mins, sum, sums[row]);
-                    }
-                }
-            }
-            for (out, sums) in out.iter_mut().zip(sums) {
-                let out = &mut out[quarter * HALF_LANES..][..HALF_LANES];
-                let sums: [f32; HALF_LANES] = bytemuck::cast(sums);
-                out.iter_mut().zip(sums).for_each(|(out, sum)| *out += sum);
-            }
-        }
-    };
-}
-
-quarter!(quarter_vnni, "avx2,fma,avxvnni", false, as_they_are, dot_vnni);
-quarter!(quarter_256, "avx2,fma", true, signed, dot_signed);
-
-#[inline]
-#[target_feature(enable = "avx2")]
-fn as_they_are(weights: __m256i) -> __m256i {
-    weights
-}
-
-/// Unsigned bytes as signed ones, 128 less.
-#[inline]
-#[target_feature(enable = "avx2")]
-fn signed(weights: __m256i) -> __m256i {
-    _mm256_xor_si256(weights, _mm256_set1_epi8(i8::MIN))
-}
-
-#[inline]
-#[target_feature(enable = "avx2,avxvnni")]
-fn dot_vnni(sums: __m256i, weights: __m256i, x: __m256i) -> __m256i {
-    _mm256_dpbusd_avx_epi32(sums, weights, x)
-}
-
-/// The instruction multiplies unsigned by signed bytes: `|w| · ±x`. Two products of at most
-/// 128 · 127 stay within 16 bits.
-#[inline]
-#[target_feature(enable = "avx2")]
-fn dot_signed(sums: __m256i, weights: __m256i, x: __m256i) -> __m256i {
-    let pairs = _mm256_maddubs_epi16(_mm256_abs_epi8(weights), _mm256_sign_epi8(x, weights));
-    _mm256_add_epi32(sums, _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)))
-}
-
-#[inline]
-#[target_feature(enable = "avx2")]
-fn quarter_of(weights: &[Word; PANEL], quarter: usize) -> __m256i {
-    let weights = &weights.as_chunks::<HALF_LANES>().0[quarter];
-    #[expect(unsafe_code, reason = "an unaligned load")]
-    // SAFETY: the array holds the 32 bytes that are read.
-    unsafe {
-        _mm256_loadu_si256(weights.as_ptr().cast())
-    }
-}
-
-#[inline]
-#[target_feature(enable = "avx2")]
-fn quarter_numbers(numbers: &[f32; PANEL], quarter: usize) -> __m256 {
-    let numbers = &numbers.as_chunks::<HALF_LANES>().0[quarter];
-    #[expect(unsafe_code, reason = "an unaligned load")]
-    // SAFETY: the array holds the 8 numbers that are read.
-    unsafe {
-        _mm256_loadu_ps(numbers.as_ptr())
     }
 }
