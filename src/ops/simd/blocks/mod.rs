@@ -77,9 +77,11 @@ struct Unpacked {
     /// As many as the format has.
     mins: [[f32; PANEL]; 2],
     /// What sums of pairs start from.
+    #[cfg_attr(not(target_arch = "x86_64"), expect(dead_code, reason = "for x86 only"))]
     starts: [i32; PANEL],
     /// Of the leading four blocks of a super-block that is multiplied in pairs: two of its minimums as
     /// they are stored. The second `mins` of the first block are what all are multiplied with.
+    #[cfg_attr(not(target_arch = "x86_64"), expect(dead_code, reason = "for x86 only"))]
     stored_mins: [[i16; 2]; PANEL],
 }
 
