@@ -6,10 +6,7 @@
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 program=$(realpath "${1:-target/cuda/release/pentimento}")
-cuda=${CUDA_HOME:-$HOME/.cache/pentimento/cuda-13.0}
-if [[ ! -e $cuda/include/cuda.h ]] && command -v nvcc >/dev/null; then
-  cuda=$(dirname "$(dirname "$(realpath "$(command -v nvcc)")")")
-fi
+cuda=$(scripts/cuda-toolchain.sh --where)
 picture=models/mini/samples/add.png
 work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT
@@ -17,17 +14,10 @@ failures=0
 
 # A driver's library with every name that the program asks for. A call returns what FAULT says for its
 # name, else what it says for `others`.
-python3 - "$cuda/include/cuda.h" > "$work/driver.c" <<'PY'
-import re
-import sys
-
-header = open(sys.argv[1]).read()
-names = set(re.findall(r"\b(cu[A-Z]\w*)\s*\(", header))
-for macro, target in re.findall(r"#define\s+(cu\w+)\s+(?:__CUDA_API_PTD?S?Z?\()?(cu\w+)", header):
-    names |= {macro, target}
-names -= {"cuGetErrorString", "cuGetErrorName", "cuDriverGetVersion"}
-print("#include <stdlib.h>\n#include <string.h>")
-print("""static int code(const char* name) {
+cat > "$work/driver.c" <<'C'
+#include <stdlib.h>
+#include <string.h>
+static int code(const char* name) {
   const char* fault = getenv("FAULT");
   char key[256];
   strcpy(key, name);
@@ -38,10 +28,10 @@ print("""static int code(const char* name) {
 }
 int cuGetErrorString(int e, const char** s) { *s = "a stand-in"; return 0; }
 int cuGetErrorName(int e, const char** s) { *s = "a stand-in"; return 0; }
-int cuDriverGetVersion(int* version) { *version = 12040; return 0; }""")
-for name in sorted(names):
-    print(f'int {name}(void) {{ return code("{name}"); }}')
-PY
+int cuDriverGetVersion(int* version) { *version = 12040; return 0; }
+C
+scripts/cuda-driver-stubs.py "$cuda/include/cuda.h" "return code(__func__);" "$work/driver.c" > "$work/stubs.c"
+cat "$work/stubs.c" >> "$work/driver.c"
 mkdir "$work/driver" "$work/empty"
 cc -shared -fPIC -w -Wl,-soname,libcuda.so.1 -o "$work/driver/libcuda.so.1" "$work/driver.c"
 

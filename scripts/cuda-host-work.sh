@@ -7,28 +7,14 @@
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 program=$(realpath "${1:-target/cuda/release/pentimento-gpu-check}")
-cuda=${CUDA_HOME:-$HOME/.cache/pentimento/cuda-13.0}
-if [[ ! -e $cuda/include/cuda.h ]] && command -v nvcc >/dev/null; then
-  cuda=$(dirname "$(dirname "$(realpath "$(command -v nvcc)")")")
-fi
+cuda=$(scripts/cuda-toolchain.sh --where)
 work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT
 stand_in=scripts/cuda-stand-in
 
 # Every other name of the driver, as a call that is counted and succeeds.
-python3 - "$cuda/include/cuda.h" "$stand_in/driver.c" > "$work/driver.c" <<'PY'
-import re
-import sys
-
-header, driver = (open(path).read() for path in sys.argv[1:])
-names = set(re.findall(r"\b(cu[A-Z]\w*)\s*\(", header))
-for macro, target in re.findall(r"#define\s+(cu\w+)\s+(?:__CUDA_API_PTD?S?Z?\()?(cu\w+)", header):
-    names |= {macro, target}
-names -= set(re.findall(r"\b(cu[A-Z]\w*)\(", driver))
-print(driver)
-for name in sorted(names):
-    print(f"int {name}(void) {{ COUNTED; return SUCCESS; }}")
-PY
+scripts/cuda-driver-stubs.py "$cuda/include/cuda.h" "COUNTED; return SUCCESS;" "$stand_in/driver.c" |
+  cat "$stand_in/driver.c" - > "$work/driver.c"
 cc -O2 -shared -fPIC -w -Wl,-soname,libcuda.so.1 -o "$work/libcuda.so.1" "$work/driver.c"
 for library in libcublas.so.13 libcublasLt.so.13 libcurand.so.10; do
   echo "$library { global: *; };" > "$work/version"

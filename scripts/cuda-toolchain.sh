@@ -3,6 +3,7 @@
 # publishes on PyPI, so that `--features cuda` builds on a machine without CUDA and without a GPU.
 #   scripts/cuda-toolchain.sh [DIR]          install (default DIR: ~/.cache/pentimento/cuda-13.0)
 #   eval "$(scripts/cuda-toolchain.sh --env [DIR])"   the variables that a build needs
+#   scripts/cuda-toolchain.sh --where        the folder that has CUDA's headers: CUDA_HOME, this one or nvcc's
 # The program built this way runs where there is a driver and libcudart, libcublas and libcurand 13.
 set -euo pipefail
 
@@ -29,6 +30,15 @@ ENV
   exit
 fi
 
+if [[ ${1:-} == --where ]]; then
+  dir=${CUDA_HOME:-$default_dir}
+  if [[ ! -e $dir/include/cuda.h ]] && command -v nvcc >/dev/null; then
+    dir=$(dirname "$(dirname "$(realpath "$(command -v nvcc)")")")
+  fi
+  echo "$dir"
+  exit
+fi
+
 dir=${1:-$default_dir}
 if [[ -x $dir/bin/nvcc && -e $dir/lib64/stubs/libcuda.so ]]; then
   echo "already there: $dir"
@@ -49,17 +59,7 @@ done
 
 # The driver's library comes with a driver. The linker only needs its names; every stub returns
 # CUDA_ERROR_NO_DEVICE.
-"$python" - "$dir/include/cuda.h" > "$dir/stub.c" <<'PY'
-import re
-import sys
-
-header = open(sys.argv[1]).read()
-names = set(re.findall(r"\b(cu[A-Z]\w*)\s*\(", header))
-for macro, target in re.findall(r"#define\s+(cu\w+)\s+(?:__CUDA_API_PTD?S?Z?\()?(cu\w+)", header):
-    names |= {macro, target}
-for name in sorted(names):
-    print(f"int {name}(void) {{ return 100; }}")
-PY
+"$python" "$(dirname "${BASH_SOURCE[0]}")/cuda-driver-stubs.py" "$dir/include/cuda.h" "return 100;" > "$dir/stub.c"
 cc -shared -fPIC -w -Wl,-soname,libcuda.so.1 -o "$dir/lib64/stubs/libcuda.so.1" "$dir/stub.c"
 ln -sfn libcuda.so.1 "$dir/lib64/stubs/libcuda.so"
 "$dir/bin/nvcc" --version | tail -1
