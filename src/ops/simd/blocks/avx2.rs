@@ -86,26 +86,11 @@ macro_rules! quarter {
                         }
                     }
                     let scales = quarter_numbers(&panel.scales[group], quarter);
-                    for row in 0..R {
-                        let exponent = _mm256_set1_epi32(x.exponents[row]);
-                        let count = _mm256_castps_si256(_mm256_cvtepi32_ps(counts[row]));
-                        let count = _mm256_castsi256_ps(_mm256_add_epi32(count, exponent));
-                        sums[row] = _mm256_fmadd_ps(count, scales, sums[row]);
-                    }
+                    add_scaled(&mut sums, &counts, x, scales);
                 }
-                for group in 0..M {
-                    let mins = quarter_numbers(&panel.mins[group], quarter);
-                    for row in 0..R {
-                        let sum = _mm256_set1_ps(sum_of::<R, M>(parts, row, group));
-                        sums[row] = _mm256_fnmadd_ps(mins, sum, sums[row]);
-                    }
-                }
+                subtract_mins::<R, M>(&mut sums, panel, parts, quarter);
             }
-            for (out, sums) in out.iter_mut().zip(sums) {
-                let out = &mut out[quarter * HALF_LANES..][..HALF_LANES];
-                let sums: [f32; HALF_LANES] = bytemuck::cast(sums);
-                out.iter_mut().zip(sums).for_each(|(out, sum)| *out += sum);
-            }
+            add_quarter(out, sums, quarter);
         }
     };
 }
@@ -149,20 +134,52 @@ fn quarter_of_few_bits<const R: usize, const M: usize, const TOGETHER: usize>(
             }
         }
         let scales = quarter_numbers(&panel.scales[0], quarter);
+        add_scaled(&mut sums, &counts, x, scales);
+        subtract_mins::<R, M>(&mut sums, panel, parts, quarter);
+    }
+    add_quarter(out, sums, quarter);
+}
+
+/// Adds counts times their rows' powers of two and the outputs' scales.
+#[inline]
+#[target_feature(enable = "avx2,fma")]
+fn add_scaled<const R: usize>(
+    sums: &mut [__m256; R],
+    counts: &[__m256i; R],
+    x: &RowBlock<R>,
+    scales: __m256,
+) {
+    for row in 0..R {
+        let exponent = _mm256_set1_epi32(x.exponents[row]);
+        let count = _mm256_castps_si256(_mm256_cvtepi32_ps(counts[row]));
+        let count = _mm256_castsi256_ps(_mm256_add_epi32(count, exponent));
+        sums[row] = _mm256_fmadd_ps(count, scales, sums[row]);
+    }
+}
+
+/// Subtracts a block's minimums times the sums of their activations.
+#[inline]
+#[target_feature(enable = "avx2,fma")]
+#[expect(clippy::needless_range_loop, reason = "only indices are unrolled into registers")]
+fn subtract_mins<const R: usize, const M: usize>(
+    sums: &mut [__m256; R],
+    panel: &Unpacked,
+    parts: &Sums<R>,
+    quarter: usize,
+) {
+    for group in 0..M {
+        let mins = quarter_numbers(&panel.mins[group], quarter);
         for row in 0..R {
-            let exponent = _mm256_set1_epi32(x.exponents[row]);
-            let count = _mm256_castps_si256(_mm256_cvtepi32_ps(counts[row]));
-            let count = _mm256_castsi256_ps(_mm256_add_epi32(count, exponent));
-            sums[row] = _mm256_fmadd_ps(count, scales, sums[row]);
-        }
-        for group in 0..M {
-            let mins = quarter_numbers(&panel.mins[group], quarter);
-            for row in 0..R {
-                let sum = _mm256_set1_ps(sum_of::<R, M>(parts, row, group));
-                sums[row] = _mm256_fnmadd_ps(mins, sum, sums[row]);
-            }
+            let sum = _mm256_set1_ps(sum_of::<R, M>(parts, row, group));
+            sums[row] = _mm256_fnmadd_ps(mins, sum, sums[row]);
         }
     }
+}
+
+/// Adds to a quarter of the output.
+#[inline]
+#[target_feature(enable = "avx2")]
+fn add_quarter<const R: usize>(out: &mut PanelRows<R>, sums: [__m256; R], quarter: usize) {
     for (out, sums) in out.iter_mut().zip(sums) {
         let out = &mut out[quarter * HALF_LANES..][..HALF_LANES];
         let sums: [f32; HALF_LANES] = bytemuck::cast(sums);
