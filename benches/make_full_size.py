@@ -4,8 +4,8 @@
     make_full_size.py FOLDER [--layers 60] [--language-layers 28] [--vision-layers 32]
 
 FOLDER gets qwen-image-edit-2511-Q4_K.gguf (11.5 GB), Qwen2.5-VL-7B-Instruct-Q4_K.gguf (4.5 GB) with the
-whole vocabulary, mmproj-F16.gguf (1.3 GB) and qwen_image_vae.safetensors (0.25 GB): what `pentimento edit
---diffusion-model … --llm … --vae …` takes. Pictures made with them are noise; times and memory are not.
+whole vocabulary, mmproj-F16.gguf (1.3 GB) and qwen_image_vae.safetensors (0.25 GB, Wan's names): what
+`pentimento edit --diffusion-model … --llm … --vae …` and stable-diffusion.cpp take. Pictures made with them are noise; times and memory are not.
 Matrices are Q4_K with random nibbles, written piece by piece.
 
 Needs numpy, gguf, safetensors, torch and diffusers 0.42.1.
@@ -14,6 +14,7 @@ Needs numpy, gguf, safetensors, torch and diffusers 0.42.1.
 import argparse
 import gzip
 import json
+import re
 from pathlib import Path
 
 import gguf
@@ -196,6 +197,32 @@ def vision_tower(path, layers):
     file.write()
 
 
+# Parts of the autoencoder's names in diffusers, and in Wan's files, which users of single files have.
+WAN_NAMES = [
+    (r"^quant_conv", "conv1"),
+    (r"^post_quant_conv", "conv2"),
+    (r"coder\.conv_in", "coder.conv1"),
+    (r"coder\.norm_out", "coder.head.0"),
+    (r"coder\.conv_out", "coder.head.2"),
+    (r"mid_block\.resnets\.(\d)\.", lambda found: f"middle.{2 * int(found[1])}."),
+    (r"mid_block\.attentions\.0", "middle.1"),
+    (r"down_blocks\.", "downsamples."),
+    (r"up_blocks\.(\d)\.resnets\.(\d)", lambda found: f"upsamples.{4 * int(found[1]) + int(found[2])}"),
+    (r"up_blocks\.(\d)\.upsamplers\.0", lambda found: f"upsamples.{4 * int(found[1]) + 3}"),
+    (r"\.norm1\.", ".residual.0."),
+    (r"(samples|middle)\.(\d+)\.conv1\.", r"\1.\2.residual.2."),
+    (r"\.norm2\.", ".residual.3."),
+    (r"(samples|middle)\.(\d+)\.conv2\.", r"\1.\2.residual.6."),
+    (r"\.conv_shortcut\.", ".shortcut."),
+]
+
+
+def wan_name(name):
+    for pattern, wan in WAN_NAMES:
+        name = re.sub(pattern, wan, name)
+    return name
+
+
 def autoencoder(path):
     import torch
     from diffusers import AutoencoderKLQwenImage
@@ -203,7 +230,7 @@ def autoencoder(path):
 
     torch.manual_seed(1)
     tensors = AutoencoderKLQwenImage().to(torch.bfloat16).state_dict()
-    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, path)
+    save_file({wan_name(name): tensor.contiguous() for name, tensor in tensors.items()}, path)
 
 
 def main() -> None:

@@ -1,6 +1,6 @@
 #!/bin/sh
-# Builds stable-diffusion.cpp for this processor, and the program that times its Qwen-Image
-# transformer, WORK/sd-forward.
+# Builds stable-diffusion.cpp for this processor, its program (WORK/build/bin/sd-cli), and the program that
+# times its Qwen-Image transformer, WORK/sd-forward.
 #
 #   benches/stable_diffusion_cpp.sh WORK
 #
@@ -16,14 +16,14 @@ mkdir -p "$work"
 work=$(cd "$work" && pwd)
 PATH=$(dirname "$(command -v "$python")"):$PATH
 
-if [ ! -f "$work/build/libstable-diffusion.a" ]; then
+if [ ! -f "$work/build/bin/sd-cli" ]; then
     "$python" -m pip download --quiet --no-binary :all: --no-deps --no-build-isolation \
         --dest "$work" stable-diffusion-cpp-python
     tar -xzf "$work"/stable_diffusion_cpp_python-*.tar.gz -C "$work"
     cmake -S "$work"/stable_diffusion_cpp_python-*/vendor/stable-diffusion.cpp -B "$work/build" \
-        -G Ninja -DCMAKE_BUILD_TYPE=Release -DGGML_NATIVE=ON -DSD_BUILD_EXAMPLES=OFF \
+        -G Ninja -DCMAKE_BUILD_TYPE=Release -DGGML_NATIVE=ON -DSD_BUILD_EXAMPLES=ON \
         -DSD_WEBP=OFF -DSD_WEBM=OFF
-    cmake --build "$work/build"
+    cmake --build "$work/build" --target sd-cli
 fi
 source=$(echo "$work"/stable_diffusion_cpp_python-*/vendor/stable-diffusion.cpp)
 libraries=$(find "$work/build" -name 'libzip*.a')

@@ -48,6 +48,11 @@ pub use request::{
 
 pub use whole_file::Overwrite;
 
+/// The README's example compiles.
+#[cfg(doctest)]
+#[doc = include_str!("../README.md")]
+struct Readme;
+
 /// Sets how many threads the computation uses, for the whole process. Call it once, before the
 /// first request; without it every core is used.
 ///

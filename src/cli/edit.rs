@@ -1,11 +1,11 @@
 //! `pentimento edit`
 
-use std::{collections::BTreeMap, path::Path};
+use std::path::Path;
 
 use pentimento::{
     EditOutcome, EditRequest, Engine, Event, HandOver, LoraSource, Observer, Result, Stage,
     StageReport,
-    pixels::{self, EditRecord, Format, LoraRecord, ModelRecord, Overwrite, RECORD_VERSION},
+    pixels::{self, Format, Overwrite},
 };
 use serde_json::json;
 
@@ -56,7 +56,7 @@ pub(crate) fn run(args: EditArgs) -> Result<()> {
     for note in kept.map(KeptSteps::finish).transpose()?.into_iter().flatten() {
         bar.note(&note);
     }
-    let record = (!args.no_metadata).then(|| record(&engine, &request, &outcome));
+    let record = (!args.no_metadata).then(|| engine.record(&request, &outcome));
 
     if to_stdout {
         let encoded = pixels::encode_to_vec(&outcome.picture, Format::Png, record.as_ref())?;
@@ -124,61 +124,6 @@ fn request(args: &EditArgs) -> Result<(EditRequest, Vec<LoraSource>)> {
     Ok((request, loras))
 }
 
-/// What was asked for, in words: the prompt, or the request of the plan that was given.
-fn asked<'a>(request: &'a EditRequest, outcome: &'a EditOutcome) -> &'a str {
-    match &outcome.plan {
-        Some(plan) if request.prompt.is_empty() => &plan.request,
-        _ => &request.prompt,
-    }
-}
-
-fn record(engine: &Engine, request: &EditRequest, outcome: &EditOutcome) -> EditRecord {
-    let model = engine.model();
-    EditRecord {
-        version: RECORD_VERSION,
-        program: EditRecord::this_program(),
-        prompt: asked(request, outcome).to_owned(),
-        negative_prompt: request.negative_prompt.clone(),
-        seed: outcome.seed,
-        rng: request.rng.name().to_owned(),
-        steps: outcome.steps,
-        sampler: "Euler".to_owned(),
-        cfg_scale: outcome.cfg_scale,
-        strategy: outcome.strategy.name().to_owned(),
-        sub_requests: match &outcome.plan {
-            Some(plan) => plan.steps.iter().map(|step| step.prompt.clone()).collect(),
-            None => Vec::new(),
-        },
-        model: ModelRecord {
-            name: model.name.clone(),
-            class: model.class.to_owned(),
-            digest: Some(model.digest.clone()),
-        },
-        loras: engine
-            .loras()
-            .iter()
-            .map(|lora| LoraRecord {
-                name: lora.name.clone(),
-                strength: lora.strength,
-                modules: lora.modules,
-            })
-            .collect(),
-        working_size: outcome.working_size,
-        input_sizes: request.pictures.iter().map(pixels::Picture::size).collect(),
-        timings_ms: timings(outcome),
-    }
-}
-
-/// Milliseconds per stage, over all passes.
-fn timings(outcome: &EditOutcome) -> BTreeMap<String, u64> {
-    let mut timings = BTreeMap::new();
-    for report in &outcome.stages {
-        let elapsed_ms = u64::try_from(report.elapsed.as_millis()).unwrap_or(u64::MAX);
-        *timings.entry(report.stage.name().to_owned()).or_insert(0) += elapsed_ms;
-    }
-    timings
-}
-
 fn summary(
     output: &Path,
     engine: &Engine,
@@ -194,7 +139,7 @@ fn summary(
         "width": size.width,
         "height": size.height,
         "working_size": outcome.working_size,
-        "prompt": asked(request, outcome),
+        "prompt": engine.record(request, outcome).prompt,
         "negative_prompt": request.negative_prompt,
         "seed": outcome.seed,
         "rng": request.rng.name(),

@@ -40,7 +40,7 @@ impl KeptSteps {
     fn write(&self, index: usize, picture: &Picture) {
         let mut result = self.result.lock().unwrap_or_else(PoisonError::into_inner);
         if let Ok(notes) = &mut *result {
-            match pixels::save(picture, &self.path(index), self.overwrite, None) {
+            match pixels::save(picture, self.path(index), self.overwrite, None) {
                 Ok(more) => notes.extend(more),
                 Err(error) => *result = Err(error),
             }

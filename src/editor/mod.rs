@@ -17,6 +17,7 @@ mod pipeline;
 mod placement;
 mod plan_sizes;
 mod planning;
+mod record;
 mod residence;
 mod source;
 mod stages;

@@ -32,10 +32,11 @@ pub fn check_output(path: &Path, overwrite: Overwrite) -> Result<Format> {
 /// What [`check_output`], [`encode_to_vec`] and [`write_file`] refuse.
 pub fn save(
     picture: &Picture,
-    path: &Path,
+    path: impl AsRef<Path>,
     overwrite: Overwrite,
     record: Option<&EditRecord>,
 ) -> Result<Vec<String>> {
+    let path = path.as_ref();
     let encoded = encode_to_vec(picture, Format::from_path(path)?, record)?;
     write_file(path, &encoded.bytes, overwrite)?;
     Ok(encoded.notes)

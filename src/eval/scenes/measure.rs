@@ -15,7 +15,6 @@ use super::{
 };
 use crate::{
     CancelToken, Engine, Error, Observer, Result, StepCache,
-    pixels::ModelRecord,
     plan::{Decomposition, Plan, PlanOptions, Score},
 };
 
@@ -72,7 +71,7 @@ impl Measurement {
         let wordings = pictures(Part::Wordings)?.0.pop();
         let (many, plans) = pictures(Part::Many)?;
         let decomposition = wants(Part::Decomposition).then(|| self.replies(&desk)).transpose()?;
-        let model = model_record(engine);
+        let model = engine.model().record();
         let readout = check_readout(self.seed, self.count);
         let (version, seed, count) = (REPORT_VERSION, self.seed, self.count);
         Ok(Report {
@@ -228,15 +227,6 @@ impl Tally {
 
     fn finish(self) -> Pictures {
         Pictures { outside_error_levels: self.outside.value(), ..self.pictures }
-    }
-}
-
-fn model_record(engine: &Engine) -> ModelRecord {
-    let model = engine.model();
-    ModelRecord {
-        name: model.name.clone(),
-        class: model.class.to_owned(),
-        digest: Some(model.digest.clone()),
     }
 }
 
