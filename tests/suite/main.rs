@@ -13,6 +13,7 @@ mod convert;
 #[cfg(any(feature = "cuda", feature = "cuda-emulation"))]
 mod cuda;
 mod diffusion;
+mod docs;
 mod engine;
 mod eval;
 mod fused;
