@@ -61,47 +61,59 @@ impl Way {
     }
 }
 
+/// What a picture's size says.
+#[derive(Debug, Clone, Copy)]
+struct Sizes {
+    /// Numbers of the picture.
+    picture: u64,
+    /// Pixels that are computed at a time: of the largest tile, or all.
+    tile: u64,
+    is_tiled: bool,
+    /// Numbers between the local part and the middle.
+    features: u64,
+}
+
+impl Sizes {
+    /// The attention in the middle: residual, tokens, queries, keys and values twice, and the
+    /// result; the residual blocks beside it take less.
+    fn middle(self) -> u64 {
+        const COPIES: u64 = 9;
+        COPIES * self.features
+    }
+}
+
 impl Config {
-    /// The most bytes of activations while a picture of `height × width` pixels is encoded.
+    /// The most bytes of activations while a picture of `size`, height and width in pixels, is encoded.
     #[must_use]
-    pub fn encoding_bytes(
-        &self,
-        [height, width]: [usize; 2],
-        tiling: &Tiling,
-        precision: &Precision,
-    ) -> u64 {
-        let way = Way::of(precision);
-        let pixels = (height * width) as u64;
-        let (latent, dim) = (self.latent_pixels(pixels), self.widest());
-        let picture = way.wide(2 * pixels * self.picture_channels as u64);
-        let (tile, blended) = match tiling.largest_tile([height, width]) {
-            Some(tile) => (tile, 3 * latent * dim),
-            None => (pixels, 0),
-        };
-        let local = peak(&self.encoder_steps(), tile, way) + blended;
-        way.bytes(picture + local.max(self.middle(latent)))
+    pub fn encoding_bytes(&self, size: [usize; 2], tiling: &Tiling, precision: &Precision) -> u64 {
+        let (way, sizes) = (Way::of(precision), self.sizes(size, tiling));
+        let picture = way.wide(2 * sizes.picture);
+        let blended = if sizes.is_tiled { 3 * sizes.features } else { 0 };
+        let local = peak(&self.encoder_steps(), sizes.tile, way) + blended;
+        way.bytes(picture + local.max(sizes.middle()))
     }
 
-    /// The most bytes of activations while latents of a picture of `height × width` pixels are
-    /// decoded.
+    /// The most bytes of activations while latents of a picture of `size`, height and width in pixels,
+    /// are decoded.
     #[must_use]
-    pub fn decoding_bytes(
-        &self,
-        [height, width]: [usize; 2],
-        tiling: &Tiling,
-        precision: &Precision,
-    ) -> u64 {
-        let way = Way::of(precision);
-        let pixels = (height * width) as u64;
-        let (latent, dim) = (self.latent_pixels(pixels), self.widest());
-        let picture = pixels * self.picture_channels as u64;
-        let (tile, around) = match tiling.largest_tile([height, width]) {
-            Some(tile) => (tile, latent * dim + 3 * picture),
-            None => (pixels, picture),
-        };
-        let local = peak(&self.decoder_steps(), self.latent_pixels(tile), way) + around;
+    pub fn decoding_bytes(&self, size: [usize; 2], tiling: &Tiling, precision: &Precision) -> u64 {
+        let (way, sizes) = (Way::of(precision), self.sizes(size, tiling));
+        let picture = sizes.picture;
+        let around = if sizes.is_tiled { sizes.features + 3 * picture } else { picture };
+        let local = peak(&self.decoder_steps(), self.latent_pixels(sizes.tile), way) + around;
         // The result, clamped and as levels.
-        way.bytes(local.max(self.middle(latent)).max(way.wide(3 * picture)))
+        way.bytes(local.max(sizes.middle()).max(way.wide(3 * picture)))
+    }
+
+    fn sizes(&self, [height, width]: [usize; 2], tiling: &Tiling) -> Sizes {
+        let pixels = (height * width) as u64;
+        let tile = tiling.largest_tile([height, width]);
+        Sizes {
+            picture: pixels * self.picture_channels as u64,
+            tile: tile.unwrap_or(pixels),
+            is_tiled: tile.is_some(),
+            features: self.latent_pixels(pixels) * self.widest(),
+        }
     }
 
     fn latent_pixels(&self, pixels: u64) -> u64 {
@@ -110,13 +122,6 @@ impl Config {
 
     fn widest(&self) -> u64 {
         self.channels().last().copied().unwrap_or(0) as u64
-    }
-
-    /// The attention in the middle: residual, tokens, queries, keys and values twice, and the
-    /// result; the residual blocks beside it take less.
-    fn middle(&self, latent: u64) -> u64 {
-        const COPIES: u64 = 9;
-        COPIES * latent * self.widest()
     }
 
     /// The steps of the encoder, as it loads them.
