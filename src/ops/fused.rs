@@ -2,14 +2,14 @@
 //! rounded once for all matrices that multiply them, and results are finished before they leave the
 //! first-level cache. The numbers are those of the operations one after the other.
 
-use candle_core::{DType, Device, Result, Tensor, bail};
+use candle_core::{Device, Result, Tensor, bail};
 
 use super::{
     activation::{GeluInPlace, gelu_tanh_owned},
     buffers,
     cpu::{Floats, is_fast},
     cuda,
-    linear::{PackedLinear, forward_each},
+    linear::{PackedLinear, forward_each, wide_bias},
     norm::{gated_add, gated_add_norm, modulated_layer_norm},
     recycle,
     rows::{AddGated, ModulatedRun, NormedRows},
@@ -186,12 +186,7 @@ impl<'a> Matrix<'a> {
     /// `None` where the matrix is kept in another way.
     fn of(linear: &'a PackedLinear) -> Result<Option<Self>> {
         let Some((blocks, bias)) = linear.blocks() else { return Ok(None) };
-        let bias = bias.map(|bias| bias.to_dtype(DType::F32)?.contiguous()).transpose()?;
-        let out = blocks.dims().0;
-        if bias.as_ref().is_some_and(|bias| bias.dims() != [out]) {
-            bail!("linear: the bias does not have the output's width {out}");
-        }
-        Ok(Some(Self { blocks, bias }))
+        Ok(Some(Self { blocks, bias: wide_bias(bias, blocks.dims().0)? }))
     }
 
     fn multiply(&self, rows: &RoundedRows, finish: &impl Finish) -> Result<Tensor> {

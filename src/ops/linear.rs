@@ -353,10 +353,8 @@ fn row_by_each<const N: usize>(
     let Some(matrices) = matrices.filter(|_| fits) else { return Ok(None) };
     let x = x.contiguous()?;
     let values = Floats::new(&x);
-    let biases = linears.iter().map(|linear| {
-        let bias = linear.bias.as_ref();
-        bias.map(|bias| bias.to_dtype(DType::F32)?.contiguous()).transpose()
-    });
+    let biases = linears.iter().zip(&matrices);
+    let biases = biases.map(|(linear, matrix)| wide_bias(linear.bias.as_ref(), matrix.dims().0));
     let biases: Vec<Option<Tensor>> = biases.collect::<Result<_>>()?;
     let biases: Vec<Option<Floats<'_>>> =
         biases.iter().map(|bias| bias.as_ref().map(Floats::new)).collect();
@@ -365,9 +363,6 @@ fn row_by_each<const N: usize>(
     let mut products = Vec::with_capacity(N);
     for ((matrix, bias), out) in matrices.iter().zip(&biases).zip(&mut outs) {
         let bias = bias.as_ref().map(Floats::contiguous).transpose()?;
-        if bias.is_some_and(|bias| bias.len() != out.len()) {
-            bail!("linear: the bias does not have the output's width {}", out.len());
-        }
         products.push((&**matrix, bias, out.as_mut_slice()));
     }
     PackedBlocks::multiply_row_by_each(values.contiguous()?, products);
@@ -423,6 +418,15 @@ fn is_host(x: &Tensor) -> bool {
     narrow && x.device().is_cpu() && !x.track_op()
 }
 
+/// A bias of `out` numbers in float32, one after the other.
+pub(super) fn wide_bias(bias: Option<&Tensor>, out: usize) -> Result<Option<Tensor>> {
+    let Some(bias) = bias else { return Ok(None) };
+    if bias.elem_count() != out {
+        bail!("linear: the bias does not have the output's width {out}");
+    }
+    bias.to_dtype(DType::F32)?.contiguous().map(Some)
+}
+
 /// Checks shapes and runs `multiply(x, bias, y)` on slices.
 fn by_rows(
     x: &Tensor,
@@ -435,12 +439,9 @@ fn by_rows(
         bail!("linear: {:?} does not end in the width {width}", x.dims());
     };
     *last = out;
-    let bias = bias.map(|bias| bias.to_dtype(DType::F32)?.contiguous()).transpose()?;
+    let bias = wide_bias(bias, out)?;
     let bias = bias.as_ref().map(Floats::new);
     let bias = bias.as_ref().map(Floats::contiguous).transpose()?;
-    if bias.is_some_and(|bias| bias.len() != out) {
-        bail!("linear: the bias does not have the output's width {out}");
-    }
     let mut y = buffers::of_len(dims.iter().product());
     let wide = x.to_dtype(DType::F32)?.contiguous()?;
     multiply(Floats::new(&wide).contiguous()?, bias, &mut y);
