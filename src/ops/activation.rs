@@ -13,11 +13,10 @@ use super::{
         blocks::Finish,
         lanes::{self, Lanewise},
         math,
+        tiles::CHUNK,
     },
 };
 
-/// Elements that one piece of work covers.
-const CHUNK: usize = 1 << 14;
 const SQRT_2_OVER_PI: f32 = 0.797_884_6;
 
 /// GELU in its tanh approximation (`torch.nn.functional.gelu(x, approximate="tanh")`).

@@ -7,14 +7,8 @@ use super::{
     buffers,
     cpu::{Floats, is_fast},
     cuda,
-    simd::{
-        Arch,
-        tiles::{Grid, par_tiles},
-    },
+    simd::{Arch, tiles::par_rows},
 };
-
-/// Elements that one piece of work covers.
-const CHUNK: usize = 1 << 14;
 
 /// Rotates neighbouring pairs `(x₀, x₁), (x₂, x₃), …`.
 ///
@@ -78,7 +72,7 @@ fn rotate(
     x: &Tensor,
     cos: &Tensor,
     sin: &Tensor,
-    turn: impl Fn(Turn<'_>) + Sync,
+    turn: impl Fn(Turn<'_>) + Sync + Send,
 ) -> Result<Tensor> {
     let (b, n, h, d) = x.dims4()?;
     let half = cos.dim(1)?;
@@ -87,25 +81,16 @@ fn rotate(
     let [x_floats, cos, sin] = [Floats::new(&x), Floats::new(&cos), Floats::new(&sin)];
     let (input, cos, sin) = (x_floats.contiguous()?, cos.contiguous()?, sin.contiguous()?);
     let width = h * d;
-    let tile_rows = CHUNK.checked_div(width).unwrap_or(1).max(1);
-    let grid = Grid { rows: n, cols: width, tile_rows, tile_cols: width.max(1) };
-    par_tiles(
-        &mut out,
-        grid,
-        || (),
-        |(), mut tile| {
-            for i in 0..tile.rows.len() {
-                let token = tile.rows.start + i;
-                let angles = token * half..(token + 1) * half;
-                turn(Turn {
-                    x: &input[(tile.batch * n + token) * width..][..width],
-                    cos: &cos[angles.clone()],
-                    sin: &sin[angles],
-                    out: tile.row(i),
-                });
-            }
-        },
-    );
+    par_rows(&mut out, width, |row, out| {
+        let token = row % n;
+        let angles = token * half..(token + 1) * half;
+        turn(Turn {
+            x: &input[row * width..][..width],
+            cos: &cos[angles.clone()],
+            sin: &sin[angles],
+            out,
+        });
+    });
     drop(x_floats);
     Tensor::from_vec(out, (b, n, h, d), x.device())
 }

@@ -12,12 +12,10 @@ use super::{
         lanes::{self, Lanewise},
         math,
         prefetch::into_first_level,
-        tiles::{Grid, Tile, par_tiles},
+        tiles::{Grid, Tile, par_rows, par_tiles},
     },
 };
 
-/// Elements that one piece of work covers.
-const CHUNK: usize = 1 << 14;
 /// How many rows ahead a part of one is asked for: the processor does not foresee rows that are read
 /// in parts.
 const AHEAD: usize = 4;
@@ -152,23 +150,10 @@ fn by_rows(x: &Tensor, work: impl Fn(usize, &mut [f32], &[f32]) + Sync + Send) -
     let dim = x.dim(D::Minus1)?;
     let shape = x.shape().clone();
     let mut out = buffers::of_len(shape.elem_count());
-    let rows = out.len().checked_div(dim).unwrap_or(0);
     let x = x.contiguous()?;
     let floats = Floats::new(&x);
     let input = floats.contiguous()?;
-    let tile_rows = CHUNK.checked_div(dim).unwrap_or(1).max(1);
-    let grid = Grid { rows, cols: dim, tile_rows, tile_cols: dim.max(1) };
-    par_tiles(
-        &mut out,
-        grid,
-        || (),
-        |(), mut tile| {
-            for i in 0..tile.rows.len() {
-                let row = tile.rows.start + i;
-                work(row, tile.row(i), &input[row * dim..][..dim]);
-            }
-        },
-    );
+    par_rows(&mut out, dim, |row, out| work(row, out, &input[row * dim..][..dim]));
     drop(floats);
     Tensor::from_vec(out, shape, x.device())
 }

@@ -12,6 +12,23 @@ pub(crate) fn tasks() -> usize {
     TASKS_PER_THREAD * rayon::current_num_threads()
 }
 
+/// Elements that one piece of work covers where each is read once.
+pub(crate) const CHUNK: usize = 1 << 14;
+
+/// Runs `work(row, out)` on each row of `out: [rows, width]`, in parallel.
+pub(crate) fn par_rows(
+    out: &mut [f32],
+    width: usize,
+    work: impl Fn(usize, &mut [f32]) + Sync + Send,
+) {
+    let rows = CHUNK.checked_div(width).unwrap_or(1).max(1);
+    let pieces = out.par_chunks_mut((rows * width).max(1)).with_max_len(1).enumerate();
+    pieces.for_each(|(piece, out)| {
+        let out = out.chunks_exact_mut(width).enumerate();
+        out.for_each(|(i, out)| work(piece * rows + i, out));
+    });
+}
+
 /// How an output `[batch, rows, cols]` is cut into rectangles.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct Grid {
@@ -125,7 +142,24 @@ mod tests {
     }
 
     #[test]
+    fn every_row_is_worked_on_once() {
+        for (rows, width) in [(1, 1), (7, 3), (3, CHUNK), (2, CHUNK + 1), (5, CHUNK.div_euclid(2))]
+        {
+            let mut out = vec![0.0; rows * width];
+            par_rows(&mut out, width, |row, out| {
+                assert_eq!(out.len(), width);
+                out.iter_mut().for_each(|x| *x += f32::from(u8::try_from(row + 1).unwrap()));
+            });
+            for (row, out) in out.chunks_exact(width).enumerate() {
+                let expected = f32::from(u8::try_from(row + 1).unwrap());
+                assert!(out.iter().all(|x| (x - expected).abs() < f32::EPSILON), "{rows}×{width}");
+            }
+        }
+    }
+
+    #[test]
     fn an_empty_output_runs_nothing() {
+        par_rows(&mut [], 0, |_, _| panic!("no row to work on"));
         let grid = Grid { rows: 0, cols: 4, tile_rows: 1, tile_cols: 1 };
         par_tiles(&mut [], grid, || (), |(), _| panic!("no tile to work on"));
     }
