@@ -134,11 +134,67 @@ impl<'a, const R: usize> TileBlocks<'a, R> {
 #[derive(Debug)]
 pub(super) struct Activations<const R: usize> {
     buffer: Buffer,
-    /// Blocks of a row.
-    depth: usize,
-    tiles: usize,
+    layout: Layout<R>,
     /// What the sums of each row are multiplied with in the end.
     pub(super) scales: Vec<f32>,
+}
+
+/// Where the parts of all tiles lie in a buffer of float32 numbers: blocks, their sums, and those of
+/// super-blocks.
+#[derive(Debug, Clone, Copy)]
+struct Layout<const R: usize> {
+    tiles: usize,
+    /// Blocks of a row.
+    depth: usize,
+}
+
+impl<const R: usize> Layout<R> {
+    /// Super-blocks of a row. Room for one is there in any case.
+    fn supers(self) -> usize {
+        self.depth.div_euclid(BLOCKS).max(1)
+    }
+
+    /// Numbers of each part.
+    fn lens(self) -> [usize; 3] {
+        let len =
+            |count: usize, bytes: usize| self.tiles * count * bytes.div_euclid(size_of::<f32>());
+        [
+            len(self.depth, size_of::<RowBlock<R>>()),
+            len(self.depth, size_of::<Sums<R>>()),
+            len(self.supers(), size_of::<SuperSums<R>>()),
+        ]
+    }
+
+    /// The parts of a buffer, to be read.
+    fn parts(self, buffer: &[f32]) -> TileBlocks<'_, R> {
+        let [blocks, sums, super_sums] = self.lens();
+        let (blocks, rest) = buffer.split_at(blocks);
+        let (sums, rest) = rest.split_at(sums);
+        TileBlocks {
+            blocks: bytemuck::cast_slice(blocks),
+            sums: bytemuck::cast_slice(sums),
+            super_sums: bytemuck::cast_slice(&rest[..super_sums]),
+        }
+    }
+
+    /// The parts of a buffer, to be written, in those of each tile.
+    fn tiles_mut(self, buffer: &mut [f32]) -> impl IndexedParallelIterator<Item = TileMut<'_, R>> {
+        let [blocks, sums, super_sums] = self.lens();
+        let (blocks, rest) = buffer.split_at_mut(blocks);
+        let (sums, rest) = rest.split_at_mut(sums);
+        let blocks = bytemuck::cast_slice_mut(blocks).par_chunks_mut(self.depth);
+        let sums = bytemuck::cast_slice_mut(sums).par_chunks_mut(self.depth);
+        let super_sums = bytemuck::cast_slice_mut(&mut rest[..super_sums]);
+        let tiles = blocks.zip(sums).zip(super_sums.par_chunks_mut(self.supers()));
+        tiles.map(|((blocks, sums), super_sums)| TileMut { blocks, sums, super_sums })
+    }
+}
+
+/// All blocks of a tile, to be written.
+struct TileMut<'a, const R: usize> {
+    blocks: &'a mut [RowBlock<R>],
+    sums: &'a mut [Sums<R>],
+    super_sums: &'a mut [SuperSums<R>],
 }
 
 /// Rows of activations, as they lie in memory or computed when they are rounded.
@@ -170,56 +226,33 @@ impl<const R: usize> Activations<R> {
     /// Rounds rows of `depth` blocks.
     pub(super) fn new(rows: &impl Rows, depth: usize, needs: Needs, rounding: Rounding) -> Self {
         let count = rows.count();
-        let (tiles, supers) = (count.div_ceil(R), supers(depth));
-        let floats = depth * (Self::BLOCK_FLOATS + Self::SUMS_FLOATS) + supers * Self::SUPER_FLOATS;
-        let mut buffer = Buffer::take(tiles * floats);
-        let mut scales = vec![0.0; tiles * R];
-        let (blocks, rest) = buffer.0.split_at_mut(tiles * depth * Self::BLOCK_FLOATS);
-        let (sums, rest) = rest.split_at_mut(tiles * depth * Self::SUMS_FLOATS);
-        let super_sums = &mut rest[..tiles * supers * Self::SUPER_FLOATS];
-        let blocks = blocks.par_chunks_mut(depth * Self::BLOCK_FLOATS);
-        let sums = sums.par_chunks_mut(depth * Self::SUMS_FLOATS);
-        let super_sums = super_sums.par_chunks_mut(supers * Self::SUPER_FLOATS);
-        let tiles_of = blocks.zip(sums).zip(super_sums).zip(scales.par_chunks_mut(R)).enumerate();
+        let layout = Layout { tiles: count.div_ceil(R), depth };
+        let mut buffer = Buffer::take(layout.lens().iter().sum());
+        let mut scales = vec![0.0; layout.tiles * R];
+        let tiles = layout.tiles_mut(&mut buffer.0).zip(scales.par_chunks_mut(R)).enumerate();
         let scratch = || (Vec::new(), Vec::new());
-        tiles_of.for_each_init(scratch, |(largest, computed), (tile, (parts, scales))| {
-            let ((blocks, sums), super_sums) = parts;
+        tiles.for_each_init(scratch, |(largest, computed), (tile, (parts, scales))| {
+            let TileMut { blocks, sums, super_sums } = parts;
             for (i, (row, scale)) in (tile * R..count).zip(scales).enumerate() {
                 largest.resize(depth, 0.0);
                 let mut row = Row::<R> {
                     x: rows.row(row, computed),
                     largest,
-                    blocks: bytemuck::cast_slice_mut(blocks),
-                    sums: bytemuck::cast_slice_mut(if needs.sums { &mut *sums } else { &mut [] }),
-                    super_sums: bytemuck::cast_slice_mut(match needs.super_sums {
-                        true => &mut *super_sums,
-                        false => &mut [],
-                    }),
+                    blocks,
+                    sums: if needs.sums { sums } else { &mut [] },
+                    super_sums: if needs.super_sums { super_sums } else { &mut [] },
                     i,
                     rounding,
                 };
                 *scale = rounding.instructions.quantize_row(&mut row);
             }
         });
-        Self { buffer, depth, tiles, scales }
+        Self { buffer, layout, scales }
     }
-
-    const BLOCK_FLOATS: usize = size_of::<RowBlock<R>>().div_euclid(size_of::<f32>());
-    const SUMS_FLOATS: usize = size_of::<Sums<R>>().div_euclid(size_of::<f32>());
-    const SUPER_FLOATS: usize = size_of::<SuperSums<R>>().div_euclid(size_of::<f32>());
 
     /// All tiles. What was not [needed](Needs) is what was left there before.
     pub(super) fn tiles(&self) -> Tiles<'_, R> {
-        let Self { buffer, depth, tiles, .. } = self;
-        let (blocks, rest) = buffer.0.split_at(tiles * depth * Self::BLOCK_FLOATS);
-        let (sums, rest) = rest.split_at(tiles * depth * Self::SUMS_FLOATS);
-        let super_sums = &rest[..tiles * supers(*depth) * Self::SUPER_FLOATS];
-        let blocks = TileBlocks {
-            blocks: bytemuck::cast_slice(blocks),
-            sums: bytemuck::cast_slice(sums),
-            super_sums: bytemuck::cast_slice(super_sums),
-        };
-        Tiles { blocks, depth: *depth }
+        Tiles { blocks: self.layout.parts(&self.buffer.0), layout: self.layout }
     }
 }
 
@@ -227,8 +260,7 @@ impl<const R: usize> Activations<R> {
 #[derive(Debug, Clone, Copy)]
 pub(super) struct Tiles<'a, const R: usize> {
     blocks: TileBlocks<'a, R>,
-    /// Blocks of a row.
-    depth: usize,
+    layout: Layout<R>,
 }
 
 impl<'a, const R: usize> Tiles<'a, R> {
@@ -237,17 +269,13 @@ impl<'a, const R: usize> Tiles<'a, R> {
     pub(super) fn blocks(&self, tile: usize, range: Range<usize>) -> TileBlocks<'a, R> {
         let super_range = range.start.div_euclid(BLOCKS)..range.end.div_euclid(BLOCKS);
         let TileBlocks { blocks, sums, super_sums } = self.blocks;
+        let (depth, supers) = (self.layout.depth, self.layout.supers());
         TileBlocks {
-            blocks: &blocks[tile * self.depth..][range.clone()],
-            sums: &sums[tile * self.depth..][range],
-            super_sums: &super_sums[tile * supers(self.depth)..][super_range],
+            blocks: &blocks[tile * depth..][range.clone()],
+            sums: &sums[tile * depth..][range],
+            super_sums: &super_sums[tile * supers..][super_range],
         }
     }
-}
-
-/// Super-blocks in a row of `depth` blocks. Room for one is there in any case.
-fn supers(depth: usize) -> usize {
-    depth.div_euclid(BLOCKS).max(1)
 }
 
 /// Memory that is kept from product to product: the system takes as long to hand out a page as a
