@@ -12,8 +12,8 @@ use pulp::{Arch, Simd, WithSimd};
 use super::{BlockFormat, MatrixBytes, PackedBlocks};
 
 /// Numbers of a block of Q8_0, and its bytes: a scale and a byte for each number.
-const BLOCK: usize = 32;
-const BLOCK_BYTES: usize = 2 + BLOCK;
+const BLOCK: usize = BlockFormat::Q8_0.numbers();
+const BLOCK_BYTES: usize = BlockFormat::Q8_0.bytes();
 const LANES: usize = 16;
 
 /// A matrix of plain numbers quantized to `dtype`: panel by panel, so that no more than a panel for

@@ -8,7 +8,6 @@ pub(super) mod lanes;
 pub(super) mod math;
 pub(super) mod prefetch;
 pub(super) mod product;
-mod q4k;
 pub(super) mod tiles;
 pub(super) mod transpose;
 

@@ -1,6 +1,6 @@
 //! The block formats of GGUF files, and how blocks are interleaved over the outputs of a panel.
 
-use super::{BLOCK, PANEL};
+use super::{BLOCK, PANEL, SUPER_BLOCK};
 
 /// Four neighbouring bytes of a block.
 pub(super) type Word = [u8; 4];
@@ -32,6 +32,25 @@ pub(super) struct Parts {
     pub(super) words: (usize, usize),
 }
 
+/// Weights of four or five bits.
+#[cfg(target_arch = "x86_64")]
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) struct FewBits {
+    /// What lies in their middle.
+    pub(super) center: u8,
+    /// What 0 is unpacked to: where a format has minimums weights start from 128, and elsewhere their
+    /// center is there.
+    pub(super) zero: u8,
+}
+
+#[cfg(target_arch = "x86_64")]
+impl FewBits {
+    /// How much more unpacked weights are than centered ones.
+    pub(super) fn above_center(self) -> u8 {
+        self.zero + self.center - 128
+    }
+}
+
 impl BlockFormat {
     /// All formats.
     pub const ALL: [Self; 12] = [
@@ -51,21 +70,21 @@ impl BlockFormat {
 
     /// Weights of one block.
     #[must_use]
-    pub fn numbers(self) -> usize {
+    pub const fn numbers(self) -> usize {
         match self {
             Self::Q8_0 | Self::Q5_0 | Self::Q5_1 | Self::Q4_0 | Self::Q4_1 | Self::Iq4Nl => BLOCK,
-            _ => 8 * BLOCK,
+            _ => SUPER_BLOCK,
         }
     }
 
     /// Bytes of one block.
     #[must_use]
-    pub fn bytes(self) -> usize {
+    pub const fn bytes(self) -> usize {
         let parts = self.parts();
         2 * parts.halves.1 + 4 * parts.words.1
     }
 
-    pub(super) fn parts(self) -> Parts {
+    pub(super) const fn parts(self) -> Parts {
         let (halves, words) = match self {
             Self::Q8_0 => ((0, 1), (2, 8)),
             Self::Q5_0 => ((0, 1), (2, 5)),
@@ -82,14 +101,24 @@ impl BlockFormat {
         Parts { halves, words }
     }
 
-    /// What lies in the middle of weights that are multiplied in pairs: those of four and five bits.
-    #[cfg_attr(not(target_arch = "x86_64"), expect(dead_code, reason = "for x86 only"))]
-    pub(super) fn center(self) -> Option<u8> {
-        match self {
-            Self::Q4_0 | Self::Q4_1 | Self::Q4K => Some(8),
-            Self::Q5_0 | Self::Q5_1 | Self::Q5K => Some(16),
-            Self::Q8_0 | Self::Q6K | Self::Q3K | Self::Q2K | Self::Iq4Nl | Self::Iq4Xs => None,
-        }
+    /// What is special about weights of four and five bits.
+    #[cfg(target_arch = "x86_64")]
+    pub(super) fn few_bits(self) -> Option<FewBits> {
+        let center = match self {
+            Self::Q4_0 | Self::Q4_1 | Self::Q4K => 8,
+            Self::Q5_0 | Self::Q5_1 | Self::Q5K => 16,
+            Self::Q8_0 | Self::Q6K | Self::Q3K | Self::Q2K | Self::Iq4Nl | Self::Iq4Xs => {
+                return None;
+            }
+        };
+        let zero = if self.groups().1 == 0 { 128 - center } else { 128 };
+        Some(FewBits { center, zero })
+    }
+
+    /// Whether a block is one of 256 weights.
+    #[cfg(target_arch = "x86_64")]
+    pub(super) fn has_super_blocks(self) -> bool {
+        self.numbers() == SUPER_BLOCK
     }
 
     /// Groups of weights with a scale of their own in 32 weights, and groups with a minimum.

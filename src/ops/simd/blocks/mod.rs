@@ -11,7 +11,10 @@ mod activations;
 mod avx2;
 mod format;
 mod instructions;
+mod kernel;
 mod plain;
+#[cfg(target_arch = "x86_64")]
+mod q4k_row;
 #[cfg(target_arch = "x86_64")]
 mod six_rows;
 mod store;
@@ -25,17 +28,16 @@ use std::{borrow::Cow, ops::Range};
 
 pub use self::format::BlockFormat;
 use self::{
-    activations::{Activations, Needs, Rounding, RowBlock, TileBlocks},
-    format::{PanelBlock, Word},
+    activations::{Activations, Rounding},
+    format::Word,
     instructions::Instructions,
+    kernel::Kernel,
     store::StoreRow,
 };
 pub(crate) use self::{
     activations::{DenseRows, Rows},
     store::{AsItIs, Finish},
 };
-#[cfg(target_arch = "x86_64")]
-use super::q4k;
 use super::{
     Arch, hugepage,
     prefetch::into_second_level,
@@ -74,18 +76,28 @@ struct Unpacked {
     weights: [[Word; PANEL]; FOURS],
     /// Of all weights, or of each half.
     scales: [[f32; PANEL]; 2],
-    /// As many as the format has.
+    /// As many as the format has. The second may be the [factor](Self::min_factor) of stored ones.
     mins: [[f32; PANEL]; 2],
     /// What sums of pairs start from.
-    #[cfg_attr(not(target_arch = "x86_64"), expect(dead_code, reason = "for x86 only"))]
     starts: [i32; PANEL],
     /// Of the leading four blocks of a super-block that is multiplied in pairs: two of its minimums as
-    /// they are stored. The second `mins` of the first block are what all are multiplied with.
-    #[cfg_attr(not(target_arch = "x86_64"), expect(dead_code, reason = "for x86 only"))]
+    /// they are stored.
     stored_mins: [[i16; 2]; PANEL],
 }
 
 impl Unpacked {
+    /// What the [stored minimums](Self::stored_mins) of a super-block are multiplied with, in its first
+    /// block. It lies where the second minimums would, which no such format has, so that all that is
+    /// unpacked at a time stays in the first-level cache.
+    #[cfg(target_arch = "x86_64")]
+    fn min_factor(&mut self) -> &mut [f32; PANEL] {
+        &mut self.mins[1]
+    }
+
+    /// Where [`Self::min_factor`] is.
+    #[cfg(target_arch = "x86_64")]
+    const MIN_FACTOR: usize = std::mem::offset_of!(Self, mins) + size_of::<[f32; PANEL]>();
+
     /// The weights of one output.
     fn row(&self, format: BlockFormat, output: usize) -> impl Iterator<Item = f32> {
         let (scales, mins) = format.groups();
@@ -115,11 +127,10 @@ struct Line([u8; 64]);
 #[derive(Debug)]
 pub struct PackedBlocks {
     lines: Vec<Line>,
-    format: BlockFormat,
+    kernel: Kernel,
     out: usize,
     /// Stored blocks of one row.
     depth: usize,
-    instructions: Instructions,
 }
 
 impl PackedBlocks {
@@ -172,29 +183,35 @@ impl PackedBlocks {
             let lines = lines.next(panel_lines);
             format::interleave(format, &rows, depth, bytemuck::cast_slice_mut(lines));
         });
-        Some(Self { lines, format, out, depth, instructions })
+        Some(Self { lines, kernel: Kernel::new(format, instructions), out, depth })
     }
 
     /// Rows and columns.
     pub(crate) fn dims(&self) -> (usize, usize) {
-        (self.out, self.depth * self.format.numbers())
+        (self.out, self.depth * self.kernel.format.numbers())
+    }
+
+    /// Bytes of a block of each output of a panel.
+    fn block_bytes(&self) -> usize {
+        PANEL * self.kernel.format.bytes()
     }
 
     /// The blocks of a panel.
     fn panel(&self, panel: usize) -> &[u8] {
-        let bytes = self.depth * PANEL * self.format.bytes();
+        let bytes = self.depth * self.block_bytes();
         &bytemuck::cast_slice(&self.lines)[panel * bytes..][..bytes]
     }
 
     /// The numbers of row `row`.
     pub(crate) fn row(&self, row: usize) -> Vec<f32> {
+        let Kernel { format, instructions, .. } = self.kernel;
         let output = row % PANEL;
-        let mut unpacked = vec![EMPTY; self.format.numbers().div_euclid(BLOCK)];
+        let mut unpacked = vec![EMPTY; format.numbers().div_euclid(BLOCK)];
         let mut numbers = Vec::with_capacity(self.dims().1);
         let panel = self.panel(row.div_euclid(PANEL));
-        for block in panel.chunks_exact(PANEL * self.format.bytes()) {
-            self.instructions.unpack(self.format, block, &mut unpacked);
-            unpacked.iter().for_each(|block| numbers.extend(block.row(self.format, output)));
+        for block in panel.chunks_exact(self.block_bytes()) {
+            instructions.unpack(format, block, &mut unpacked);
+            unpacked.iter().for_each(|block| numbers.extend(block.row(format, output)));
         }
         numbers
     }
@@ -215,10 +232,7 @@ impl PackedBlocks {
     /// Whether one row can be multiplied by this matrix and others of the same width at once.
     #[must_use]
     pub fn shares_rows(&self) -> bool {
-        #[cfg(target_arch = "x86_64")]
-        return self.format == BlockFormat::Q4K && self.instructions == Instructions::Avx512Vnni;
-        #[cfg(not(target_arch = "x86_64"))]
-        false
+        self.kernel.takes_nibbles()
     }
 
     /// [`Self::multiply`] of one row by matrices of its width that [share rows](Self::shares_rows),
@@ -227,46 +241,17 @@ impl PackedBlocks {
     pub(crate) fn multiply_row_by_each(x: &[f32], products: Vec<RowProduct<'_>>) {
         let products = products.into_iter().map(|(matrix, bias, out)| {
             let blocks = bytemuck::cast_slice(&matrix.lines);
-            q4k::RowProduct { blocks, bias, out }
+            q4k_row::RowProduct { blocks, bias, out }
         });
-        q4k::multiply_row(x, products.collect());
+        q4k_row::multiply_row(x, products.collect());
     }
 
     fn multiply_rows<const R: usize>(&self, x: &[f32], bias: Option<&[f32]>, out: &mut [f32]) {
         let width = self.dims().1;
         let (depth, rows) = (width.div_euclid(BLOCK), DenseRows { x, width });
-        let x = Activations::<R>::new(&rows, depth, self.needs::<R>(), self.rounding());
+        let x =
+            Activations::<R>::new(&rows, depth, self.kernel.needs::<R>(), self.kernel.rounding());
         self.multiply_activations(&x, bias, out, &AsItIs);
-    }
-
-    /// The center of weights that are multiplied in pairs, where this matrix's are.
-    fn center(&self) -> Option<u8> {
-        #[cfg(target_arch = "x86_64")]
-        return self.format.center().filter(|_| self.instructions == Instructions::Avx512Vnni);
-        #[cfg(not(target_arch = "x86_64"))]
-        None
-    }
-
-    /// How this matrix wants rows rounded.
-    fn rounding(&self) -> Rounding {
-        let (limit, shift) = match self.center() {
-            None => (Rounding::WHOLE, 0),
-            Some(center) if self.format.groups().1 == 0 => (128 - center, 0),
-            Some(center) => (128 - center, i32::from(center)),
-        };
-        Rounding { instructions: self.instructions, limit, shift }
-    }
-
-    /// Whether the minimums of a super-block are multiplied at once.
-    fn joins_mins<const R: usize>(&self) -> bool {
-        R == TILE_ROWS && self.center().is_some() && self.format.numbers() == SUPER_BLOCK
-    }
-
-    /// What this matrix needs to know of rows: their sums where the format has minimums, or more than
-    /// one scale for a block of activations.
-    fn needs<const R: usize>(&self) -> Needs {
-        let (joined, grouped) = (self.joins_mins::<R>(), self.format.groups() != (1, 0));
-        Needs { sums: grouped && !joined, super_sums: joined }
     }
 
     /// Rounds `rows` for products with `matrices` of that width: once for all that want it alike.
@@ -279,10 +264,10 @@ impl PackedBlocks {
         let (depth, count) = (width.div_euclid(BLOCK), rows.count());
         let mut activations: Vec<(Rounding, Activations<TILE_ROWS>)> = Vec::new();
         for matrix in matrices {
-            let rounding = matrix.rounding();
+            let rounding = matrix.kernel.rounding();
             if activations.iter().all(|(known, _)| *known != rounding) {
-                let alike = matrices.iter().filter(|matrix| matrix.rounding() == rounding);
-                let needs = alike.map(|matrix| matrix.needs::<TILE_ROWS>()).collect();
+                let alike = matrices.iter().filter(|matrix| matrix.kernel.rounding() == rounding);
+                let needs = alike.map(|matrix| matrix.kernel.needs::<TILE_ROWS>()).collect();
                 let rounded = Activations::new(rows, depth, needs, rounding);
                 activations.push((rounding, rounded));
             }
@@ -300,7 +285,7 @@ impl PackedBlocks {
         finish: &impl Finish,
     ) {
         assert_eq!((x.width, out.len()), (self.dims().1, x.count * self.out));
-        let wanted = self.rounding();
+        let wanted = self.kernel.rounding();
         let found = x.activations.iter().find(|(rounding, _)| *rounding == wanted);
         #[expect(clippy::expect_used, reason = "rows are rounded for the matrices they meet")]
         let (_, activations) = found.expect("rows were rounded for this matrix");
@@ -314,7 +299,7 @@ impl PackedBlocks {
         out: &mut [f32],
         finish: &impl Finish,
     ) {
-        match self.format.groups() {
+        match self.kernel.format.groups() {
             (1, 0) => self.multiply_tiles::<R, 1, 0>(x, bias, out, finish),
             (1, 1) => self.multiply_tiles::<R, 1, 1>(x, bias, out, finish),
             (1, _) => self.multiply_tiles::<R, 1, 2>(x, bias, out, finish),
@@ -350,77 +335,6 @@ impl PackedBlocks {
         });
     }
 
-    /// Whether the kernel takes the weights as they are stored, and only their scales are unpacked.
-    #[cfg(target_arch = "x86_64")]
-    fn reads_in_place(&self) -> bool {
-        self.format == BlockFormat::Q8_0 && self.instructions == Instructions::Avx512Vnni
-    }
-
-    /// What the kernel needs of a block beside the stored bytes.
-    fn unpack(&self, block: &[u8], out: &mut [Unpacked]) {
-        #[cfg(target_arch = "x86_64")]
-        if self.reads_in_place() {
-            return x86::widen_q8_0_512(PanelBlock::new(self.format, block), &mut out[0]);
-        }
-        #[cfg(target_arch = "x86_64")]
-        if self.center().is_some() {
-            return six_rows::unpack_centered_512(
-                self.format,
-                PanelBlock::new(self.format, block),
-                out,
-            );
-        }
-        self.instructions.unpack(self.format, block, out);
-    }
-
-    /// Adds the product of a tile of rows with blocks as they are stored and [unpacked](Self::unpack).
-    #[cfg_attr(not(target_arch = "x86_64"), expect(unused_variables, reason = "for x86 only"))]
-    fn add_tile<const R: usize, const G: usize, const M: usize>(
-        &self,
-        (stored, unpacked): (&[u8], &[Unpacked]),
-        x: TileBlocks<'_, R>,
-        sums: &mut PanelRows<R>,
-    ) {
-        let parts = (x.blocks, x.sums);
-        #[cfg(target_arch = "x86_64")]
-        if self.reads_in_place() {
-            return x86::add_q8_0_tile_512(stored, unpacked, parts, sums);
-        }
-        #[cfg(target_arch = "x86_64")]
-        if let Ok(sums) = <&mut PanelRows<TILE_ROWS>>::try_from(&mut sums[..])
-            && self.instructions == Instructions::Avx512Vnni
-        {
-            match self.format.center() {
-                Some(_) if self.joins_mins::<R>() => {
-                    return six_rows::add_super_tile_512(unpacked, x.cast(), sums);
-                }
-                Some(_) => return six_rows::add_paired_tile_512::<M>(unpacked, x.cast(), sums),
-                None if G == 2 => {
-                    return six_rows::add_half_scaled_tile_512(unpacked, x.cast(), sums);
-                }
-                None => {}
-            }
-        }
-        #[cfg(target_arch = "x86_64")]
-        if let (Instructions::Avx2, Some(center)) = (self.instructions, self.format.center()) {
-            let zero = if M == 0 { 128 - center } else { 128 };
-            return match center {
-                8 => avx2::add_nibbles_tile_256::<R, M>(unpacked, parts, zero, sums),
-                _ => avx2::add_five_bits_tile_256::<R, M>(unpacked, parts, zero, sums),
-            };
-        }
-        self.instructions.add_tile::<R, G, M>(unpacked, parts, sums);
-    }
-
-    /// Blocks of one row, where there is a kernel for it.
-    #[cfg(target_arch = "x86_64")]
-    fn as_row<'a, const R: usize>(&self, blocks: &'a [RowBlock<R>]) -> Option<&'a [RowBlock<1>]> {
-        let has_kernel = R == 1
-            && self.format == BlockFormat::Q8_0
-            && self.instructions == Instructions::Avx512Vnni;
-        has_kernel.then(|| bytemuck::cast_slice(blocks))
-    }
-
     /// The products of the tile's rows with some panels: `[panel][row]`.
     ///
     /// They are summed here and not in the output, whose rows can be so far apart that they evict
@@ -436,18 +350,19 @@ impl PackedBlocks {
         let rows = tile.rows.len().next_multiple_of(R);
         sums.clear();
         sums.resize(panels.len() * rows, [0.0; PANEL]);
-        let stored_blocks = self.format.numbers().div_euclid(BLOCK);
+        let stored_blocks = self.kernel.format.numbers().div_euclid(BLOCK);
         let depth = self.depth * stored_blocks;
         let (first, x) = (tile.rows.start.div_euclid(R), x.tiles());
         #[cfg(target_arch = "x86_64")]
-        if let Some(x) = self.as_row(x.blocks(first, 0..depth).blocks).filter(|_| rows == 1) {
+        if R == 1 && self.kernel.takes_bytes() {
+            let x = x.blocks(first, 0..depth).cast().blocks;
             for (panel, sums) in panels.clone().zip(sums.iter_mut()) {
                 x86::add_q8_0_row_512(self.panel(panel), x, std::array::from_mut(sums));
             }
             return;
         }
         unpacked.resize(DEPTH, EMPTY);
-        let block_bytes = PANEL * self.format.bytes();
+        let block_bytes = self.block_bytes();
         for from in (0..depth).step_by(DEPTH) {
             let to = depth.min(from + DEPTH);
             let unpacked = &mut unpacked[..to - from];
@@ -457,7 +372,7 @@ impl PackedBlocks {
                     &self.panel(panel)[stored.start * block_bytes..stored.end * block_bytes];
                 let stored_ones = chunk.chunks_exact(block_bytes);
                 for (block, unpacked) in stored_ones.zip(unpacked.chunks_exact_mut(stored_blocks)) {
-                    self.unpack(block, unpacked);
+                    self.kernel.unpack(block, unpacked);
                 }
                 // A share of the next weights is asked for with each tile of rows.
                 let share = chunk.len().div_ceil(rows.div_euclid(R)).next_multiple_of(64);
@@ -465,7 +380,7 @@ impl PackedBlocks {
                 for (i, sums) in sums.as_chunks_mut().0.iter_mut().enumerate() {
                     next.next().map(into_second_level);
                     let x = x.blocks(first + i, from..to);
-                    self.add_tile::<R, G, M>((chunk, unpacked), x, sums);
+                    self.kernel.add_tile::<R, G, M>((chunk, unpacked), x, sums);
                 }
             }
         }
@@ -479,7 +394,7 @@ impl PackedBlocks {
         } else {
             (panels.start, stored.end..self.depth.min(stored.end + stored.len()))
         };
-        let block_bytes = PANEL * self.format.bytes();
+        let block_bytes = self.block_bytes();
         &self.panel(panel)[stored.start * block_bytes..stored.end * block_bytes]
     }
 }

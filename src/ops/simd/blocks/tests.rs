@@ -130,7 +130,7 @@ fn a_packed_matrix_keeps_its_numbers() {
             assert_eq!(rows.len(), numbers.len());
             for (i, (ours, theirs)) in rows.iter().zip(&numbers).enumerate() {
                 let limit = 4.0 * f32::EPSILON * theirs.abs().max(1.0);
-                let name = packed.instructions;
+                let name = packed.kernel.instructions;
                 assert!((ours - theirs).abs() <= limit, "{format:?} {name:?} {i}: {ours} {theirs}");
             }
         }
@@ -145,7 +145,8 @@ fn the_product_is_that_of_the_quantized_activations() {
             let (packed, weight) = packed(format, out, width);
             for packed in &packed {
                 let is_q4k_row = rows == 1 && packed.shares_rows();
-                let limit = if is_q4k_row { Rounding::WHOLE } else { packed.rounding().limit };
+                let limit =
+                    if is_q4k_row { Rounding::WHOLE } else { packed.kernel.rounding().limit };
                 let whole = |i: usize| {
                     f32::from(u8::try_from(i * 31 % 255).unwrap()) % f32::from(2 * limit + 1)
                         - f32::from(limit)
@@ -159,7 +160,8 @@ fn the_product_is_that_of_the_quantized_activations() {
                 let y = product(packed, &x, Some(&bias));
                 for (i, (y, (sum, size))) in y.iter().zip(&exact).enumerate() {
                     let error = (f64::from(*y) - sum - f64::from(bias[i % out])).abs();
-                    let name = format!("{format:?} {:?} {rows}×{width}×{out}", packed.instructions);
+                    let name =
+                        format!("{format:?} {:?} {rows}×{width}×{out}", packed.kernel.instructions);
                     assert!(error < 1e-6 * (size + 127.0), "{name} at {i}: {error} of {size}");
                 }
             }
@@ -206,7 +208,7 @@ fn rounding_follows_the_rule() {
             let plain = exact(&rounded, &weight, width);
             let plain = error(&plain.iter().map(|(sum, _)| *sum).collect::<Vec<_>>());
             for packed in &packed {
-                let name = packed.instructions;
+                let name = packed.kernel.instructions;
                 let name = format!("{format:?} {name:?} {rows}×{width}×{out}, outliers {outliers}");
                 let y = product(packed, &x, None);
                 let ours = error(&y.iter().copied().map(f64::from).collect::<Vec<_>>());
@@ -228,7 +230,12 @@ fn a_row_alone_gives_the_numbers_it_gives_among_others() {
         for packed in &packed(format, 70, 1536).0 {
             let all = product(packed, &x, None);
             for (x, all) in x.chunks_exact(1536).zip(all.chunks_exact(70)) {
-                assert_eq!(product(packed, x, None), all, "{format:?} {:?}", packed.instructions);
+                assert_eq!(
+                    product(packed, x, None),
+                    all,
+                    "{format:?} {:?}",
+                    packed.kernel.instructions
+                );
             }
         }
     }
@@ -254,7 +261,7 @@ fn rows_that_several_matrices_share_give_what_each_gives() {
             for matrix in matrices {
                 let mut y = vec![f32::NAN; 7 * 70];
                 matrix.multiply_rounded(&rounded, None, &mut y, &AsItIs);
-                let name = matrix.format;
+                let name = matrix.kernel.format;
                 assert_eq!(y, product(matrix, &x, None), "{name:?} {instructions:?} {shared:?}");
             }
         }

@@ -13,7 +13,6 @@ use std::arch::x86_64::{
 };
 
 use super::{
-    super::q4k::halves,
     BLOCK, DEPTH, FOURS, HALF, PANEL, PanelRows, Unpacked,
     activations::{PlainSteps, Rounded, Row, RowBlock, Steps, Sums},
     format::{BlockFormat, PanelBlock, Word},
@@ -21,7 +20,7 @@ use super::{
 };
 
 /// Outputs of one 512-bit register of 32-bit sums.
-const LANES: usize = PANEL.div_euclid(2);
+pub(super) const LANES: usize = PANEL.div_euclid(2);
 /// Outputs of one 256-bit register.
 pub(super) const HALF_LANES: usize = PANEL.div_euclid(4);
 pub(super) const HALF_FOURS: usize = FOURS.div_euclid(2);
@@ -363,6 +362,18 @@ pub(super) fn sum_of<const R: usize, const M: usize>(
 #[inline(always)]
 pub(super) fn word(four: [i8; 4]) -> i32 {
     i32::from_le_bytes(four.map(i8::cast_unsigned))
+}
+
+/// Four neighbours of each output of a panel: those of its first 16 outputs, and of the others.
+#[inline]
+#[target_feature(enable = "avx512f")]
+pub(super) fn halves(weights: &[Word; PANEL]) -> [__m512i; 2] {
+    let start = weights.as_ptr();
+    #[expect(unsafe_code, reason = "unaligned loads")]
+    // SAFETY: the array holds the two times 64 bytes that are read.
+    unsafe {
+        [_mm512_loadu_si512(start.cast()), _mm512_loadu_si512(start.add(LANES).cast())]
+    }
 }
 
 #[inline]

@@ -213,7 +213,7 @@ macro_rules! subtract_super_mins {
             panel = in(reg) $blocks.as_ptr(),
             x = in(reg) ptr::from_ref($x),
             mins = const offset_of!(Unpacked, stored_mins),
-            factors = const offset_of!(Unpacked, mins) + 4 * PANEL,
+            factors = const Unpacked::MIN_FACTOR,
             block = const size_of::<Unpacked>(),
             exponents = const offset_of!(SuperSums<TILE_ROWS>, exponents),
         })

@@ -32,12 +32,11 @@ use std::{
 use half::f16;
 
 use super::{
-    super::q4k::halves,
-    PANEL, PanelRows, SUPER_BLOCK, TILE_ROWS, Unpacked,
+    PanelRows, TILE_ROWS, Unpacked,
     activations::{BLOCKS, PLAIN_ROWS, RowBlock, Sums, SuperSums, TileBlocks},
-    format::{BlockFormat, PanelBlock},
+    format::{BlockFormat, FewBits, PanelBlock},
     unpack,
-    x86::{add, half_numbers, replace, wide, with_instructions},
+    x86::{add, half_numbers, halves, replace, wide, with_instructions},
 };
 
 // The rows that the assembly below multiplies in pairs.
@@ -46,13 +45,11 @@ const _: () = assert!(PLAIN_ROWS == 3 && TILE_ROWS == 6);
 with_instructions! {
     /// [`unpack::unpack`] with centered weights, and what their pairs need.
     "avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,f16c" unpack_centered_512(
-        format: BlockFormat, block: PanelBlock<'_>, out: &mut [Unpacked]
+        format: BlockFormat, bits: FewBits, block: PanelBlock<'_>, out: &mut [Unpacked]
     ) {
         unpack::unpack(format, block, out, |x| wide(x), |x| replace(x));
-        let center = format.center().unwrap_or(0);
-        let by = if format.groups().1 == 0 { 0 } else { center };
-        out.iter_mut().for_each(|out| center_512(by, out));
-        if format.numbers() == SUPER_BLOCK {
+        out.iter_mut().for_each(|out| center_512(bits.above_center(), out));
+        if format.has_super_blocks() {
             stored_mins(block, out);
         }
     }
@@ -101,7 +98,7 @@ fn center_512(by: u8, out: &mut Unpacked) {
 #[inline(always)]
 fn stored_mins(block: PanelBlock<'_>, out: &mut [Unpacked]) {
     if let Some(first) = out.first_mut() {
-        first.mins[1] = block.halves[1].map(|dmin| f16::from_le_bytes(dmin).to_f32());
+        *first.min_factor() = block.halves[1].map(|dmin| f16::from_le_bytes(dmin).to_f32());
     }
     // Four minimums in the bytes of a word: those of the leading blocks, and those of the others.
     for (i, out) in out.iter_mut().take(BLOCKS.div_euclid(2)).enumerate() {

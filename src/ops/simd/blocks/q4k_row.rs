@@ -1,69 +1,125 @@
-//! The steps of a Q4_K product on processors with AVX-512 VNNI.
+//! The product of Q4_K super-blocks with one row of activations that is quantized to 8 bits in
+//! blocks of 32, with AVX-512 VNNI.
+//!
+//! A super-block is ggml's: 256 weights of 4 bits in eight sub-blocks, `w = d · scale · q − dmin ·
+//! min` with a 6-bit scale and minimum for each sub-block. With activations `x = s · v`, the product
+//! of a sub-block is `d · scale · s · Σ q · v − dmin · min · s · Σ v`. The nibbles are multiplied as
+//! they are: one token reads each weight once, so that unpacking them first would not pay.
 
 use std::arch::x86_64::{
     __m512, __m512i, _MM_HINT_T0, _mm_prefetch, _mm256_loadu_si256, _mm512_add_epi32,
     _mm512_and_si512, _mm512_cvtepi32_epi8, _mm512_cvtepi32_ps, _mm512_cvtph_ps,
-    _mm512_cvtps_epi32, _mm512_dpbusd_epi32, _mm512_fmadd_ps, _mm512_fnmadd_ps, _mm512_loadu_si512,
-    _mm512_max_epi32, _mm512_mul_ps, _mm512_or_si512, _mm512_reduce_add_epi32,
-    _mm512_reduce_max_epi32, _mm512_set1_epi32, _mm512_set1_ps, _mm512_setzero_ps,
-    _mm512_setzero_si512, _mm512_srli_epi32,
+    _mm512_cvtps_epi32, _mm512_dpbusd_epi32, _mm512_fmadd_ps, _mm512_fnmadd_ps, _mm512_max_epi32,
+    _mm512_mul_ps, _mm512_or_si512, _mm512_reduce_add_epi32, _mm512_reduce_max_epi32,
+    _mm512_set1_epi32, _mm512_set1_ps, _mm512_setzero_ps, _mm512_setzero_si512, _mm512_srli_epi32,
 };
 
-use half::f16;
+use rayon::prelude::*;
 
-use super::{FOURS, Four, PANEL, PanelBlock, RowBlock, SUB_BLOCK, SUPER_BLOCK};
+use super::{
+    BLOCK, BlockFormat, FOURS, PANEL, SUPER_BLOCK,
+    activations::BLOCKS,
+    format::Word,
+    tasks,
+    unpack::Halves,
+    x86::{LANES, add, halves, with_instructions, word},
+};
 
-/// Outputs of one 512-bit register of 32-bit sums.
-const LANES: usize = PANEL.div_euclid(2);
 /// How far ahead of its use a weight is asked for: one block.
-const AHEAD_BYTES: usize = size_of::<PanelBlock>();
+const AHEAD_BYTES: usize = size_of::<StoredQ4K>();
 
-/// Defines safe functions that run `$body` with instructions that not every processor has.
-macro_rules! with_instructions {
-    ($($(#[$doc:meta])* $features:literal $name:ident($($arg:ident: $type:ty),*) $body:expr;)*) => {$(
-        $(#[$doc])*
-        pub(super) fn $name($($arg: $type),*) {
-            #[target_feature(enable = $features)]
-            fn inner($($arg: $type),*) {
-                $body
-            }
-            #[expect(unsafe_code, reason = "needs instructions that not every processor has")]
-            // SAFETY: a matrix is multiplied with instructions that `Instructions::available` has
-            // found on this machine, and those are the ones that `inner` is built with.
-            unsafe {
-                inner($($arg),*);
+/// One super-block of each output of a panel. Aligned, so that no load straddles two cache lines.
+#[derive(Debug, Clone, Copy, bytemuck::Pod, bytemuck::Zeroable)]
+#[repr(C, align(64))]
+pub(super) struct StoredQ4K {
+    /// What the scales are multiplied with.
+    d: Halves,
+    /// What the minimums are multiplied with.
+    dmin: Halves,
+    /// ggml's twelve bytes of scales and minimums: `[four][output][4]`.
+    six_bits: [[Word; PANEL]; 3],
+    /// `[pair of sub-blocks][four][output][4]`: low nibbles are the first sub-block's.
+    nibbles: [[[Word; PANEL]; FOURS]; BLOCKS.div_euclid(2)],
+}
+
+const _: () = assert!(size_of::<StoredQ4K>() == PANEL * BlockFormat::Q4K.bytes());
+
+/// One super-block of the activations.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct RowBlock {
+    values: [[[i8; 4]; FOURS]; BLOCKS],
+    scales: [f32; BLOCKS],
+    /// The sum of the sub-block's activations, as they were rounded.
+    sums: [f32; BLOCKS],
+}
+
+/// One matrix, `[panel][super-block]`, and where its product goes.
+pub(super) struct RowProduct<'a> {
+    pub(super) blocks: &'a [StoredQ4K],
+    pub(super) bias: Option<&'a [f32]>,
+    pub(super) out: &'a mut [f32],
+}
+
+/// `out[j] = Σₖ x[k] · weight[j][k] + bias[j]` of each matrix: the row is quantized once, and the
+/// threads share all panels out at once.
+pub(super) fn multiply_row(x: &[f32], products: Vec<RowProduct<'_>>) {
+    let zero =
+        RowBlock { values: [[[0; 4]; FOURS]; BLOCKS], scales: [0.0; BLOCKS], sums: [0.0; BLOCKS] };
+    let depth = x.len().div_euclid(SUPER_BLOCK);
+    let mut row = vec![zero; depth];
+    quantize_row_512(x, &mut row);
+    let panels: usize = products.iter().map(|product| product.out.len().div_ceil(PANEL)).sum();
+    let tasks = tasks();
+    let group = panels.div_ceil(tasks.min(panels).max(1));
+    let pieces = products.into_iter().flat_map(|RowProduct { blocks, bias, out }| {
+        let blocks = blocks.chunks(group * depth);
+        blocks.zip(out.chunks_mut(group * PANEL)).enumerate().map(move |(i, (blocks, out))| {
+            let bias = bias.map(|bias| &bias[i * group * PANEL..]);
+            RowProduct { blocks, bias, out }
+        })
+    });
+    let pieces: Vec<RowProduct<'_>> = pieces.collect();
+    pieces.into_par_iter().with_max_len(1).for_each(|RowProduct { blocks, bias, out }| {
+        let panels = blocks.chunks_exact(depth).zip(out.chunks_mut(PANEL));
+        for (i, (panel, out)) in panels.enumerate() {
+            let mut sums = [0.0; PANEL];
+            add_row_512(panel, &row, &mut sums);
+            match bias {
+                Some(bias) => {
+                    let out = out.iter_mut().zip(sums).zip(&bias[i * PANEL..]);
+                    out.for_each(|((y, x), b)| *y = x + b);
+                }
+                None => out.iter_mut().zip(sums).for_each(|(y, x)| *y = x),
             }
         }
-    )*};
+    });
 }
 
 with_instructions! {
-    /// [`quantize_row_512`] from anywhere.
-    "avx512f,avx512bw,avx512vnni" quantize_row_avx512(
-        x: &[f32], packed: &mut [RowBlock]
-    ) quantize_row_512(x, packed);
-    /// Adds the product of one row with a panel of outputs whose nibbles are still packed.
-    "avx512f,avx512bw,avx512vnni" add_row_avx512(
-        panel: &[PanelBlock], x: &[RowBlock], sums: &mut [f32; PANEL]
-    ) add_row_512(panel, x, sums);
-}
-
-#[target_feature(enable = "avx512f,avx512bw,avx512vnni")]
-fn add_row_512(panel: &[PanelBlock], x: &[RowBlock], out: &mut [f32; PANEL]) {
-    let mut sums = [_mm512_setzero_ps(); 2];
-    for (panel, x) in panel.iter().zip(x) {
-        prefetch(&panel.six_bits);
-        let zero = [_mm512_setzero_ps(); 2];
-        let mut totals = Totals { products: zero, mins: zero };
-        totals.add_four::<0>(panel, x);
-        totals.add_four::<1>(panel, x);
-        let (d, dmin) = (widen(&panel.d), widen(&panel.dmin));
-        for half in 0..2 {
-            sums[half] = _mm512_fmadd_ps(d[half], totals.products[half], sums[half]);
-            sums[half] = _mm512_fnmadd_ps(dmin[half], totals.mins[half], sums[half]);
-        }
+    /// Quantizes a row, block by block: the largest magnitude becomes 127. A block with NaN gets the
+    /// scale NaN, so that it stays visible in the product.
+    "avx512f,avx512bw,avx512vnni" quantize_row_512(x: &[f32], packed: &mut [RowBlock]) {
+        quantize_row(x, packed);
     }
-    add(out, sums);
+    /// Adds the product of one row with a panel of outputs whose nibbles are still packed.
+    "avx512f,avx512bw,avx512vnni" add_row_512(
+        panel: &[StoredQ4K], x: &[RowBlock], out: &mut [f32; PANEL]
+    ) {
+        let mut sums = [_mm512_setzero_ps(); 2];
+        for (panel, x) in panel.iter().zip(x) {
+            prefetch(&panel.six_bits);
+            let zero = [_mm512_setzero_ps(); 2];
+            let mut totals = Totals { products: zero, mins: zero };
+            totals.add_four::<0>(panel, x);
+            totals.add_four::<1>(panel, x);
+            let (d, dmin) = (widen(&panel.d), widen(&panel.dmin));
+            for half in 0..2 {
+                sums[half] = _mm512_fmadd_ps(d[half], totals.products[half], sums[half]);
+                sums[half] = _mm512_fnmadd_ps(dmin[half], totals.mins[half], sums[half]);
+            }
+        }
+        add(out, sums);
+    }
 }
 
 /// Sums over a super-block, without its two factors, for each half of a panel.
@@ -77,7 +133,7 @@ impl Totals {
     /// Adds four sub-blocks: the first four (`WORD` 0) or the last four (1).
     #[inline]
     #[target_feature(enable = "avx512f,avx512bw,avx512vnni")]
-    fn add_four<const WORD: usize>(&mut self, panel: &PanelBlock, x: &RowBlock) {
+    fn add_four<const WORD: usize>(&mut self, panel: &StoredQ4K, x: &RowBlock) {
         let low_nibbles = _mm512_set1_epi32(0x0f0f_0f0f);
         let high_nibbles = _mm512_set1_epi32(i32::from_ne_bytes([0xf0; 4]));
         let (mut scales, mut mins) = six_bits::<WORD>(&panel.six_bits);
@@ -88,8 +144,8 @@ impl Totals {
             let mut high = low;
             for four in 0..FOURS {
                 let nibbles = halves(&weights[four]);
-                let x_low = broadcast(x.values[2 * pair][four]);
-                let x_high = broadcast(x.values[2 * pair + 1][four]);
+                let x_low = _mm512_set1_epi32(word(x.values[2 * pair][four]));
+                let x_high = _mm512_set1_epi32(word(x.values[2 * pair + 1][four]));
                 for half in 0..2 {
                     let weights = _mm512_and_si512(nibbles[half], low_nibbles);
                     low[half] = _mm512_dpbusd_epi32(low[half], weights, x_low);
@@ -126,7 +182,7 @@ fn take_byte(words: &mut __m512i) -> __m512 {
 /// panel: a sub-block's in the same byte of each lane.
 #[inline]
 #[target_feature(enable = "avx512f,avx512bw")]
-fn six_bits<const WORD: usize>(packed: &[[Four<u8>; PANEL]; 3]) -> ([__m512i; 2], [__m512i; 2]) {
+fn six_bits<const WORD: usize>(packed: &[[Word; PANEL]; 3]) -> ([__m512i; 2], [__m512i; 2]) {
     let (mut scales, mut mins) = (halves(&packed[0]), halves(&packed[1]));
     let (six, four) = (_mm512_set1_epi32(0x3f3f_3f3f), _mm512_set1_epi32(0x0f0f_0f0f));
     let two = _mm512_set1_epi32(0x3030_3030);
@@ -153,7 +209,7 @@ fn and(a: __m512i, b: __m512i) -> __m512i {
 /// Asks for the weights that come [`AHEAD_BYTES`] later.
 #[inline]
 #[target_feature(enable = "avx512f")]
-fn prefetch<const N: usize>(fours: &[[Four<u8>; PANEL]; N]) {
+fn prefetch<const N: usize>(fours: &[[Word; PANEL]; N]) {
     for four in fours {
         let ahead = four.as_ptr().wrapping_byte_add(AHEAD_BYTES).cast::<i8>();
         _mm_prefetch::<_MM_HINT_T0>(ahead);
@@ -161,37 +217,9 @@ fn prefetch<const N: usize>(fours: &[[Four<u8>; PANEL]; N]) {
     }
 }
 
-/// Four activations in every lane.
 #[inline]
 #[target_feature(enable = "avx512f")]
-fn broadcast(four: Four<i8>) -> __m512i {
-    _mm512_set1_epi32(i32::from_le_bytes(four.map(i8::cast_unsigned)))
-}
-
-#[inline]
-#[target_feature(enable = "avx512f")]
-fn add(out: &mut [f32; PANEL], sums: [__m512; 2]) {
-    for (out, sums) in out.as_chunks_mut::<LANES>().0.iter_mut().zip(sums) {
-        let sums: [f32; LANES] = bytemuck::cast(sums);
-        out.iter_mut().zip(sums).for_each(|(out, sum)| *out += sum);
-    }
-}
-
-/// Four neighbours of each output of a panel: those of its first 16 outputs, and of the others.
-#[inline]
-#[target_feature(enable = "avx512f")]
-pub(in crate::ops::simd) fn halves(weights: &[Four<u8>; PANEL]) -> [__m512i; 2] {
-    let start = weights.as_ptr();
-    #[expect(unsafe_code, reason = "unaligned loads")]
-    // SAFETY: the array holds the two times 64 bytes that are read.
-    unsafe {
-        [_mm512_loadu_si512(start.cast()), _mm512_loadu_si512(start.add(LANES).cast())]
-    }
-}
-
-#[inline]
-#[target_feature(enable = "avx512f")]
-fn widen(numbers: &[f16; PANEL]) -> [__m512; 2] {
+fn widen(numbers: &Halves) -> [__m512; 2] {
     let start = numbers.as_ptr();
     #[expect(unsafe_code, reason = "unaligned loads")]
     // SAFETY: the array holds the two times 16 numbers of 2 bytes that are read.
@@ -200,13 +228,12 @@ fn widen(numbers: &[f16; PANEL]) -> [__m512; 2] {
     [_mm512_cvtph_ps(low), _mm512_cvtph_ps(high)]
 }
 
-/// Quantizes a row, block by block: the largest magnitude becomes 127. A block with NaN gets the scale
-/// NaN, so that it stays visible in the product.
+#[inline]
 #[target_feature(enable = "avx512f")]
 #[expect(clippy::cast_precision_loss, reason = "a sum of 32 such numbers is exact in f32")]
-fn quantize_row_512(x: &[f32], packed: &mut [RowBlock]) {
+fn quantize_row(x: &[f32], packed: &mut [RowBlock]) {
     for (x, packed) in x.as_chunks::<SUPER_BLOCK>().0.iter().zip(packed) {
-        for (sub_block, x) in x.as_chunks::<SUB_BLOCK>().0.iter().enumerate() {
+        for (sub_block, x) in x.as_chunks::<BLOCK>().0.iter().enumerate() {
             let x: [[f32; LANES]; 2] = bytemuck::cast(*x);
             // Magnitudes as integers are ordered like the numbers, and NaN is the largest.
             let bits = x.map(|x| and(bytemuck::cast(x), _mm512_set1_epi32(i32::MAX)));
