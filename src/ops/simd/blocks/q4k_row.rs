@@ -7,10 +7,8 @@
 //! they are: one token reads each weight once, so that unpacking them first would not pay.
 
 use std::arch::x86_64::{
-    __m512, __m512i, _MM_HINT_T0, _mm_prefetch, _mm256_loadu_si256, _mm512_add_epi32,
-    _mm512_and_si512, _mm512_cvtepi32_epi8, _mm512_cvtepi32_ps, _mm512_cvtph_ps,
-    _mm512_cvtps_epi32, _mm512_dpbusd_epi32, _mm512_fmadd_ps, _mm512_fnmadd_ps, _mm512_max_epi32,
-    _mm512_mul_ps, _mm512_or_si512, _mm512_reduce_add_epi32, _mm512_reduce_max_epi32,
+    __m512, __m512i, _MM_HINT_T0, _mm_prefetch, _mm512_and_si512, _mm512_cvtepi32_ps,
+    _mm512_dpbusd_epi32, _mm512_fmadd_ps, _mm512_fnmadd_ps, _mm512_mul_ps, _mm512_or_si512,
     _mm512_set1_epi32, _mm512_set1_ps, _mm512_setzero_ps, _mm512_setzero_si512, _mm512_srli_epi32,
 };
 
@@ -22,7 +20,7 @@ use super::{
     format::Word,
     tasks,
     unpack::Halves,
-    x86::{LANES, add, halves, with_instructions, word},
+    x86::{add, halves, largest_512, round_512, wide_halves, with_instructions, word},
 };
 
 /// How far ahead of its use a weight is asked for: one block.
@@ -98,8 +96,21 @@ pub(super) fn multiply_row(x: &[f32], products: Vec<RowProduct<'_>>) {
 with_instructions! {
     /// Quantizes a row, block by block: the largest magnitude becomes 127. A block with NaN gets the
     /// scale NaN, so that it stays visible in the product.
-    "avx512f,avx512bw,avx512vnni" quantize_row_512(x: &[f32], packed: &mut [RowBlock]) {
-        quantize_row(x, packed);
+    "avx512f,avx512bw,avx512vl,avx512dq,avx512vnni" quantize_row_512(
+        x: &[f32], packed: &mut [RowBlock]
+    ) {
+        for (x, packed) in x.as_chunks::<SUPER_BLOCK>().0.iter().zip(packed) {
+            for (i, x) in x.as_chunks::<BLOCK>().0.iter().enumerate() {
+                let max = f32::from_bits(largest_512(x));
+                let inverse = if max > 0.0 { 127.0 / max } else { 0.0 };
+                let (values, [first, second]) = round_512(x, inverse);
+                #[expect(clippy::cast_precision_loss, reason = "a sum of 32 bytes is exact in f32")]
+                let sum = (first + second) as f32;
+                packed.values[i] = bytemuck::cast(values);
+                packed.scales[i] = max / 127.0;
+                packed.sums[i] = packed.scales[i] * sum;
+            }
+        }
     }
     /// Adds the product of one row with a panel of outputs whose nibbles are still packed.
     "avx512f,avx512bw,avx512vnni" add_row_512(
@@ -112,7 +123,7 @@ with_instructions! {
             let mut totals = Totals { products: zero, mins: zero };
             totals.add_four::<0>(panel, x);
             totals.add_four::<1>(panel, x);
-            let (d, dmin) = (widen(&panel.d), widen(&panel.dmin));
+            let (d, dmin) = (wide_halves(&panel.d), wide_halves(&panel.dmin));
             for half in 0..2 {
                 sums[half] = _mm512_fmadd_ps(d[half], totals.products[half], sums[half]);
                 sums[half] = _mm512_fnmadd_ps(dmin[half], totals.mins[half], sums[half]);
@@ -214,38 +225,5 @@ fn prefetch<const N: usize>(fours: &[[Word; PANEL]; N]) {
         let ahead = four.as_ptr().wrapping_byte_add(AHEAD_BYTES).cast::<i8>();
         _mm_prefetch::<_MM_HINT_T0>(ahead);
         _mm_prefetch::<_MM_HINT_T0>(ahead.wrapping_add(64));
-    }
-}
-
-#[inline]
-#[target_feature(enable = "avx512f")]
-fn widen(numbers: &Halves) -> [__m512; 2] {
-    let start = numbers.as_ptr();
-    #[expect(unsafe_code, reason = "unaligned loads")]
-    // SAFETY: the array holds the two times 16 numbers of 2 bytes that are read.
-    let (low, high) =
-        unsafe { (_mm256_loadu_si256(start.cast()), _mm256_loadu_si256(start.add(LANES).cast())) };
-    [_mm512_cvtph_ps(low), _mm512_cvtph_ps(high)]
-}
-
-#[inline]
-#[target_feature(enable = "avx512f")]
-#[expect(clippy::cast_precision_loss, reason = "a sum of 32 such numbers is exact in f32")]
-fn quantize_row(x: &[f32], packed: &mut [RowBlock]) {
-    for (x, packed) in x.as_chunks::<SUPER_BLOCK>().0.iter().zip(packed) {
-        for (sub_block, x) in x.as_chunks::<BLOCK>().0.iter().enumerate() {
-            let x: [[f32; LANES]; 2] = bytemuck::cast(*x);
-            // Magnitudes as integers are ordered like the numbers, and NaN is the largest.
-            let bits = x.map(|x| and(bytemuck::cast(x), _mm512_set1_epi32(i32::MAX)));
-            let bits = _mm512_reduce_max_epi32(_mm512_max_epi32(bits[0], bits[1]));
-            let max = f32::from_bits(bits.cast_unsigned());
-            let inverse = _mm512_set1_ps(if max > 0.0 { 127.0 / max } else { 0.0 });
-            let rounded = x.map(|x| _mm512_cvtps_epi32(_mm512_mul_ps(bytemuck::cast(x), inverse)));
-            let sum = _mm512_reduce_add_epi32(_mm512_add_epi32(rounded[0], rounded[1]));
-            packed.values[sub_block] = bytemuck::cast(rounded.map(|x| _mm512_cvtepi32_epi8(x)));
-            let scale = max / 127.0;
-            packed.scales[sub_block] = scale;
-            packed.sums[sub_block] = scale * sum as f32;
-        }
     }
 }

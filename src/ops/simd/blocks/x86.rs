@@ -5,11 +5,11 @@ use std::arch::x86_64::{
     __m512, __m512i, _MM_HINT_T0, _mm_prefetch, _mm_sad_epu8, _mm_set1_epi8, _mm_setzero_si128,
     _mm_xor_si128, _mm256_cvtph_ps, _mm256_loadu_si256, _mm256_shuffle_epi8, _mm256_storeu_si256,
     _mm512_add_epi32, _mm512_add_ps, _mm512_and_si512, _mm512_castps_si512, _mm512_castsi512_ps,
-    _mm512_cvtepi32_epi8, _mm512_cvtepi32_ps, _mm512_cvtps_epi32, _mm512_dpbusd_epi32,
-    _mm512_fmadd_ps, _mm512_fnmadd_ps, _mm512_loadu_ps, _mm512_loadu_si512, _mm512_max_epu32,
-    _mm512_mul_ps, _mm512_reduce_max_epu32, _mm512_set1_epi32, _mm512_set1_ps, _mm512_setzero_ps,
-    _mm512_shuffle_i32x4, _mm512_sub_epi32, _mm512_unpackhi_epi32, _mm512_unpackhi_epi64,
-    _mm512_unpacklo_epi32, _mm512_unpacklo_epi64,
+    _mm512_cvtepi32_epi8, _mm512_cvtepi32_ps, _mm512_cvtph_ps, _mm512_cvtps_epi32,
+    _mm512_dpbusd_epi32, _mm512_fmadd_ps, _mm512_fnmadd_ps, _mm512_loadu_ps, _mm512_loadu_si512,
+    _mm512_max_epu32, _mm512_mul_ps, _mm512_reduce_max_epu32, _mm512_set1_epi32, _mm512_set1_ps,
+    _mm512_setzero_ps, _mm512_shuffle_i32x4, _mm512_sub_epi32, _mm512_unpackhi_epi32,
+    _mm512_unpackhi_epi64, _mm512_unpacklo_epi32, _mm512_unpacklo_epi64,
 };
 
 use super::{
@@ -20,7 +20,7 @@ use super::{
 };
 
 /// Outputs of one 512-bit register of 32-bit sums.
-pub(super) const LANES: usize = PANEL.div_euclid(2);
+const LANES: usize = PANEL.div_euclid(2);
 /// Outputs of one 256-bit register.
 pub(super) const HALF_LANES: usize = PANEL.div_euclid(4);
 pub(super) const HALF_FOURS: usize = FOURS.div_euclid(2);
@@ -123,7 +123,7 @@ impl Steps for Steps512 {
 
 #[inline]
 #[target_feature(enable = "avx512f")]
-fn largest_512(x: &[f32; BLOCK]) -> u32 {
+pub(super) fn largest_512(x: &[f32; BLOCK]) -> u32 {
     _mm512_reduce_max_epu32(magnitudes_512(x))
 }
 
@@ -187,7 +187,7 @@ fn all_largest_512(x: &[f32], largest: &mut [f32]) -> u32 {
 /// Rounds to the nearest, as the processor is set up to.
 #[inline]
 #[target_feature(enable = "avx512f,avx512bw,avx512vl")]
-fn round_512(x: &[f32; BLOCK], factor: f32) -> Rounded {
+pub(super) fn round_512(x: &[f32; BLOCK], factor: f32) -> Rounded {
     let factor = _mm512_set1_ps(factor);
     let round = |x: &[f32; HALF]| -> ([i8; HALF], i32) {
         #[expect(unsafe_code, reason = "an unaligned load")]
@@ -300,18 +300,28 @@ fn tile_512<W: Weights, const R: usize, const G: usize, const M: usize>(
                 }
             }
         }
-        for group in 0..M {
-            let mins = half_numbers(&panel.mins[group]);
-            for row in 0..R {
-                let sum = _mm512_set1_ps(sum_of::<R, M>(parts, row, group));
-                for half in 0..2 {
-                    sums[row][half] = _mm512_fnmadd_ps(mins[half], sum, sums[row][half]);
-                }
+        subtract_mins::<R, M>(&mut sums, panel, parts);
+    }
+    add_rows(out, sums);
+}
+
+/// Subtracts a block's minimums times the sums of their activations.
+#[inline]
+#[target_feature(enable = "avx512f")]
+#[expect(clippy::needless_range_loop, reason = "only indices are unrolled into registers")]
+pub(super) fn subtract_mins<const R: usize, const M: usize>(
+    sums: &mut [[__m512; 2]; R],
+    panel: &Unpacked,
+    parts: &Sums<R>,
+) {
+    for group in 0..M {
+        let mins = half_numbers(&panel.mins[group]);
+        for row in 0..R {
+            let sum = _mm512_set1_ps(sum_of::<R, M>(parts, row, group));
+            for half in 0..2 {
+                sums[row][half] = _mm512_fnmadd_ps(mins[half], sum, sums[row][half]);
             }
         }
-    }
-    for row in 0..R {
-        add(&mut out[row], sums[row]);
     }
 }
 
@@ -334,8 +344,8 @@ fn q8_0_row_512(panel: &[u8], x: &[RowBlock<1>], out: &mut PanelRows<1>) {
             counts[0] = _mm512_dpbusd_epi32(counts[0], weights[0], x);
             counts[1] = _mm512_dpbusd_epi32(counts[1], weights[1], x);
         }
-        let (exponent, scales) = (_mm512_set1_epi32(x.exponents[0]), wide(&block.halves[0]));
-        let scales = half_numbers(&scales);
+        let exponent = _mm512_set1_epi32(x.exponents[0]);
+        let scales = wide_halves(&block.halves[0]);
         for half in 0..2 {
             let count = _mm512_castps_si512(_mm512_cvtepi32_ps(counts[half]));
             let count = _mm512_castsi512_ps(_mm512_add_epi32(count, exponent));
@@ -376,12 +386,33 @@ pub(super) fn halves(weights: &[Word; PANEL]) -> [__m512i; 2] {
     }
 }
 
+/// Adds the sums of a tile of rows.
+#[inline]
+#[target_feature(enable = "avx512f")]
+pub(super) fn add_rows<const R: usize>(out: &mut PanelRows<R>, sums: [[__m512; 2]; R]) {
+    for (out, sums) in out.iter_mut().zip(sums) {
+        add(out, sums);
+    }
+}
+
 #[inline]
 #[target_feature(enable = "avx512f")]
 pub(super) fn add(out: &mut [f32; PANEL], sums: [__m512; 2]) {
     let old = half_numbers(out);
     let new = [_mm512_add_ps(old[0], sums[0]), _mm512_add_ps(old[1], sums[1])];
     *out = bytemuck::cast(new);
+}
+
+/// Numbers of 16 bits, one for each output of a panel: those of its first 16 outputs, and of the others.
+#[inline]
+#[target_feature(enable = "avx512f")]
+pub(super) fn wide_halves(numbers: &Halves) -> [__m512; 2] {
+    let start = numbers.as_ptr();
+    #[expect(unsafe_code, reason = "unaligned loads")]
+    // SAFETY: the array holds the two times 16 numbers of 2 bytes that are read.
+    let (low, high) =
+        unsafe { (_mm256_loadu_si256(start.cast()), _mm256_loadu_si256(start.add(LANES).cast())) };
+    [_mm512_cvtph_ps(low), _mm512_cvtph_ps(high)]
 }
 
 #[inline]

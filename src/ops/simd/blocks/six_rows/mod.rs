@@ -20,9 +20,8 @@ use std::{
     arch::{
         asm,
         x86_64::{
-            _mm512_dpbusd_epi32, _mm512_fnmadd_ps, _mm512_set1_epi8, _mm512_set1_ps,
-            _mm512_setzero_ps, _mm512_setzero_si512, _mm512_sub_epi8, _mm512_sub_epi32,
-            _mm512_xor_si512,
+            _mm512_dpbusd_epi32, _mm512_set1_epi8, _mm512_setzero_ps, _mm512_setzero_si512,
+            _mm512_sub_epi8, _mm512_sub_epi32, _mm512_xor_si512,
         },
     },
     mem::offset_of,
@@ -36,7 +35,7 @@ use super::{
     activations::{BLOCKS, PLAIN_ROWS, RowBlock, Sums, SuperSums, TileBlocks},
     format::{BlockFormat, FewBits, PanelBlock},
     unpack,
-    x86::{add, half_numbers, halves, replace, wide, with_instructions},
+    x86::{add_rows, halves, replace, subtract_mins, wide, with_instructions},
 };
 
 // The rows that the assembly below multiplies in pairs.
@@ -116,7 +115,6 @@ fn stored_mins(block: PanelBlock<'_>, out: &mut [Unpacked]) {
 
 #[inline]
 #[target_feature(enable = "avx512f,avx512bw,avx512vnni")]
-#[expect(clippy::needless_range_loop, reason = "only indices are unrolled into registers")]
 fn paired_tile_512<const M: usize>(
     panel: &[Unpacked],
     x: TileBlocks<'_, TILE_ROWS>,
@@ -129,19 +127,9 @@ fn paired_tile_512<const M: usize>(
         unsafe {
             add_block!(panel, x, sums);
         }
-        for group in 0..M {
-            let mins = half_numbers(&panel.mins[group]);
-            for row in 0..TILE_ROWS {
-                let sum = _mm512_set1_ps(parts.all[row]);
-                for half in 0..2 {
-                    sums[row][half] = _mm512_fnmadd_ps(mins[half], sum, sums[row][half]);
-                }
-            }
-        }
+        subtract_mins::<TILE_ROWS, M>(&mut sums, panel, parts);
     }
-    for row in 0..TILE_ROWS {
-        add(&mut out[row], sums[row]);
-    }
+    add_rows(out, sums);
 }
 
 /// Minimums of six bits are multiplied with the sums of eight blocks as integers, which needs the
@@ -171,9 +159,7 @@ fn super_tile_512(
             subtract_super_mins!(blocks, parts, sums);
         }
     }
-    for row in 0..TILE_ROWS {
-        add(&mut out[row], sums[row]);
-    }
+    add_rows(out, sums);
 }
 
 #[inline]
@@ -191,7 +177,5 @@ fn half_scaled_tile_512(
             add_halves!(panel, x, parts, sums);
         }
     }
-    for row in 0..TILE_ROWS {
-        add(&mut out[row], sums[row]);
-    }
+    add_rows(out, sums);
 }
