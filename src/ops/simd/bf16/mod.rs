@@ -37,6 +37,7 @@ type Columns<T> = [[T; LANES]; VECTORS];
 
 /// How the rows of a stream's queries or keys become what is multiplied: normalised by their root
 /// mean square, weighted, and neighbouring pairs rotated.
+#[cfg_attr(not(target_arch = "x86_64"), expect(dead_code, reason = "for x86 only"))]
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct Preparation<'a> {
     /// The norm's weight, `[dim]`.
@@ -56,6 +57,7 @@ pub(crate) struct Head {
     /// `[pair of dims][query]`.
     queries: Vec<Columns<Pair>>,
     /// `[key][query]` of one tile of keys.
+    #[cfg_attr(not(target_arch = "x86_64"), expect(dead_code, reason = "for x86 only"))]
     scores: [Columns<f32>; ROWS],
     /// `[pair of keys][query]` of [`KEYS`] keys.
     weights: Vec<Columns<Pair>>,
@@ -162,20 +164,6 @@ fn transpose<T: Square<SQUARE>>(x: &[T], out: &mut [T], rows: usize) {
             }
         }
     }
-}
-
-/// Both numbers rounded to the nearest bf16, ties to even.
-#[inline(always)]
-fn pair_of(first: f32, second: f32) -> Pair {
-    rounded(first) >> 16 | (rounded(second) & 0xffff_0000)
-}
-
-/// The bits of `x`; the upper half is `x` rounded to bf16. NaN stays NaN.
-#[inline(always)]
-fn rounded(x: f32) -> u32 {
-    let bits = x.to_bits();
-    let up = bits.wrapping_add(0x7fff + (bits >> 16 & 1));
-    if x.is_nan() { bits | 0x0040_0000 } else { up }
 }
 
 #[cfg(target_arch = "x86_64")]

@@ -8,7 +8,7 @@ use std::arch::x86_64::{
 };
 
 use super::{
-    LANES, Pair, Preparation, ROWS, pair_of,
+    LANES, Pair, Preparation, ROWS,
     registers::{bits, load, store_bits},
 };
 
@@ -115,4 +115,18 @@ fn rounded_pairs(first: __m512, second: __m512) -> __m512i {
         19, 3, 18, 2, 17, 1, 16, 0,
     );
     _mm512_permutexvar_epi16(in_turn, bits(_mm512_cvtne2ps_pbh(second, first)))
+}
+
+/// Both numbers rounded to the nearest bf16, ties to even.
+#[inline(always)]
+fn pair_of(first: f32, second: f32) -> Pair {
+    rounded(first) >> 16 | (rounded(second) & 0xffff_0000)
+}
+
+/// The bits of `x`; the upper half is `x` rounded to bf16. NaN stays NaN.
+#[inline(always)]
+fn rounded(x: f32) -> u32 {
+    let bits = x.to_bits();
+    let up = bits.wrapping_add(0x7fff + (bits >> 16 & 1));
+    if x.is_nan() { bits | 0x0040_0000 } else { up }
 }
