@@ -1,6 +1,6 @@
 //! The published sizes of Qwen2.5-VL, for weight files that come without a config.
 
-use serde_json::{Value, json};
+use serde_json::{Map, Value, json};
 
 use super::canonical_name;
 use crate::weights::Checkpoint;
@@ -51,6 +51,29 @@ pub(crate) fn config(checkpoint: &Checkpoint) -> Option<String> {
     let (_, sign) = tensors.find(|(name, _)| canonical_name(name) == SIGN)?;
     let size = SIZES.iter().find(|size| sign.shape == [size.sign])?;
     Some(json_of(size).to_string())
+}
+
+/// Whether a `config.json` is of the width, depth and vocabulary that the weights have.
+pub(crate) fn fits(config: &Map<String, Value>, checkpoint: &Checkpoint) -> bool {
+    const EMBEDDING: &str = "model.embed_tokens.weight";
+    let text = config.get("text_config").and_then(Value::as_object).unwrap_or(config);
+    let size = |part: Option<&Map<String, Value>>, key: &str| {
+        part.and_then(|part| part.get(key)?.as_u64()).and_then(|size| usize::try_from(size).ok())
+    };
+    let names: Vec<(String, &[usize])> = checkpoint
+        .tensors()
+        .map(|(name, entry)| (canonical_name(name), entry.shape.as_slice()))
+        .collect();
+    let depth = |start: &str| {
+        let index = |name: &str| name.strip_prefix(start)?.split('.').next()?.parse::<usize>().ok();
+        names.iter().filter_map(|(name, _)| index(name)).max().map(|last| last.saturating_add(1))
+    };
+    let embedding = names.iter().find(|(name, _)| name == EMBEDDING).map(|(_, shape)| *shape);
+    let vision = config.get("vision_config").and_then(Value::as_object);
+    let written = [size(Some(text), "vocab_size"), size(Some(text), "hidden_size")];
+    embedding.is_some_and(|shape| shape.iter().copied().map(Some).eq(written))
+        && depth("model.layers.") == size(Some(text), "num_hidden_layers")
+        && depth("visual.blocks.") == size(vision, "depth")
 }
 
 /// `preprocessor_config.json` of every published size.

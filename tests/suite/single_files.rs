@@ -188,6 +188,54 @@ fn a_folder_lends_what_has_no_file() {
     assert_eq!(edited(&ModelSource::Files(parts), None), expected);
 }
 
+/// Tensors tell neither the version, nor how heads are shared among the axes of a position, nor what a language
+/// model of no published size is like, nor the statistics of latents.
+#[test]
+fn a_folder_lends_the_configs_that_files_lack() {
+    let reference = Reference::open(NAME);
+    let (lender, files) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
+    engine::copy(&reference.folder, lender.path());
+    let config = lender.path().join("vae/config.json");
+    let mut statistics = parts::json(&config);
+    statistics["latents_mean"] = (0..16).map(|channel| f64::from(channel) / 16.0).collect();
+    fs_err::write(&config, statistics.to_string()).unwrap();
+    let expected = edited(&ModelSource::Folder(lender.path().to_owned()), None);
+    assert_ne!(expected, edited(&ModelSource::Folder(reference.folder.clone()), None));
+    let file = |part: &str, source: &str, prefix: &str| {
+        let named = |(name, tensor)| (format!("{prefix}{name}"), tensor);
+        let tensors: std::collections::HashMap<String, Tensor> =
+            parts::load(&reference.folder.join(source)).into_iter().map(named).collect();
+        let path = files.path().join(part).with_extension("safetensors");
+        candle_core::safetensors::save(&tensors, &path).unwrap();
+        Some(path)
+    };
+    let weights = "diffusion_pytorch_model.safetensors";
+    let parts = ModelParts {
+        folder: Some(lender.path().to_owned()),
+        diffusion_model: file("a", &format!("transformer/{weights}"), "model.diffusion_model."),
+        llm: file("b", "text_encoder/model.safetensors", "text_encoders.qwen25_7b.transformer."),
+        vae: file("c", &format!("vae/{weights}"), ""),
+        ..ModelParts::default()
+    };
+    assert_eq!(edited(&ModelSource::Files(parts.clone()), None), expected);
+    let heard = std::cell::RefCell::new(Vec::new());
+    let observer = |event: &Event<'_>| {
+        if let Event::Note(note) = event {
+            heard.borrow_mut().push((*note).to_owned());
+        }
+    };
+    Engine::open(&ModelSource::Files(parts.clone()), &options(None), &observer).unwrap();
+    let notes = heard.into_inner().join("\n");
+    assert!(notes.contains("taken for Qwen-Image-Edit-2511, as --model's is"), "{notes}");
+    // Those of another model do not help.
+    let config = lender.path().join("transformer/config.json");
+    let mut other = parts::json(&config);
+    other["num_layers"] = 7.into();
+    fs_err::write(&config, other.to_string()).unwrap();
+    refused(parts.clone(), &["a.safetensors", "norm_q.weight", "[128]"]);
+    refused(ModelParts { folder: None, ..parts }, &["a.safetensors", "norm_q.weight", "[128]"]);
+}
+
 #[track_caller]
 fn refused(parts: ModelParts, words: &[&str]) {
     let error = Engine::open(&ModelSource::Files(parts), &options(None), &()).unwrap_err();

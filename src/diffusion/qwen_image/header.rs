@@ -10,6 +10,8 @@ use crate::{
 
 /// Width of a published head, and how it is shared among the axes of a position.
 const PUBLISHED_AXES: (usize, [usize; 3]) = (128, [16, 56, 56]);
+/// A tensor as long as a head is wide.
+const HEAD: &str = "transformer_blocks.0.attn.norm_q.weight";
 /// The key under which a weight file carries the model's config.
 pub(crate) const CONFIG_KEY: &str = "pentimento.config";
 /// Says in a config that was made that tensors have no say in `zero_cond_t` any more.
@@ -78,42 +80,58 @@ impl Header {
     /// # Errors
     /// Tensors that are missing, or heads of a width that no published model has.
     pub(crate) fn config(&self) -> Result<Map<String, Json>> {
-        let side = |tensor: &str, axis: usize| -> Result<usize> {
-            let shape = self.0.shape(tensor).filter(|shape| shape.len() > axis);
-            shape.map(|shape| shape[axis]).ok_or_else(|| {
-                let (path, near) = (self.0.name().to_owned(), String::new());
-                ModelError::TensorMissing { path, tensor: tensor.to_owned(), near }.into()
-            })
-        };
-        let (dim, latent) = (side("img_in.weight", 0)?, side("img_in.weight", 1)?);
-        let norm = "transformer_blocks.0.attn.norm_q.weight";
-        let (head, axes) = (side(norm, 0)?, PUBLISHED_AXES.1);
-        if head != PUBLISHED_AXES.0 || !dim.is_multiple_of(head) {
+        let mut config = self.dimensions()?;
+        let (published, axes) = PUBLISHED_AXES;
+        let head = self.side(HEAD, 0)?;
+        if head != published || !self.side("img_in.weight", 0)?.is_multiple_of(head) {
             return Err(ModelError::TensorShape {
                 path: self.0.name().to_owned(),
-                tensor: norm.to_owned(),
+                tensor: HEAD.to_owned(),
                 found: vec![head],
-                expected: vec![PUBLISHED_AXES.0],
+                expected: vec![published],
             }
             .into());
         }
+        config.insert("axes_dims_rope".to_owned(), json!(axes));
+        Ok(config)
+    }
+
+    /// Whether a config is of the dimensions that the tensors have. They do not tell how a head is shared
+    /// among the axes of a position.
+    pub(crate) fn fits(&self, config: &Map<String, Json>) -> bool {
+        let equal = |(key, value): (&String, &Json)| config.get(key) == Some(value);
+        self.dimensions().is_ok_and(|dimensions| dimensions.iter().all(equal))
+    }
+
+    /// What the shapes of the tensors tell of the config.
+    fn dimensions(&self) -> Result<Map<String, Json>> {
+        let (dim, head) = (self.side("img_in.weight", 0)?, self.side(HEAD, 0)?);
         let block = |name: &str| {
             let rest = name.strip_prefix("transformer_blocks.")?;
             rest.split('.').next()?.parse::<usize>().ok()
         };
         let last = self.0.tensors().filter_map(|(name, _)| block(name)).max();
+        let area = config::PATCH * config::PATCH;
         let config = json!({
             "_class_name": config::CLASS,
             "patch_size": config::PATCH,
-            "in_channels": latent,
-            "out_channels": side("proj_out.weight", 0)?.div_euclid(config::PATCH * config::PATCH),
+            "in_channels": self.side("img_in.weight", 1)?,
+            "out_channels": self.side("proj_out.weight", 0)?.div_euclid(area),
             "num_layers": last.map_or(0, |last| last.saturating_add(1)),
             "attention_head_dim": head,
             "num_attention_heads": dim.checked_div(head).unwrap_or(0),
-            "joint_attention_dim": side("txt_in.weight", 1)?,
-            "axes_dims_rope": axes,
+            "joint_attention_dim": self.side("txt_in.weight", 1)?,
         });
         Ok(config.as_object().cloned().unwrap_or_default())
+    }
+
+    /// The length of a tensor along an axis.
+    fn side(&self, tensor: &str, axis: usize) -> Result<usize> {
+        let shape = self.0.shape(tensor).filter(|shape| shape.len() > axis);
+        shape.map(|shape| shape[axis]).ok_or_else(|| {
+            let (path, near) = (self.0.name().to_owned(), String::new());
+            ModelError::TensorMissing { path, tensor: tensor.to_owned(), near }.into()
+        })
     }
 }
 

@@ -27,6 +27,10 @@ use crate::{
 const LANGUAGE_MODEL: &str = "Qwen2_5_VLForConditionalGeneration";
 /// Settings of the pictures that the language model sees.
 const PREPROCESSOR: &str = "preprocessor_config.json";
+/// The transformer's config.
+const TRANSFORMER_CONFIG: &str = "transformer/config.json";
+/// The autoencoder's config.
+const VAE_CONFIG: &str = "vae/config.json";
 /// Files of a tokenizer beside a language model, in the tokenizer's folder.
 const TOKENIZER_FILES: [&str; 6] = [
     "tokenizer.json",
@@ -58,10 +62,14 @@ pub(super) fn assemble(parts: &ModelParts) -> Result<ModelFiles> {
     if let Some(path) = &parts.vae {
         let checkpoint = vae::names::canonical(Checkpoint::open_file(path)?)?;
         match beside(path, "config.json").filter(|file| is_of_class(file, vae::CLASS)) {
-            Some(file) => assembly.put_file("vae/config.json", file),
+            Some(file) => assembly.put_file(VAE_CONFIG, file),
             None => {
-                let config = vae::names::config(&checkpoint)?.to_string();
-                assembly.put_text("vae/config.json", config, path.display());
+                // Tensors do not tell the statistics of latents.
+                let dimensions = vae::names::config(&checkpoint)?;
+                match folders_config(parts, VAE_CONFIG, |config| is_part_of(&dimensions, config)) {
+                    Some(file) => assembly.put_file(VAE_CONFIG, file),
+                    None => assembly.put_text(VAE_CONFIG, dimensions.to_string(), path.display()),
+                }
             }
         }
         assembly.put_weights("vae", vec![path.clone()]);
@@ -92,7 +100,7 @@ fn scheduler() -> String {
 
 /// The transformer, and what follows from its version.
 fn transformer(parts: &ModelParts, assembly: &mut Assembly) -> Result<()> {
-    const CONFIG: &str = "transformer/config.json";
+    const CONFIG: &str = TRANSFORMER_CONFIG;
     let Some(path) = &parts.diffusion_model else {
         // The folder's own transformer, which a flag may declare to be of another version.
         if let (Some(zero_cond_t), Some(folder)) = (parts.zero_cond_t, &parts.folder) {
@@ -113,20 +121,13 @@ fn transformer(parts: &ModelParts, assembly: &mut Assembly) -> Result<()> {
         return Ok(());
     };
     let header = header::Header::new(Checkpoint::open_file(path)?)?;
-    let config_file = config_file(path);
-    let mut config: Map<String, Json> = match &config_file {
-        Some(file) => json_beside(file)?,
-        None => match header.own_config()? {
-            Some(config) => config,
-            None => header.config()?,
-        },
-    };
+    let (mut config, origin) = transformer_config(parts, &header, path)?;
     let version = Version::find(parts, &header, &config, &stem(path))?;
     header::decide(&mut config, version.zero_cond_t);
     if let Some(note) = version.note {
         assembly.note(note);
     }
-    let origin = config_file.as_deref().unwrap_or(path).display().to_string();
+    let origin = origin.display().to_string();
     assembly.put_text(CONFIG, Json::Object(config).to_string(), &origin);
     let index = json!({ "_class_name": version.kind.class_name() }).to_string();
     assembly.put_text("model_index.json", index, &origin);
@@ -134,6 +135,28 @@ fn transformer(parts: &ModelParts, assembly: &mut Assembly) -> Result<()> {
     assembly.close("pentimento.json");
     assembly.put_weights("transformer", vec![path.clone()]);
     Ok(())
+}
+
+/// The config of a transformer in one file, and where it comes from: beside the file, in it, from the folder
+/// that lends the rest where its dimensions are those of the tensors, or from the tensors.
+fn transformer_config(
+    parts: &ModelParts,
+    header: &header::Header,
+    path: &Path,
+) -> Result<(Map<String, Json>, PathBuf)> {
+    if let Some(file) = config_file(path) {
+        return Ok((json_beside(&file)?, file));
+    }
+    if let Some(config) = header.own_config()? {
+        return Ok((config, path.to_owned()));
+    }
+    if let Some(file) = folders_config(parts, TRANSFORMER_CONFIG, |config| header.fits(config)) {
+        let mut config = json_beside(&file)?;
+        // Versions have equal dimensions; which one the file is, is decided by other signs.
+        config.remove("zero_cond_t");
+        return Ok((config, file));
+    }
+    Ok((header.config()?, path.to_owned()))
 }
 
 fn config_file(path: &Path) -> Option<PathBuf> {
@@ -171,7 +194,11 @@ fn language_model(parts: &ModelParts, llm: &Path, assembly: &mut Assembly) -> Re
         }
         match beside(llm, "config.json").filter(|file| is_of_class(file, LANGUAGE_MODEL)) {
             Some(file) => assembly.put_file(CONFIG, file),
-            None => assembly.put_text(CONFIG, published(&checkpoint)?, llm.display()),
+            None => match folders_config(parts, CONFIG, |it| vlm::published::fits(it, &checkpoint))
+            {
+                Some(file) => assembly.put_file(CONFIG, file),
+                None => assembly.put_text(CONFIG, published(&checkpoint)?, llm.display()),
+            },
         }
         assembly.put_weights("text_encoder", vec![llm.to_owned()]);
         vlm::published::preprocessor()
@@ -226,6 +253,22 @@ fn published(checkpoint: &Checkpoint) -> Result<String> {
         }
         .into()
     })
+}
+
+/// The config at `path` of the folder that lends the rest, where it fits the file that was named.
+fn folders_config(
+    parts: &ModelParts,
+    path: &str,
+    fits: impl FnOnce(&Map<String, Json>) -> bool,
+) -> Option<PathBuf> {
+    let file = parts.folder.as_ref()?.join(path);
+    json_beside(&file).ok().filter(fits).map(|_| file)
+}
+
+/// Whether a config has all entries of another.
+fn is_part_of(some: &Json, all: &Map<String, Json>) -> bool {
+    let equal = |(key, value): (&String, &Json)| all.get(key) == Some(value);
+    some.as_object().is_some_and(|some| some.iter().all(equal))
 }
 
 fn folder_has(parts: &ModelParts, path: &str) -> bool {

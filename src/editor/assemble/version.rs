@@ -65,25 +65,36 @@ impl Version {
         }
     }
 
-    /// A file whose name and contents do not tell.
+    /// A file whose name and contents do not tell: the folder's version, where there is one.
     fn unnamed(parts: &ModelParts) -> Result<Self> {
-        let kind = match &parts.folder {
-            Some(folder) if folder.join("model_index.json").is_file() => {
-                Pipeline::read(&ModelFiles::Folder(folder.clone()))?.kind
-            }
-            _ => Kind::Plus,
+        let folder =
+            parts.folder.clone().filter(|folder| folder.join("model_index.json").is_file());
+        let files = folder.map(ModelFiles::Folder);
+        let (kind, zero_cond_t) = match &files {
+            Some(files) => (Pipeline::read(files)?.kind, folders_zero_cond_t(files)),
+            None => (Kind::Plus, false),
+        };
+        let zero_cond_t = zero_cond_t && parts.zero_cond_t.is_none();
+        let version = version_name(kind, zero_cond_t);
+        let (taken, reason) = match files {
+            Some(_) => ("as --model's is", "nothing tells but the folder beside it"),
+            None => ("which is a guess", "nothing tells; it is a guess"),
         };
         let note = parts.zero_cond_t.is_none().then(|| {
             format!(
-                "neither the diffusion model's file nor its name says which version it is; it is \
-                 taken for a {} without zero_cond_t (2509); for the 2511 version pass --model-args \
-                 qwen_image_zero_cond_t=true",
-                kind.class_name()
+                "neither the diffusion model's file nor its name says which version it is; it is taken \
+                 for {version}, {taken}; --model-args qwen_image_zero_cond_t=true means the 2511 \
+                 version, =false the others"
             )
         });
-        let reason = "nothing tells; it is a guess".to_owned();
-        Ok(Self { kind, zero_cond_t: false, reason, note })
+        Ok(Self { kind, zero_cond_t, reason: reason.to_owned(), note })
     }
+}
+
+/// Whether the transformer of a folder is of the 2511 version.
+fn folders_zero_cond_t(files: &ModelFiles) -> bool {
+    let config: Result<Map<String, Json>> = files.read_json("transformer/config.json");
+    config.is_ok_and(|config| config.get("zero_cond_t") == Some(&Json::Bool(true)))
 }
 
 /// What the published version is called.
