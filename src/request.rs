@@ -110,7 +110,9 @@ pub struct EditRequest {
     pub width: Option<u32>,
     /// Height of the working size and of the output in pixels; `None` follows the input.
     pub height: Option<u32>,
-    /// Area of the working size in square pixels; `None` is the model's default.
+    /// Area of the working size in square pixels; `None` is the model's default. Beside `width` or `height`
+    /// it is the area at which the editor is shown the pictures, as in diffusers; without it, the edited
+    /// picture has the working size there.
     pub area: Option<u64>,
     /// Area of the copies that the vision-language model sees; `None` is the model's default.
     pub vl_area: Option<u64>,

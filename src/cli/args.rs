@@ -179,7 +179,8 @@ pub(crate) struct WishArgs {
     pub(crate) images: Vec<PathBuf>,
     #[command(flatten)]
     pub(crate) prompt: PromptArgs,
-    /// Area of the working size: square pixels, or WxH [default: the model's]
+    /// Area of the working size: square pixels, or WxH [default: the model's]; beside -W or -H the area at
+    /// which the editor is shown the pictures [default: the working size for the edited one]
     #[arg(long, value_name = "AREA", value_parser = area)]
     pub(crate) area: Option<u64>,
     /// Area of the copies that the vision-language model sees [default: the model's]

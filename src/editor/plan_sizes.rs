@@ -20,7 +20,8 @@ impl Sizes {
     /// Chooses the sizes; `multiple_px` is the side of one token.
     ///
     /// The first picture is the one that is edited: it gets the working size, so that its token
-    /// grid is the output's and nothing shifts. Further pictures keep their own aspect ratio.
+    /// grid is the output's and nothing shifts. Where a size and an area are asked for, it gets the area,
+    /// as in the reference. Further pictures keep their own aspect ratio.
     /// The result has the input's size, or the one that was asked for.
     pub(super) fn plan(
         pipeline: &Pipeline,
@@ -42,7 +43,8 @@ impl Sizes {
             _ => Size::for_area(area, first)?,
         };
         let working = Size::working(asked.0, asked.1, calculated, multiple_px)?;
-        let mut latent = vec![working];
+        let edited = request.area.map_or(Ok(working), |area| Size::for_area(area, first))?;
+        let mut latent = vec![edited];
         for &input in &inputs[1..] {
             latent.push(Size::for_area(area, input)?);
         }

@@ -105,6 +105,32 @@ fn edits_are_the_references() {
     }
 }
 
+/// The reference shows the editor pictures at the model's area, whatever size the result has.
+#[test]
+fn a_size_beside_an_area_gives_the_references_picture() {
+    let data = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/data/diffusion");
+    for (name, tag) in [("tiny-qwen-edit", "pipe.cfg"), ("tiny-qwen-2511", "pipe.two")] {
+        let reference = Reference::open(name);
+        let engine = open(&reference);
+        let mut request = request(&reference, tag);
+        request.prompt = "make the coat red".to_owned();
+        (request.negative_prompt, request.cfg_scale) = (Some(" ".to_owned()), Some(3.0));
+        (request.steps, request.seed) = (Some(3), Some(11));
+        (request.width, request.height) = (Some(80), Some(48));
+        let expected = picture(&data.join(format!("other-size-{name}.png"))).rgb;
+        let found = engine.edit(&request, &()).unwrap().picture.rgb;
+        assert_same_picture(name, &found, &expected);
+        // Without an area the edited picture has the result's size for the editor too.
+        if request.pictures.len() > 1 {
+            continue; // the others would have the published area
+        }
+        (request.vl_area, request.area) = (request.area, None);
+        let found = engine.edit(&request, &()).unwrap().picture.rgb;
+        assert_eq!(found.dimensions(), (80, 48));
+        assert_ne!(found, expected);
+    }
+}
+
 #[test]
 fn the_shipped_pack_makes_its_sample_pictures() {
     let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("models/mini/samples");
