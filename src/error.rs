@@ -20,7 +20,7 @@ pub enum Error {
     Model(#[from] ModelError),
     /// The work does not fit into memory.
     #[error(
-        "not enough memory for {what}: needs {needed_bytes} bytes, {available_bytes} available\nhint: {hint}"
+        "not enough memory for {what}: needs {} ({needed_bytes} bytes), {} available\nhint: {hint}", gib(*needed_bytes), gib(*available_bytes)
     )]
     OutOfMemory {
         /// What was about to be placed.
@@ -228,7 +228,7 @@ pub enum ModelError {
         expected: String,
     },
     /// The folder holds a pipeline of another kind.
-    #[error("{path}: model class {found} is not supported, expected one of: {expected}")]
+    #[error("{path}: found {found}, expected one of: {expected}")]
     Kind {
         /// The file that names the class.
         path: String,
@@ -260,7 +260,9 @@ pub enum ModelError {
         expected: Vec<usize>,
     },
     /// A tensor has a type that is not supported.
-    #[error("{path}: tensor {tensor} has type {found}, supported: {supported}")]
+    #[error(
+        "{path}: tensor {tensor} has type {found}, supported: {supported}\nhint: use a file in another type, such as bf16, Q8_0 or Q4_K_M"
+    )]
     TensorType {
         /// The weight file or folder.
         path: String,
@@ -283,6 +285,13 @@ pub enum ModelError {
         /// The first few names.
         names: String,
     },
+}
+
+/// Bytes as flags take them.
+fn gib(bytes: u64) -> String {
+    #[expect(clippy::cast_precision_loss, reason = "three places are shown")]
+    let gib = bytes as f64 / f64::from(1 << 30);
+    format!("{gib:.3} GiB")
 }
 
 impl Error {

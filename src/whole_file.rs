@@ -18,6 +18,11 @@ pub enum Overwrite {
     Replace,
 }
 
+/// A path in a report for programs: JSON is Unicode, and a path may not be.
+pub(crate) fn lossy_path<S: serde::Serializer>(path: &Path, to: S) -> Result<S::Ok, S::Error> {
+    to.serialize_str(&path.to_string_lossy())
+}
+
 /// Why a file cannot be written; nothing is left behind.
 #[derive(Debug)]
 pub(crate) enum Refused {

@@ -2,7 +2,7 @@
 
 use std::{ffi::OsString, path::PathBuf};
 
-use clap::{Args, Parser, Subcommand, ValueEnum};
+use clap::{Args, CommandFactory, FromArgMatches, Parser, Subcommand, ValueEnum};
 use pentimento::{LoraSource, Rng, StepCache, Strategy, diffusion::noise::CudaGrid};
 
 use super::{
@@ -92,7 +92,7 @@ pub(crate) struct ModelArgs {
     #[arg(long)]
     pub(crate) fp8_matmul: bool,
     /// Threads of the computation [default: all cores]
-    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u16).range(1..))]
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u16).range(1..=1024))]
     pub(crate) threads: Option<u16>,
     #[command(flatten)]
     pub(crate) memory: MemoryArgs,
@@ -319,7 +319,7 @@ pub(crate) struct CacheArgs {
     #[arg(long, value_enum, default_value_t = CacheModeArg::None)]
     pub(crate) cache_mode: CacheModeArg,
     /// threshold=X: how much the first block's change may differ, as a share of itself
-    #[arg(long, value_name = "KEY=VALUE", default_value = "threshold=0.1", value_parser = cache_option)]
+    #[arg(long, value_name = "KEY=VALUE", requires = "cache_mode", default_value = "threshold=0.1", value_parser = cache_option)]
     pub(crate) cache_option: StepCache,
 }
 
@@ -445,7 +445,8 @@ pub(super) fn zero_cond_t(text: &str) -> Result<bool, String> {
 
 /// A path, or a path, a colon and a number.
 fn lora(text: &str) -> Result<LoraSource, String> {
-    let scaled = text.rsplit_once(':').and_then(|(path, scale)| {
+    let is_name = std::path::Path::new(text).is_file(); // what exists under that name is meant
+    let scaled = text.rsplit_once(':').filter(|_| !is_name).and_then(|(path, scale)| {
         Some(LoraSource { path: path.into(), strength: scale.parse().ok()? })
     });
     let source = scaled.unwrap_or_else(|| LoraSource::new(text));
@@ -465,7 +466,8 @@ fn cache_option(text: &str) -> Result<StepCache, String> {
 fn rng(text: &str) -> Result<Rng, String> {
     let device = |text: &str| {
         let (multiprocessors, threads) = text.split_once('x')?;
-        Some(CudaGrid::of_device(multiprocessors.parse().ok()?, threads.parse().ok()?))
+        let number = |text: &str| text.parse().ok().filter(|&number: &u32| number > 0);
+        Some(CudaGrid::of_device(number(multiprocessors)?, number(threads)?))
     };
     match text {
         "cpu" => Ok(Rng::Cpu),
@@ -479,8 +481,10 @@ fn rng(text: &str) -> Result<Rng, String> {
 }
 
 fn area(text: &str) -> Result<u64, String> {
-    let number =
-        |part: &str| part.trim().parse::<u64>().map_err(|error| format!("{part:?}: {error}"));
+    let number = |part: &str| {
+        let parsed = part.trim().parse::<u64>();
+        parsed.map_err(|_| "expected square pixels or WIDTHxHEIGHT, such as 1024x1024".to_owned())
+    };
     let pixels = match text.split_once(['x', 'X']) {
         Some((width, height)) => number(width)?.checked_mul(number(height)?),
         None => Some(number(text)?),
@@ -492,12 +496,22 @@ fn area(text: &str) -> Result<u64, String> {
 
 /// The arguments of the process.
 pub(crate) fn parse(arguments: impl IntoIterator<Item = OsString>) -> Result<Cli, clap::Error> {
-    Cli::try_parse_from(arguments)
+    let mut command = without_empty_variables(Cli::command());
+    let mut matches = command.try_get_matches_from_mut(arguments)?;
+    Cli::from_arg_matches_mut(&mut matches).map_err(|error| error.format(&mut command))
+}
+
+/// A variable of the environment that is set to nothing counts as not set.
+fn without_empty_variables(command: clap::Command) -> clap::Command {
+    let check = |arg: clap::Arg| {
+        let value = arg.get_env().and_then(std::env::var_os);
+        if value.is_some_and(|value| value.is_empty()) { arg.env(None::<&str>) } else { arg }
+    };
+    command.mut_args(check).mut_subcommands(without_empty_variables)
 }
 
 #[cfg(test)]
 mod tests {
-    use clap::CommandFactory;
 
     use super::*;
 

@@ -77,7 +77,7 @@ fn planner(args: &DoctorArgs) -> Result<Value> {
     let folder = places::planner_folder(&args.planner, &places::places(&args.places))?;
     let planner = PlannerSource { model: folder.clone(), ..PlannerSource::default() };
     Ok(json!({
-        "folder": folder,
+        "folder": folder.as_deref().map(std::path::Path::to_string_lossy),
         "shares_text_encoder": planner.shares_text_encoder(&source)?,
     }))
 }

@@ -19,6 +19,14 @@ use super::{
 pub(crate) fn run(args: EditArgs) -> Result<()> {
     let overwrite = if args.force { Overwrite::Replace } else { Overwrite::Refuse };
     let to_stdout = args.output.as_os_str() == "-";
+    if to_stdout && args.report.json && !args.dry_run {
+        return Err(pentimento::RequestError::Field {
+            field: "--json",
+            found: "beside `--output -`".to_owned(),
+            expected: "one of the two, as both write to stdout".to_owned(),
+        }
+        .into());
+    }
     // What would make the result impossible to write is told before any work.
     if !to_stdout && !args.dry_run {
         pixels::check_output(&args.output, overwrite)?;
@@ -58,6 +66,14 @@ pub(crate) fn run(args: EditArgs) -> Result<()> {
     }
     let record = (!args.no_metadata).then(|| engine.record(&request, &outcome));
 
+    if !args.report.quiet {
+        bar.note(&format!(
+            "seed {}, {} steps, {}",
+            outcome.seed,
+            outcome.steps,
+            times(&engine, &outcome)
+        ));
+    }
     if to_stdout {
         let encoded = pixels::encode_to_vec(&outcome.picture, Format::Png, record.as_ref())?;
         return super::print(&encoded.bytes);
@@ -68,21 +84,13 @@ pub(crate) fn run(args: EditArgs) -> Result<()> {
     if args.report.json {
         return super::print_json(&summary(&args.output, &engine, &request, &outcome));
     }
-    if !args.report.quiet {
-        bar.note(&format!(
-            "seed {}, {} steps, {}",
-            outcome.seed,
-            outcome.steps,
-            times(&engine, &outcome)
-        ));
-    }
     super::print_line(&args.output.display().to_string())
 }
 
 /// The request, and the LoRA files that tags in its prompt name.
 fn request(args: &EditArgs) -> Result<(EditRequest, Vec<LoraSource>)> {
-    let stdin = args.wish.images.iter().chain(&args.plan).filter(|path| path.as_os_str() == "-");
-    if stdin.count() > 1 {
+    let stdin = |path: &std::path::PathBuf| path.as_os_str() == "-";
+    if args.plan.as_ref().is_some_and(stdin) && args.wish.images.iter().any(stdin) {
         return Err(pentimento::RequestError::Field {
             field: "--plan",
             found: "`-` for the plan and for a picture".to_owned(),
@@ -135,7 +143,7 @@ fn summary(
     let size = outcome.picture.size();
     json!({
         "version": 1,
-        "output": output,
+        "output": output.to_string_lossy(),
         "width": size.width,
         "height": size.height,
         "working_size": outcome.working_size,

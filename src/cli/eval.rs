@@ -108,7 +108,7 @@ fn contact_sheet(
         let pairs = pairs.map(|(request, right)| json!({ "request": request, "right": right }));
         return super::print_json(&json!({
             "version": REPORT_VERSION,
-            "output": path,
+            "output": path.to_string_lossy(),
             "seed": args.seed,
             "pairs": pairs.collect::<Vec<_>>(),
         }));

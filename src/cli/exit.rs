@@ -31,9 +31,8 @@ fn kind(error: &Error) -> &'static str {
 }
 
 /// Shows an error on stderr, and as JSON on stdout where that was asked for.
-#[expect(clippy::print_stderr, clippy::print_stdout, reason = "the program's last words")]
 pub(crate) fn report(error: &Error, json: bool) -> ExitCode {
-    eprintln!("error: {error}");
+    super::say(&format!("error: {error}"));
     if json {
         let text = error.to_string();
         let (message, hint) = match text.split_once("\nhint: ") {
@@ -43,7 +42,8 @@ pub(crate) fn report(error: &Error, json: bool) -> ExitCode {
         let value = serde_json::json!({
             "error": { "kind": kind(error), "message": message, "hint": hint, "exit_code": code(error) }
         });
-        println!("{value}");
+        // Where stdout is what failed, stderr and the exit code tell.
+        drop(super::print_line(&value.to_string()));
     }
     ExitCode::from(code(error))
 }

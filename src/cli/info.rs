@@ -3,7 +3,7 @@
 use std::{collections::BTreeMap, path::Path};
 
 use pentimento::{
-    EditVersion, ModelInfo, ModelSource, Result,
+    EditVersion, ModelError, ModelInfo, ModelSource, Result,
     library::{self, Want},
     pixels::{self, Limits},
     weights::{Checkpoint, Family, family, identify},
@@ -35,6 +35,12 @@ pub(crate) fn tell(path: &Path, json: bool) -> Result<()> {
         } else {
             super::print(folder(&info).as_bytes())
         };
+    }
+    // Opening a named pipe would wait for whoever writes into it.
+    if std::fs::metadata(path).is_ok_and(|found| !found.is_file()) {
+        let (field, found) = ("FILE", format!("{}, a pipe or a device", path.display()));
+        let expected = "a weight file, a model folder or a picture".to_owned();
+        return Err(pentimento::RequestError::Field { field, found, expected }.into());
     }
     let is_weights =
         path.extension().is_some_and(|extension| extension.eq_ignore_ascii_case("safetensors"))
@@ -69,7 +75,13 @@ fn has_weights(folder: &Path) -> bool {
 fn starts_like_weights(path: &Path) -> Result<bool> {
     use std::io::Read;
     let mut start = Vec::new();
-    fs_err::File::open(path)?.take(START_BYTES as u64).read_to_end(&mut start)?;
+    let absent = |error: std::io::Error| ModelError::Missing {
+        path: path.display().to_string(),
+        what: error.kind().to_string(),
+        hint: "pass a weight file, a model folder or a picture".to_owned(),
+    };
+    let file = std::fs::File::open(path).map_err(absent)?;
+    file.take(START_BYTES as u64).read_to_end(&mut start)?;
     Ok(start.get(6..9) == Some(&[0, 0, b'{']) || start.starts_with(b"GGUF"))
 }
 
@@ -167,7 +179,7 @@ fn folder(info: &ModelInfo) -> String {
 }
 
 fn picture(path: &Path, as_json: bool) -> Result<()> {
-    let bytes = fs_err::read(path)?;
+    let bytes = pixels::read_file(path, &Limits::default())?;
     let info = pixels::read_metadata(&bytes, &path.display().to_string(), &Limits::default())?;
     if as_json {
         return super::print_json(&info);

@@ -96,13 +96,25 @@ fn init_log(verbose: u8) {
     tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr).init();
 }
 
-/// A token that the first Ctrl-C cancels; the second ends the process with 130 at once.
+/// A token that the first Ctrl-C, or a polite `kill`, cancels; the second ends the process with 130 at once.
 fn cancel_on_interrupt() -> Result<CancelToken> {
-    use signal_hook::{consts::SIGINT, flag};
+    use signal_hook::{
+        consts::{SIGINT, SIGTERM},
+        flag,
+    };
     let interrupted = Arc::new(AtomicBool::new(false));
-    flag::register_conditional_shutdown(SIGINT, 130, Arc::clone(&interrupted))?;
-    flag::register(SIGINT, Arc::clone(&interrupted))?;
+    for signal in [SIGINT, SIGTERM] {
+        flag::register_conditional_shutdown(signal, 130, Arc::clone(&interrupted))?;
+        flag::register(signal, Arc::clone(&interrupted))?;
+    }
     Ok(CancelToken::from_flag(interrupted))
+}
+
+/// A line for the person at the terminal. Where stderr is closed or its disk is full nobody reads it,
+/// which is no reason to lose a picture.
+fn say(text: &str) {
+    use std::io::Write;
+    drop(writeln!(std::io::stderr().lock(), "{text}"));
 }
 
 /// Data on stdout.

@@ -1,6 +1,10 @@
 //! `pentimento models`
 
-use std::{collections::BTreeMap, path::PathBuf, process::ExitCode};
+use std::{
+    collections::BTreeMap,
+    path::{Path, PathBuf},
+    process::ExitCode,
+};
 
 use pentimento::{
     Result,
@@ -21,7 +25,7 @@ pub(crate) fn list(args: &ListArgs) -> Result<()> {
     let places = places::places(&args.places);
     let entries: Vec<Entry> = walk(&places).iter().map(describe).collect();
     if args.json {
-        let looked = places.list();
+        let looked: Vec<_> = places.list().into_iter().map(Path::to_string_lossy).collect();
         return super::print_json(&json!({ "places": looked, "models": entries }));
     }
     if entries.is_empty() {
@@ -36,7 +40,8 @@ pub(crate) fn list(args: &ListArgs) -> Result<()> {
 }
 
 fn line(entry: &Entry) -> String {
-    let mut text = format!("{}\n  {}", entry.name, entry.model);
+    let model = if entry.model.is_empty() { "unknown" } else { &entry.model };
+    let mut text = format!("{}\n  {model}", entry.name);
     if let Some(version) = &entry.version {
         text += &format!(", {}", version.version);
     }

@@ -118,17 +118,35 @@ pub(crate) fn read(path: &Path) -> Result<Plan> {
     if path.as_os_str() == "-" {
         std::io::stdin().lock().take(PLAN_BYTES_MAX).read_to_end(&mut bytes)?;
     } else {
-        fs_err::File::open(path)?.take(PLAN_BYTES_MAX).read_to_end(&mut bytes)?;
+        let mut file = fs_err::File::open(path).map_err(|error| unreadable("--plan", &error))?;
+        let read = file.by_ref().take(PLAN_BYTES_MAX).read_to_end(&mut bytes);
+        read.map_err(|error| unreadable("--plan", &error))?;
     }
     Plan::from_json(&bytes)
 }
 
+/// A text file that a flag names; also a pipe, so it is read under a limit.
 fn text_file(flag: &'static str, file: &Path) -> Result<String> {
-    String::from_utf8(fs_err::read(file)?).map_err(|error| {
-        Error::from(RequestError::Field {
-            field: flag,
-            found: format!("{}: {error}", file.display()),
-            expected: "UTF-8 text".to_owned(),
-        })
-    })
+    /// No prompt is nearly as long.
+    const BYTES_MAX: u64 = 1 << 20;
+    let mut bytes = Vec::new();
+    let opened = fs_err::File::open(file).map_err(|error| unreadable(flag, &error))?;
+    opened.take(BYTES_MAX + 1).read_to_end(&mut bytes).map_err(|error| unreadable(flag, &error))?;
+    let field = |found: String, expected: String| {
+        Error::from(RequestError::Field { field: flag, found, expected })
+    };
+    if bytes.len() as u64 > BYTES_MAX {
+        let found = format!("{}: more than {BYTES_MAX} bytes", file.display());
+        return Err(field(found, format!("a text of at most {BYTES_MAX} bytes")));
+    }
+    let text = String::from_utf8(bytes)
+        .map_err(|error| field(format!("{}: {error}", file.display()), "UTF-8 text".to_owned()))?;
+    // Editors on Windows put a mark before UTF-8 that is no part of the text.
+    Ok(text.strip_prefix('\u{feff}').map_or_else(|| text.clone(), str::to_owned))
+}
+
+/// A file of a flag that cannot be read; the error names it.
+fn unreadable(field: &'static str, error: &std::io::Error) -> Error {
+    let (found, expected) = (error.to_string(), "a file that can be read".to_owned());
+    RequestError::Field { field, found, expected }.into()
 }

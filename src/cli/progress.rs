@@ -30,18 +30,16 @@ impl Bar {
     }
 
     /// Tells the person something, above the bar.
-    #[expect(clippy::print_stderr, reason = "notes are for the person at the terminal")]
     pub(crate) fn note(&self, text: &str) {
         if self.notes {
-            self.bar.suspend(|| eprintln!("note: {text}"));
+            self.bar.suspend(|| super::say(&format!("note: {text}")));
         }
     }
 
     /// Shows a plan before it is carried out.
-    #[expect(clippy::print_stderr, reason = "the plan is for the person at the terminal")]
     fn plan(&self, plan: &Plan) {
         if self.notes {
-            self.bar.suspend(|| eprintln!("{plan}"));
+            self.bar.suspend(|| super::say(&plan.to_string()));
         }
     }
 

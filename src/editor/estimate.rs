@@ -9,7 +9,7 @@ use crate::{
         qwen_image::{Footprint, TokenCounts},
         vae::{self, Tiling},
     },
-    error::Result,
+    error::{Error, Result},
     pixels::Size,
     plan::PlanOptions,
     progress::Stage,
@@ -194,7 +194,12 @@ fn tokens(
     pictures: usize,
     picture_tokens: usize,
 ) -> Result<usize> {
-    debug_assert_eq!(text.matches(IMAGE_PLACEHOLDER).count(), pictures);
+    let marks = text.matches(IMAGE_PLACEHOLDER).count();
+    if marks != pictures {
+        // The template has one for each picture, so what is too many came with the request.
+        let found = format!("{} × {IMAGE_PLACEHOLDER}", marks.saturating_sub(pictures));
+        return Err(Error::field("prompt", found, "no mark that stands for a picture"));
+    }
     Ok(vlm.tokenizer().encode(text)?.len().saturating_sub(pictures) + picture_tokens)
 }
 

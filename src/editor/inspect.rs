@@ -97,7 +97,8 @@ impl EditVersion {
             None => header.own_config()?,
         };
         let parts = ModelParts { diffusion_model: Some(path.to_owned()), ..ModelParts::default() };
-        let found = Version::find(&parts, &header, &config.unwrap_or_default(), &stem(path))?;
+        let config = config.unwrap_or_default();
+        let found = Version::find(&parts, &header, &config, header.name(), &stem(path))?;
         Ok(Self { version: version_name(found.kind, found.zero_cond_t), reason: found.reason })
     }
 }

@@ -1,7 +1,11 @@
 //! The sizes at which a request's pictures go through the models.
 
 use super::pipeline::{Kind, Pipeline};
-use crate::{error::Result, pixels::Size, request::EditRequest};
+use crate::{
+    error::{Error, Result},
+    pixels::{Size, check_area},
+    request::EditRequest,
+};
 
 /// Sizes of a request.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -33,12 +37,16 @@ impl Sizes {
         let area = request.area.unwrap_or(pipeline.area);
         let first = inputs[0];
         let asked = (request.width, request.height);
+        // First what was given, so that an error does not speak of what only follows from it.
+        Size::working(asked.0, asked.1, first, multiple_px)?;
         let calculated = match asked {
             (Some(width), None) => {
-                Size::for_area(matching_area(width, first.height, first.width), first)?
+                let area = matching_area(width, first.height, first.width);
+                of_one_side("width", width, area, first)?
             }
             (None, Some(height)) => {
-                Size::for_area(matching_area(height, first.width, first.height), first)?
+                let area = matching_area(height, first.width, first.height);
+                of_one_side("height", height, area, first)?
             }
             _ => Size::for_area(area, first)?,
         };
@@ -60,6 +68,9 @@ impl Sizes {
         area: Option<u64>,
         vl_area: Option<u64>,
     ) -> Result<Vec<Size>> {
+        if let Some(area) = vl_area {
+            check_area("vl-area", area)?;
+        }
         let vl_area = match (vl_area, pipeline.kind) {
             (Some(area), _) => area,
             // The first version shows the vision-language model what the autoencoder sees.
@@ -68,6 +79,14 @@ impl Sizes {
         };
         inputs.iter().map(|&input| Size::for_area(vl_area, input)).collect()
     }
+}
+
+/// A size like `like` where only one side, `px`, was asked for; `area` is what follows from it.
+fn of_one_side(field: &'static str, px: u32, area: u64, like: Size) -> Result<Size> {
+    Size::for_area(area, like).map_err(|_| {
+        let expected = format!("another one, or both sides: beside a picture of {like} it is an area of {area} square pixels");
+        Error::field(field, px, expected)
+    })
 }
 
 /// The area of a picture of which one side is `px`, where the input's sides are as `other` to `same`.

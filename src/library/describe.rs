@@ -21,6 +21,7 @@ pub struct Entry {
     /// How it can be named.
     pub name: String,
     /// Where it is.
+    #[serde(serialize_with = "crate::whole_file::lossy_path")]
     pub path: PathBuf,
     /// In what kind of place.
     pub place: Place,

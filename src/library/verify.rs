@@ -30,6 +30,7 @@ const STEP_BYTES: u64 = 1 << 20;
 #[non_exhaustive]
 pub struct Verdict {
     /// The file, or the folder.
+    #[serde(serialize_with = "crate::whole_file::lossy_path")]
     pub path: PathBuf,
     /// Its size in bytes, of a folder's weight files together.
     pub bytes: u64,

@@ -159,8 +159,11 @@ fn hugging_face(hub: &Path, found: &mut Vec<Candidate>) {
         };
         let snapshots = repository.join("snapshots");
         let main = fs_err::read_to_string(repository.join("refs/main")).unwrap_or_default();
-        let main = snapshots.join(main.trim());
-        let named = main != snapshots && main.is_dir();
+        let main = main.trim();
+        // A revision is one name; what is more leads elsewhere.
+        let is_name = Path::new(main).file_name().is_some_and(|name| name == main);
+        let main = snapshots.join(if is_name { main } else { "" });
+        let named = is_name && main.is_dir();
         let other =
             || children(&snapshots, &mut { ENTRIES_MAX }).into_iter().rfind(|it| it.is_dir());
         let snapshot = if named { Some(main) } else { other() };
@@ -204,7 +207,11 @@ fn is_part(folder: &Path) -> bool {
     folder.join("config.json").is_file() && STEMS.iter().any(weights)
 }
 
+/// A file that is called so, or a link to one that is gone; no pipe and no device.
 fn is_weights(path: &Path) -> bool {
+    if std::fs::metadata(path).is_ok_and(|found| !found.is_file()) {
+        return false;
+    }
     let end = path.extension().map(|end| end.to_string_lossy().to_lowercase());
     end.is_some_and(|end| ENDINGS.contains(&end.as_str()))
 }

@@ -146,6 +146,7 @@ fn quantized(weight: &Tensor, dtype: GgmlDType) -> Result<QTensor> {
         let chunk = weight.narrow(0, start, rows.min(dims.0 - start))?;
         // Widened piece by piece: the whole in float32 would be the most that loading takes.
         let chunk = chunk.to_dtype(DType::F32)?.force_contiguous()?;
+        quantize::require_finite(&chunk.flatten_all()?.to_vec1::<f32>()?)?;
         QTensor::quantize(&chunk, dtype)?.data().map(Cow::into_owned)
     });
     let bytes = chunks.collect::<Result<Vec<Vec<u8>>>>()?.concat();

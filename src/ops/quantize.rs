@@ -3,7 +3,7 @@
 use std::{borrow::Cow, ops::Range, sync::OnceLock};
 
 use candle_core::{
-    Device, Result, Tensor,
+    Device, Result, Tensor, bail,
     quantized::{GgmlDType, QTensor},
 };
 use half::f16;
@@ -40,6 +40,7 @@ fn blocks(matrix: &MatrixBytes<'_>, rows: Range<usize>, dtype: GgmlDType) -> Res
     for (row, wide) in rows.zip(wide.chunks_exact_mut(width)) {
         matrix.numbers().widen(matrix.part_of_row(row, 0..width), wide);
     }
+    require_finite(&wide)?;
     if dtype == GgmlDType::Q8_0 {
         let mut blocks = vec![0; wide.len().div_euclid(BLOCK) * BLOCK_BYTES];
         Arch::new().dispatch(Q8_0 { numbers: &wide, blocks: &mut blocks });
@@ -47,6 +48,18 @@ fn blocks(matrix: &MatrixBytes<'_>, rows: Range<usize>, dtype: GgmlDType) -> Res
     }
     let wide = Tensor::from_vec(wide, (count, width), &Device::Cpu)?;
     QTensor::quantize(&wide, dtype)?.data().map(Cow::into_owned)
+}
+
+/// Blocks cannot hold what is not finite, and quantizing would make other numbers of it.
+///
+/// # Errors
+/// An infinite number, or NaN.
+pub(super) fn require_finite(numbers: &[f32]) -> Result<()> {
+    // Without a way out in the middle, so that it is done for several numbers at a time.
+    match numbers.iter().fold(false, |odd, x| odd | !x.is_finite()) {
+        true => bail!("a number that is not finite"),
+        false => Ok(()),
+    }
 }
 
 /// Candle's blocks of Q8_0, to the bit.
@@ -123,11 +136,9 @@ mod tests {
         let mut numbers: Vec<f32> = (0..rows * width)
             .map(|i| f32::from(u16::try_from(i * 7919 % 4099).unwrap()) / 512.0 - 4.0)
             .collect();
-        // A block of zeros, one with an outlier, one that is not finite, and tiny ones.
+        // A block of zeros, one with an outlier, and tiny ones.
         numbers[..32].fill(0.0);
         numbers[40] = 3.0e9;
-        numbers[70] = f32::INFINITY;
-        numbers[100] = f32::NAN;
         numbers[128..160].iter_mut().for_each(|x| *x *= 1e-37);
         numbers[160..192].fill(f32::from_bits(3));
         let bytes: Vec<u8> = numbers.iter().flat_map(|x| x.to_le_bytes()).collect();
@@ -135,5 +146,19 @@ mod tests {
         let tensor = Tensor::from_vec(numbers, (rows, width), &Device::Cpu).unwrap();
         let expected = QTensor::quantize(&tensor, GgmlDType::Q8_0).unwrap();
         assert_eq!(blocks(&matrix, 0..rows, GgmlDType::Q8_0).unwrap(), &*expected.data().unwrap());
+    }
+
+    #[test]
+    fn what_is_not_finite_is_an_error() {
+        for odd in [f32::NAN, f32::INFINITY, f32::NEG_INFINITY] {
+            let mut numbers = [0.5_f32; 2 * 256];
+            numbers[300] = odd;
+            let bytes: Vec<u8> = numbers.iter().flat_map(|x| x.to_le_bytes()).collect();
+            let matrix = MatrixBytes::new(Numbers::F32, vec![&bytes], [2, 256]).unwrap();
+            for dtype in [GgmlDType::Q8_0, GgmlDType::Q4K] {
+                assert!(by_panel(&matrix, dtype).is_err(), "{odd} as {dtype:?}");
+                assert!(blocks(&matrix, 0..1, dtype).is_ok());
+            }
+        }
     }
 }

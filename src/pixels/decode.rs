@@ -37,6 +37,8 @@ pub(super) struct Opened<'a> {
     /// Whether there are more frames or pages than the first.
     pub(super) several: bool,
     is_cmyk: bool,
+    /// Whether the file ends before the picture does.
+    is_cut: bool,
 }
 
 /// Decodes `bytes`; the rules are those of the module's page.
@@ -88,7 +90,8 @@ pub(super) fn open<'a>(bytes: &'a [u8], name: &str, limits: &Limits) -> Result<O
         ImageFormat::Jpeg => jpeg_channels(bytes) == Some(4),
         _ => matches!(colour, ExtendedColorType::Cmyk8 | ExtendedColorType::Cmyk16),
     };
-    Ok(Opened { decoder, format, stored, colour, orientation, icc, several, is_cmyk })
+    let is_cut = format == ImageFormat::Jpeg && jpeg_is_cut(bytes);
+    Ok(Opened { decoder, format, stored, colour, orientation, icc, several, is_cmyk, is_cut })
 }
 
 fn decoder<'a>(
@@ -154,8 +157,32 @@ fn jpeg_channels(bytes: &[u8]) -> Option<u8> {
     }
 }
 
+/// Whether a JPEG file ends before its picture does: no end mark after the first scan begins. A
+/// preview in the metadata has marks of its own, so whole segments are passed by. Its decoder fills
+/// what is missing with grey and says nothing.
+fn jpeg_is_cut(bytes: &[u8]) -> bool {
+    const SCAN: u8 = 0xda;
+    let scan = || {
+        let mut rest = bytes.get(2..)?;
+        loop {
+            let [0xff, marker, high, low] = *rest.first_chunk::<4>()? else { return None };
+            rest = rest.get(2 + usize::from(u16::from_be_bytes([high, low]))..)?;
+            if marker == SCAN {
+                return Some(rest);
+            }
+        }
+    };
+    scan().is_some_and(|data| !data.windows(2).any(|pair| pair == [0xff, 0xd9]))
+}
+
 fn notes_on(opened: &Opened<'_>) -> Vec<String> {
     let mut notes = Vec::new();
+    if opened.is_cut {
+        notes.push(
+            "the file ends before the picture does: what is missing is grey; download it again"
+                .to_owned(),
+        );
+    }
     if opened.several {
         let part = if opened.format == ImageFormat::Tiff { "page" } else { "frame" };
         notes.push(format!("the file has several {part}s; the first {part} is used"));

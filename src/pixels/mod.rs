@@ -58,8 +58,9 @@ pub use metadata::{
     EditRecord, LoraRecord, ModelRecord, PARAMETERS_KEYWORD, PictureInfo, RECORD_KEYWORD,
     RECORD_VERSION, TextEntry, read_metadata,
 };
-pub use picture::Picture;
+pub use picture::{Picture, read_file};
 pub use resize::{Filter, resize, resize_gray, resize_unless};
+pub(crate) use sizes::check_area;
 pub use sizes::{AREA_PX_MAX, GRID_PX, Size, WORKING_SIDE_PX_MAX};
 pub use tensor::{rgb_from_tensor, tensor_from_rgb};
 pub use write::{Overwrite, check_output, save, write_file};

@@ -131,7 +131,10 @@ fn divided(value: u32, by: u32) -> u8 {
 }
 
 /// Reads a file under `bytes_max`, also one whose size is not known beforehand, such as a pipe.
-fn read_file(path: &Path, limits: &Limits) -> Result<Vec<u8>> {
+///
+/// # Errors
+/// A file that is missing or larger than the limit, or a folder.
+pub fn read_file(path: &Path, limits: &Limits) -> Result<Vec<u8>> {
     let name = path.display().to_string();
     let failed = |reason: String, hint: &str| PictureError::Read {
         name: name.clone(),

@@ -71,10 +71,7 @@ impl Size {
     /// # Errors
     /// A picture without pixels, or an area below one grid unit or above [`AREA_PX_MAX`].
     pub fn for_area(area_px: u64, like: Self) -> Result<Self> {
-        if !(u64::from(GRID_PX * GRID_PX)..=AREA_PX_MAX).contains(&area_px) {
-            let expected = format!("{} to {AREA_PX_MAX} square pixels", GRID_PX * GRID_PX);
-            return Err(Error::field("area", area_px, expected));
-        }
+        check_area("area", area_px)?;
         if like.pixels() == 0 {
             return Err(Error::field("picture", like, "at least one pixel"));
         }
@@ -111,6 +108,18 @@ impl Size {
             height: side("height", height, calculated.height, multiple_px)?,
         })
     }
+}
+
+/// An area that is asked for in `field`, in square pixels.
+///
+/// # Errors
+/// One below one grid unit or above [`AREA_PX_MAX`].
+pub(crate) fn check_area(field: &'static str, area_px: u64) -> Result<()> {
+    let least = u64::from(GRID_PX * GRID_PX);
+    if (least..=AREA_PX_MAX).contains(&area_px) {
+        return Ok(());
+    }
+    Err(Error::field(field, area_px, format!("{least} to {AREA_PX_MAX} square pixels")))
 }
 
 fn side(field: &'static str, asked: Option<u32>, calculated: u32, multiple_px: u32) -> Result<u32> {

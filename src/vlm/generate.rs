@@ -110,7 +110,7 @@ impl GenerateOptions {
 
     pub(super) fn sampler(&self) -> Result<Sampler> {
         if self.max_new_tokens == 0 {
-            return Err(Error::field("max_new_tokens", 0, "at least 1"));
+            return Err(Error::field("max-tokens", 0, "at least 1"));
         }
         Sampler::new(self.sampling, self.repetition_penalty, self.seed)
     }

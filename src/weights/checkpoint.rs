@@ -351,11 +351,23 @@ impl Checkpoint {
             return Ok(None);
         };
         self.about_to_read(name)?;
-        let weight = LinearWeight::of_file(&matrix, kept)?;
+        let weight = LinearWeight::of_file(&matrix, kept)
+            .map_err(|error| self.not_quantized(name, &error))?;
         if weight.is_some() {
             self.mark_read(name);
         }
         Ok(weight)
+    }
+
+    /// The error for a matrix that cannot be quantized.
+    pub(super) fn not_quantized(&self, name: &str, error: &candle_core::Error) -> crate::Error {
+        ModelError::Corrupt {
+            path: self.name().to_owned(),
+            found: format!("tensor {name}, {error}"),
+            expected: "finite numbers to quantize".to_owned(),
+            hint: "the file is damaged; download it again".to_owned(),
+        }
+        .into()
     }
 
     /// The bytes of an fp8 e4m3 tensor in one piece, on `device`, and its scale; `None` for others.

@@ -198,6 +198,7 @@ impl Weights {
             return Ok(LinearWeight::Quantized(Arc::new(blocks)));
         }
         let stored = self.stored(name, &shape)?;
+        let odd = |error| self.checkpoint.not_quantized(&self.full_name(name), &error);
         Ok(match precision.storage {
             Storage::Compute => {
                 let entry = self.checkpoint.entry(&self.full_name(name));
@@ -205,8 +206,8 @@ impl Weights {
                 LinearWeight::Dense(stored.to_dtype(dtype.unwrap_or(precision.compute))?)
             }
             Storage::Plain(dtype) => LinearWeight::Dense(stored.to_dtype(dtype)?),
-            Storage::Q8_0 => LinearWeight::q8_0(&stored)?,
-            Storage::Q4K => LinearWeight::q4_k(&stored)?,
+            Storage::Q8_0 => LinearWeight::q8_0(&stored).map_err(odd)?,
+            Storage::Q4K => LinearWeight::q4_k(&stored).map_err(odd)?,
         })
     }
 

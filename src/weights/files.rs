@@ -1,6 +1,11 @@
 //! The files of a model in the published folder layout: on disk, or compiled into the program.
 
-use std::{borrow::Cow, collections::BTreeMap, path::PathBuf, sync::Arc};
+use std::{
+    borrow::Cow,
+    collections::BTreeMap,
+    path::{Path, PathBuf},
+    sync::Arc,
+};
 
 use serde::de::DeserializeOwned;
 
@@ -38,6 +43,34 @@ const TEXT_BYTES_MAX: u64 = 256 << 20;
 #[derive(serde::Deserialize)]
 struct ShardIndex {
     weight_map: BTreeMap<String, String>,
+}
+
+/// What a model's folder is called; a snapshot in Hugging Face's cache is called as its repository.
+pub(crate) fn model_name(folder: &Path) -> String {
+    let name = |path: &Path| Some(path.file_name()?.to_string_lossy().into_owned());
+    let repository = || {
+        let snapshots = folder.parent().filter(|it| it.ends_with("snapshots"))?;
+        Some(name(snapshots.parent()?)?.strip_prefix("models--")?.split("--").last()?.to_owned())
+    };
+    repository().or_else(|| name(folder)).unwrap_or_else(|| "model".to_owned())
+}
+
+/// All shards of which `file` is one, in their order, or the file alone.
+pub(crate) fn shards(file: &Path) -> Vec<PathBuf> {
+    /// More than any model has.
+    const SHARDS_MAX: usize = 1000;
+    let name = file.file_name().unwrap_or(file.as_os_str()).to_string_lossy();
+    let parsed = || {
+        let (start, end) = name.rsplit_once("-of-")?;
+        let (start, index) = start.rsplit_once('-')?;
+        let (count, ending) = end.split_once('.')?;
+        let is_number = |text: &str| text.len() == 5 && text.bytes().all(|b| b.is_ascii_digit());
+        let count: usize = (is_number(index) && is_number(count)).then(|| count.parse().ok())??;
+        let shard = |i: usize| file.with_file_name(format!("{start}-{i:05}-of-{end}"));
+        let all = (1..=count.min(SHARDS_MAX)).map(shard).collect();
+        (ending == "safetensors").then_some(all)
+    };
+    parsed().unwrap_or_else(|| vec![file.to_owned()])
 }
 
 impl ModelFiles {
@@ -194,9 +227,7 @@ impl ModelFiles {
     pub fn name(&self) -> String {
         match self {
             Self::Folder(folder) => {
-                let folder = folder.canonicalize().unwrap_or_else(|_| folder.clone());
-                let name = folder.file_name();
-                name.map_or_else(|| "model".into(), |name| name.to_string_lossy()).into_owned()
+                model_name(&folder.canonicalize().unwrap_or_else(|_| folder.clone()))
             }
             Self::Embedded { name, .. } => (*name).to_owned(),
             Self::Assembled(assembly) => assembly.name().to_owned(),

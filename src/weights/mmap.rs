@@ -5,7 +5,7 @@ use std::{
     path::Path,
 };
 
-use crate::error::Result;
+use crate::error::{ModelError, Result};
 
 /// The bytes of a file: mapped from disk, or part of the program.
 #[derive(Debug)]
@@ -16,7 +16,12 @@ pub(super) enum Bytes {
 
 impl Bytes {
     pub(super) fn map(path: &Path) -> Result<Self> {
-        let file = fs_err::File::open(path)?;
+        // Looked at first: opening a named pipe waits for whoever writes into it.
+        let metadata = std::fs::metadata(path).map_err(|error| absent(path, &error))?;
+        if !metadata.is_file() {
+            return Err(no_file(path, metadata.is_dir()));
+        }
+        let file = fs_err::File::open(path).map_err(|error| absent(path, &error))?;
         if file.metadata()?.len() == 0 {
             return Ok(Self::Static(&[])); // an empty file cannot be mapped
         }
@@ -69,6 +74,34 @@ impl Bytes {
 
     #[cfg(not(unix))]
     pub(super) fn was_read(&self, _: &Range<usize>) {}
+}
+
+/// A file that cannot be opened.
+fn absent(path: &Path, error: &std::io::Error) -> crate::Error {
+    use std::io::ErrorKind;
+    let (what, hint) = match error.kind() {
+        ErrorKind::NotFound if path.is_symlink() => {
+            ("a link to a file that is not there".to_owned(), "download the file again")
+        }
+        ErrorKind::NotFound => ("there is no such file".to_owned(), "check the path"),
+        _ => (error.to_string(), "check the path and its permissions"),
+    };
+    ModelError::Missing { path: path.display().to_string(), what, hint: hint.to_owned() }.into()
+}
+
+/// Something that is there and is no file.
+fn no_file(path: &Path, is_folder: bool) -> crate::Error {
+    let (found, hint) = match is_folder {
+        true => ("a folder", "name a weight file in it; a model's folder goes to --model"),
+        false => ("a pipe or a device", "weights are mapped, so save them as a file first"),
+    };
+    ModelError::Corrupt {
+        path: path.display().to_string(),
+        found: found.to_owned(),
+        expected: "a weight file".to_owned(),
+        hint: hint.to_owned(),
+    }
+    .into()
 }
 
 impl Deref for Bytes {

@@ -32,7 +32,7 @@ pub fn check_safetensors(path: &str, bytes: &[u8]) -> Result<()> {
         Err(ModelError::Corrupt {
             path: path.to_owned(),
             found: found.to_owned(),
-            expected: "a safetensors file".to_owned(),
+            expected: "a safetensors or GGUF file".to_owned(),
             hint: hint.to_owned(),
         }
         .into())

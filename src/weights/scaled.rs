@@ -67,6 +67,7 @@ pub(super) fn resolve(checkpoint: &mut Checkpoint) -> Result<()> {
             .map(|(name, _)| name.to_owned())
             .collect()
     };
+    let mut described = Vec::new();
     for name in names(checkpoint, &[DESCRIPTION]) {
         let text = match checkpoint.entry(&name) {
             Some(entry) => checkpoint.raw(entry),
@@ -78,6 +79,7 @@ pub(super) fn resolve(checkpoint: &mut Checkpoint) -> Result<()> {
         let format =
             layer.map_or_else(|| "a description that is no JSON".to_owned(), |layer| layer.format);
         check_format(checkpoint, &name, &format)?;
+        described.extend(name.strip_suffix(DESCRIPTION).map(|layer| format!("{layer}.weight")));
         checkpoint.entries_mut().remove(&name);
     }
     let scales = names(checkpoint, &WEIGHT_SCALES);
@@ -90,6 +92,13 @@ pub(super) fn resolve(checkpoint: &mut Checkpoint) -> Result<()> {
             None => return Err(fault(checkpoint, name, "one scale for a weight of type F8")),
         }
         checkpoint.entries_mut().remove(name);
+    }
+    let unscaled = described.iter().find(|weight| {
+        let entry = checkpoint.entry(weight);
+        entry.is_some_and(|weight| weight.is_float8() && weight.scale.is_none())
+    });
+    if let Some(weight) = unscaled {
+        return Err(fault(checkpoint, weight, "its weight_scale beside it"));
     }
     for name in names(checkpoint, &INPUT_SCALES) {
         let layer = INPUT_SCALES.iter().find_map(|end| name.strip_suffix(end)).unwrap_or(&name);

@@ -281,18 +281,36 @@ fn usage_is_2_and_model_files_are_3_and_memory_is_4() {
     );
     check(&["--device", "tpu"], 2, &["--device", "tpu", "cuda:N"]);
     check(&["-W", "100"], 2, &["width", "100", "96 or 112"]);
+    check(&["-W", "0"], 2, &["width", "0, expected"]);
+    check(&["-W", "16"], 2, &["width", "both sides"]);
+    check(&["--vl-area", "1"], 2, &["vl-area", "1024"]);
     check(&["--threads", "0"], 2, &["--threads"]);
+    check(&["--threads", "65535"], 2, &["--threads"]);
+    check(&["--cache-option", "threshold=0.2"], 2, &["--cache-mode"]);
+    check(&["--rng", "cuda:0x8"], 2, &["--rng"]);
     check(&["--max-ram", "0.000001"], 4, &["memory", "bytes", "hint"]);
     stderr_of(&["edit", "-i", &sample, "-o", &out], 2, &["--prompt"]);
     stderr_of(&["edit", "-i", &sample, "-o", &out, "-p", "  ", "--model", &model], 2, &["prompt"]);
     stderr_of(&["edit", "-p", "x", "-o", &out], 2, &["--image"]);
+    let marked = ["edit", "-i", &sample, "-o", &out, "--model", &model, "-p", "a <|image_pad|>"];
+    for strategy in ["direct", "single"] {
+        let marked = [&marked[..], &["--strategy", strategy]].concat();
+        stderr_of(&marked, 2, &["prompt", "<|image_pad|>"]);
+    }
     stderr_of(&["edit", "-i", "/no/such.png", "-o", &out, "-p", "x"], 1, &["/no/such.png"]);
     stderr_of(
         &["edit", "-i", &sample, "-o", &out, "-p", "x", "--model", "/no/such"],
         3,
         &["/no/such", "hint"],
     );
-    stderr_of(&["info", "/no/such.safetensors"], 1, &["/no/such.safetensors"]);
+    // A variable that is set to nothing is not set.
+    let mut empty = pentimento();
+    for name in ["PENTIMENTO_MODEL", "PENTIMENTO_MAX_RAM", "PENTIMENTO_MAX_VRAM"] {
+        empty.env(name, "");
+    }
+    let dry = empty.args(["edit", "-i", &sample, "-o", &out, "-p", "x", "--dry-run"]).output();
+    assert!(dry.unwrap().status.success());
+    stderr_of(&["info", "/no/such.safetensors"], 3, &["/no/such.safetensors"]);
     if !pentimento::Device::CUDA_BUILT {
         check(&["--device", "cuda"], 1, &["feature `cuda`", "--device cpu"]);
     }

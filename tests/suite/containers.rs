@@ -83,6 +83,11 @@ fn comfyuis_newer_form_is_read_from_the_header_and_from_tensors() {
             let described = (format!("{layer}.comfy_quant"), Dtype::U8, vec![text.len()], text);
             save_raw(&path, &[weight.clone(), weight_scale, input_scale, described]);
             assert_eq!(read(&path, &weight.0, [2, 3]), expected, "{format}: described by a tensor");
+            // A description promises a scale.
+            let text = json!({ "format": format }).to_string().into_bytes();
+            let described = (format!("{layer}.comfy_quant"), Dtype::U8, vec![text.len()], text);
+            save_raw(&path, &[weight.clone(), described]);
+            refused(&path, &[&weight.0, "weight_scale beside it"]);
             // Without a scale the numbers count as they are.
             save_raw(&path, std::slice::from_ref(&weight));
             assert_eq!(read(&path, &weight.0, [2, 3]), wide, "{format}: no scale");

@@ -7,7 +7,7 @@ use std::{
 
 use candle_core::{Device, Tensor};
 use pentimento::{
-    CancelToken,
+    CancelToken, ModelInfo, ModelSource,
     library::{self, Place, Places, Verdict, Want, describe, resolve, walk},
     weights::Family,
 };
@@ -324,6 +324,21 @@ fn the_program_lists_checks_and_takes_names() {
     assert!(doctor.contains("\"shares_text_encoder\": false"), "{doctor}");
     let (_, missing) = with("Qwen/Nothing", 3);
     assert!(missing.contains("Qwen/Nothing") && missing.contains("models list"), "{missing}");
+}
+
+#[test]
+fn a_revision_is_a_name_and_a_snapshot_is_called_as_its_repository() {
+    let machine = Machine::new();
+    let name = "Qwen/Qwen-Image-Edit-2511";
+    let snapshot = machine.found(name, Want::Folder);
+    let info = ModelInfo::read(&ModelSource::Folder(snapshot.clone())).unwrap();
+    assert_eq!(info.name, "Qwen-Image-Edit-2511");
+    let main = machine.at("hub/models--Qwen--Qwen-Image-Edit-2511/refs/main");
+    for elsewhere in ["/etc", "../../..", "..", ""] {
+        fs_err::write(&main, elsewhere).unwrap();
+        assert_eq!(machine.found(name, Want::Folder), snapshot, "{elsewhere}");
+    }
+    cli::run(&["models", "list", "--models-dir", "/no/such"], 2);
 }
 
 #[test]

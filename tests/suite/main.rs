@@ -22,6 +22,7 @@ mod library;
 mod lora;
 mod memory;
 mod not_finite;
+mod odd_files;
 mod ops;
 mod peers;
 mod pixels;

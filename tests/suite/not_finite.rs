@@ -1,7 +1,7 @@
 //! Weights that are not numbers: the stage is named, and nothing is written.
 
 use candle_core::{Device, Tensor};
-use pentimento::{Engine, EngineOptions, Error, ModelSource};
+use pentimento::{Engine, EngineOptions, Error, ModelSource, weights::Storage};
 
 use crate::{cli, common::Reference, engine};
 
@@ -39,6 +39,24 @@ fn weights_that_are_not_finite_are_an_error_of_their_stage() {
                 assert!(stage == named && count > 0, "{tensor}: {stage}, expected {named}");
             }
             other => panic!("{tensor}: {other}"),
+        }
+    }
+}
+
+#[test]
+fn matrices_that_are_not_finite_are_not_quantized() {
+    let matrix = "transformer_blocks.0.img_mlp.net.2.weight";
+    let folder = damaged("transformer/diffusion_pytorch_model.safetensors", matrix);
+    let source = ModelSource::Folder(folder.path().to_owned());
+    for storage in [Storage::Q8_0, Storage::Q4K] {
+        let options = EngineOptions {
+            device: pentimento::Device::Cpu,
+            storage: Some(storage),
+            ..EngineOptions::default()
+        };
+        let message = Engine::open(&source, &options, &()).unwrap_err().to_string();
+        for word in ["diffusion_pytorch_model.safetensors", matrix, "not finite"] {
+            assert!(message.contains(word), "no {word:?} in: {message}");
         }
     }
 }

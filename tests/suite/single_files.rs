@@ -236,6 +236,38 @@ fn a_folder_lends_the_configs_that_files_lack() {
     refused(ModelParts { folder: None, ..parts }, &["a.safetensors", "norm_q.weight", "[128]"]);
 }
 
+#[test]
+fn a_shard_stands_for_all_shards() {
+    let reference = Reference::open(NAME);
+    let folder = tempfile::tempdir().unwrap();
+    let whole = ModelParts { folder: Some(reference.folder.clone()), ..ModelParts::default() };
+    for (part, stem) in [("transformer", "diffusion_pytorch_model"), ("text_encoder", "model")] {
+        let below = folder.path().join(part);
+        fs_err::create_dir(&below).unwrap();
+        let source = reference.folder.join(part);
+        fs_err::copy(source.join("config.json"), below.join("config.json")).unwrap();
+        let tensors = parts::load(&source.join(format!("{stem}.safetensors")));
+        for shard in 0..2 {
+            let of_shard = tensors.iter().enumerate().filter(|(index, _)| index % 2 == shard);
+            let of_shard: std::collections::HashMap<String, Tensor> =
+                of_shard.map(|(_, (name, tensor))| (name.clone(), tensor.clone())).collect();
+            let name = format!("{stem}-0000{}-of-00002.safetensors", shard + 1);
+            candle_core::safetensors::save(&of_shard, below.join(name)).unwrap();
+        }
+    }
+    let at = |name: &str| Some(folder.path().join(name));
+    let parts = ModelParts {
+        diffusion_model: at("transformer/diffusion_pytorch_model-00002-of-00002.safetensors"),
+        llm: at("text_encoder/model-00001-of-00002.safetensors"),
+        ..whole.clone()
+    };
+    let expected = edited(&ModelSource::Files(whole), None);
+    assert_eq!(edited(&ModelSource::Files(parts.clone()), None), expected);
+    let gone = "model-00002-of-00002.safetensors";
+    fs_err::remove_file(folder.path().join("text_encoder").join(gone)).unwrap();
+    refused(parts, &[gone, "not found"]);
+}
+
 #[track_caller]
 fn refused(parts: ModelParts, words: &[&str]) {
     let error = Engine::open(&ModelSource::Files(parts), &options(None), &()).unwrap_err();
@@ -339,8 +371,18 @@ fn the_version_follows_flag_file_and_name() {
     // The config beside the file comes before its name.
     let config = first.with_file_name("config.json");
     let text = fs_err::read_to_string(&config).unwrap();
-    fs_err::write(&config, text.replacen('{', "{\"zero_cond_t\": true, ", 1)).unwrap();
+    let says = |value: &str| {
+        let with = text.replacen('{', &format!("{{\"zero_cond_t\": {value}, "), 1);
+        fs_err::write(&config, with).unwrap();
+    };
+    says("true");
     assert_eq!(plain("Qwen-Image-Edit-2509-Q8_0.gguf", None), "Qwen-Image-Edit-2511");
+    says("false");
+    assert_eq!(plain("qwen-image-edit-2511.gguf", None), "Qwen-Image-Edit-2509");
+    assert_eq!(plain("Qwen_Image_Edit.gguf", None), "Qwen-Image-Edit");
+    assert_eq!(plain("model.gguf", None), "Qwen-Image-Edit-2509");
+    says("\"true\"");
+    refused(all, &["config.json", "zero_cond_t", "\"true\"", "true or false"]);
 }
 
 #[test]

@@ -17,6 +17,20 @@ pub(crate) const CONFIG_KEY: &str = "pentimento.config";
 /// Says in a config that was made that tensors have no say in `zero_cond_t` any more.
 const DECIDED: &str = "_zero_cond_t_decided";
 
+/// Most names in a message.
+const NAMES_MAX: usize = 5;
+/// Beginnings of the names of its tensors.
+const ROOTS: &[&str] = &[
+    "img_in.",
+    "txt_in.",
+    "txt_norm.",
+    "time_text_embed.",
+    "transformer_blocks.",
+    "norm_out.",
+    "proj_out.",
+    ZERO_COND_MARK,
+];
+
 /// A weight file under the published names.
 #[derive(Debug)]
 pub(crate) struct Header(Checkpoint);
@@ -46,6 +60,37 @@ impl Header {
         self.0
     }
 
+    /// The file, for messages.
+    pub(crate) fn name(&self) -> &str {
+        self.0.name()
+    }
+
+    /// Checks that the file holds this model only, not others beside it.
+    ///
+    /// # Errors
+    /// [`ModelError::TensorsUnused`] with the first names.
+    pub(crate) fn check_alone(&self) -> Result<()> {
+        let is_own = |name: &str| ROOTS.iter().any(|root| name.starts_with(root));
+        let others: Vec<&str> =
+            self.0.tensors().map(|(name, _)| name).filter(|name| !is_own(name)).collect();
+        if others.is_empty() {
+            return Ok(());
+        }
+        let names = others[..others.len().min(NAMES_MAX)].join(", ");
+        let path = self.0.name().to_owned();
+        Err(ModelError::TensorsUnused { path, count: others.len(), names }.into())
+    }
+
+    /// Blocks, by the highest number in a name.
+    fn layers(&self) -> usize {
+        let block = |name: &str| {
+            let rest = name.strip_prefix("transformer_blocks.")?;
+            rest.split('.').next()?.parse::<usize>().ok()
+        };
+        let last = self.0.tensors().filter_map(|(name, _)| block(name)).max();
+        last.map_or(0, |last| last.saturating_add(1))
+    }
+
     /// Whether the file has the mark of the 2511 version.
     pub(crate) fn is_marked(&self) -> bool {
         self.0.contains(ZERO_COND_MARK)
@@ -53,8 +98,15 @@ impl Header {
 
     /// What the file's metadata call the model.
     pub(crate) fn names(&self) -> Vec<&str> {
-        const KEYS: [&str; 5] =
-            ["general.name", "general.basename", "general.finetune", "modelspec.title", "name"];
+        const KEYS: [&str; 7] = [
+            "general.name",
+            "general.basename",
+            "general.finetune",
+            "modelspec.title",
+            "modelspec.architecture",
+            "title",
+            "name",
+        ];
         KEYS.iter().filter_map(|key| self.0.value(key)?.as_text()).collect()
     }
 
@@ -106,18 +158,13 @@ impl Header {
     /// What the shapes of the tensors tell of the config.
     fn dimensions(&self) -> Result<Map<String, Json>> {
         let (dim, head) = (self.side("img_in.weight", 0)?, self.side(HEAD, 0)?);
-        let block = |name: &str| {
-            let rest = name.strip_prefix("transformer_blocks.")?;
-            rest.split('.').next()?.parse::<usize>().ok()
-        };
-        let last = self.0.tensors().filter_map(|(name, _)| block(name)).max();
         let area = config::PATCH * config::PATCH;
         let config = json!({
             "_class_name": config::CLASS,
             "patch_size": config::PATCH,
             "in_channels": self.side("img_in.weight", 1)?,
             "out_channels": self.side("proj_out.weight", 0)?.div_euclid(area),
-            "num_layers": last.map_or(0, |last| last.saturating_add(1)),
+            "num_layers": self.layers(),
             "attention_head_dim": head,
             "num_attention_heads": dim.checked_div(head).unwrap_or(0),
             "joint_attention_dim": self.side("txt_in.weight", 1)?,

@@ -20,7 +20,7 @@ use crate::{
     },
     error::{Error, ModelError, Result},
     vlm,
-    weights::{Assembly, Checkpoint, ModelFiles},
+    weights::{Assembly, Checkpoint, ModelFiles, shards},
 };
 
 /// Class of the language model's config.
@@ -120,20 +120,21 @@ fn transformer(parts: &ModelParts, assembly: &mut Assembly) -> Result<()> {
         }
         return Ok(());
     };
-    let header = header::Header::new(Checkpoint::open_file(path)?)?;
+    let files = shards(path);
+    let header = header::Header::new(Checkpoint::open_files(&files)?)?;
     let (mut config, origin) = transformer_config(parts, &header, path)?;
-    let version = Version::find(parts, &header, &config, &stem(path))?;
+    let origin = origin.display().to_string();
+    let version = Version::find(parts, &header, &config, &origin, &stem(path))?;
     header::decide(&mut config, version.zero_cond_t);
     if let Some(note) = version.note {
         assembly.note(note);
     }
-    let origin = origin.display().to_string();
     assembly.put_text(CONFIG, Json::Object(config).to_string(), &origin);
     let index = json!({ "_class_name": version.kind.class_name() }).to_string();
     assembly.put_text("model_index.json", index, &origin);
     // A pack's settings are those of the pack's own transformer.
     assembly.close("pentimento.json");
-    assembly.put_weights("transformer", vec![path.clone()]);
+    assembly.put_weights("transformer", files);
     Ok(())
 }
 
@@ -174,7 +175,8 @@ pub(super) fn config_beside(path: &Path) -> Result<Option<Map<String, Json>>> {
 /// The vision-language model with its tokenizer and the settings of its pictures.
 fn language_model(parts: &ModelParts, llm: &Path, assembly: &mut Assembly) -> Result<()> {
     const CONFIG: &str = "text_encoder/config.json";
-    let checkpoint = Checkpoint::open_file(llm)?;
+    let files = shards(llm);
+    let checkpoint = Checkpoint::open_files(&files)?;
     let preprocessor = if checkpoint.is_gguf() {
         vlm::gguf::architecture(&checkpoint)?;
         let mmproj = match &parts.mmproj {
@@ -200,7 +202,7 @@ fn language_model(parts: &ModelParts, llm: &Path, assembly: &mut Assembly) -> Re
                 None => assembly.put_text(CONFIG, published(&checkpoint)?, llm.display()),
             },
         }
-        assembly.put_weights("text_encoder", vec![llm.to_owned()]);
+        assembly.put_weights("text_encoder", files);
         vlm::published::preprocessor()
     };
     if let Some(file) = beside(llm, "generation_config.json") {

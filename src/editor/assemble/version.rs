@@ -8,7 +8,7 @@ use crate::{
         pipeline::{Kind, Pipeline},
         source::ModelParts,
     },
-    error::Result,
+    error::{ModelError, Result},
     weights::ModelFiles,
 };
 
@@ -28,12 +28,16 @@ impl Version {
     /// By the flag, the config beside the file, the tensor that marks 2511, the names in the
     /// metadata, the file's name, the folder's pipeline; in this order.
     ///
+    /// `origin` is where the config comes from, for messages.
+    ///
     /// # Errors
-    /// A folder whose pipeline is not supported.
+    /// A folder whose pipeline is not supported, or a config with something else than true or false
+    /// in `zero_cond_t`.
     pub(in crate::editor) fn find(
         parts: &ModelParts,
         header: &Header,
         config: &Map<String, Json>,
+        origin: &str,
         stem: &str,
     ) -> Result<Self> {
         let plus = |zero_cond_t, reason: &str| Self {
@@ -49,8 +53,16 @@ impl Version {
                 Some(Self { kind, zero_cond_t, reason: format!("{how} {name}"), note: None })
             })
         };
-        let found = if config.get("zero_cond_t") == Some(&Json::Bool(true)) {
+        let said = zero_cond_t(config, origin)?;
+        let found = if said == Some(true) {
             Some(plus(true, "its config has zero_cond_t"))
+        } else if said == Some(false) {
+            // The config rules over marks and names; which pictures the model sees, names may tell.
+            let kind = named().map(|found| found.kind);
+            let unnamed = || Self::folder_kind(parts);
+            let kind = kind.map_or_else(unnamed, Ok)?;
+            let reason = "its config says that zero_cond_t is false".to_owned();
+            Some(Self { kind, zero_cond_t: false, reason, note: None })
         } else if header.is_marked() {
             Some(plus(true, "it has the tensor __index_timestep_zero__"))
         } else {
@@ -62,6 +74,16 @@ impl Version {
             (Some(false), None) => Self::unnamed(parts),
             (None, Some(found)) => Ok(found),
             (None, None) => Self::unnamed(parts),
+        }
+    }
+
+    /// The pipeline of the folder that lends the rest, or the newest.
+    fn folder_kind(parts: &ModelParts) -> Result<Kind> {
+        match &parts.folder {
+            Some(folder) if folder.join("model_index.json").is_file() => {
+                Ok(Pipeline::read(&ModelFiles::Folder(folder.clone()))?.kind)
+            }
+            _ => Ok(Kind::Plus),
         }
     }
 
@@ -95,6 +117,21 @@ impl Version {
 fn folders_zero_cond_t(files: &ModelFiles) -> bool {
     let config: Result<Map<String, Json>> = files.read_json("transformer/config.json");
     config.is_ok_and(|config| config.get("zero_cond_t") == Some(&Json::Bool(true)))
+}
+
+/// What the config says, if it says anything.
+fn zero_cond_t(config: &Map<String, Json>, origin: &str) -> Result<Option<bool>> {
+    match config.get("zero_cond_t") {
+        None | Some(Json::Null) => Ok(None),
+        Some(Json::Bool(on)) => Ok(Some(*on)),
+        Some(other) => Err(ModelError::Config {
+            path: origin.to_owned(),
+            field: "zero_cond_t".to_owned(),
+            found: other.to_string(),
+            expected: "true or false".to_owned(),
+        }
+        .into()),
+    }
 }
 
 /// What the published version is called.

@@ -13,7 +13,7 @@ use crate::{
     },
     error::{Error, ModelError, Result},
     vlm,
-    weights::{Checkpoint, Family, ModelFiles, family, identify},
+    weights::{Checkpoint, Family, ModelFiles, family, identify, model_name, shards},
 };
 
 /// Names of weights in a part's folder.
@@ -182,7 +182,9 @@ fn transformer(
         Some(config) => Some(config),
         None => header.own_config()?.or_else(|| header.config().ok()),
     };
-    let mut version = Version::find(parts, &header, &config.clone().unwrap_or_default(), &name)?;
+    let said = config.clone().unwrap_or_default();
+    let mut version = Version::find(parts, &header, &said, header.name(), &name)?;
+    header.check_alone()?;
     if let Some(folder) = parts.folder.clone().filter(|it| it.join("model_index.json").is_file()) {
         version.kind = Pipeline::read(&ModelFiles::Folder(folder))?.kind;
         version.note = None;
@@ -194,24 +196,6 @@ fn transformer(
         version: version.note.is_none().then_some((version.kind, version.zero_cond_t)),
         note: version.note.map(|_| UNKNOWN_VERSION.to_owned()),
     })
-}
-
-/// All shards of which `file` is one, in their order, or the file alone.
-fn shards(file: &Path) -> Vec<PathBuf> {
-    /// More than any model has.
-    const SHARDS_MAX: usize = 1000;
-    let name = name_of(file);
-    let parsed = || {
-        let (start, end) = name.rsplit_once("-of-")?;
-        let (start, index) = start.rsplit_once('-')?;
-        let (count, ending) = end.split_once('.')?;
-        let is_number = |text: &str| text.len() == 5 && text.bytes().all(|b| b.is_ascii_digit());
-        let count: usize = (is_number(index) && is_number(count)).then(|| count.parse().ok())??;
-        let shard = |i: usize| file.with_file_name(format!("{start}-{i:05}-of-{end}"));
-        let all = (1..=count.min(SHARDS_MAX)).map(shard).collect();
-        (ending == "safetensors").then_some(all)
-    };
-    parsed().unwrap_or_else(|| vec![file.to_owned()])
 }
 
 fn unknown(checkpoint: &Checkpoint) -> Error {
@@ -230,14 +214,6 @@ fn unknown(checkpoint: &Checkpoint) -> Error {
 fn list(paths: &[PathBuf]) -> String {
     let paths: Vec<String> = paths.iter().map(|path| path.display().to_string()).collect();
     paths.join(", ")
-}
-
-/// What a model's folder is called; a snapshot in Hugging Face's cache is called as its repository.
-fn model_name(folder: &Path) -> String {
-    let above = folder.parent().filter(|it| name_of(it) == "snapshots");
-    let repository = above.and_then(Path::parent).map(name_of);
-    let name = repository.as_deref().and_then(|it| it.strip_prefix("models--")?.split("--").last());
-    name.map_or_else(|| name_of(folder), str::to_owned)
 }
 
 /// The last part of a path.

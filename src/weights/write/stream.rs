@@ -35,6 +35,7 @@ const CHUNKS_MAX: usize = 64;
 #[non_exhaustive]
 pub struct WrittenFile {
     /// Where it is.
+    #[serde(serialize_with = "crate::whole_file::lossy_path")]
     pub path: std::path::PathBuf,
     /// Its size in bytes.
     pub bytes: u64,

@@ -92,6 +92,20 @@ fn inputs_that_cannot_be_converted_are_named() {
 }
 
 #[test]
+fn files_that_hold_other_models_as_well_are_refused() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = part(&Reference::open(NEWEST), "transformer");
+    let path = path.join("diffusion_pytorch_model.safetensors");
+    let mut tensors = candle_core::safetensors::load(path, &Device::Cpu).unwrap();
+    let one = Tensor::ones(1, DType::F32, &Device::Cpu).unwrap();
+    tensors.insert("vae.decoder.conv1.weight".to_owned(), one);
+    let input = folder.path().join("t.safetensors");
+    candle_core::safetensors::save(&tensors, &input).unwrap();
+    let request = ConvertRequest::new(&input, folder.path().join("out.gguf"), WriteType::Bf16);
+    refused(&request, &["t.safetensors", "1 tensors", "vae.decoder.conv1.weight"]);
+}
+
+#[test]
 fn numbers_that_a_type_cannot_hold_are_errors() {
     let folder = tempfile::tempdir().unwrap();
     let input = folder.path().join("t.safetensors");
