@@ -249,7 +249,8 @@ fn number(checkpoint: &Checkpoint, key: &str) -> Result<f64> {
     let value = checkpoint.value(key);
     let number =
         value.and_then(Value::as_f64).and_then(|value| short(value).to_string().parse().ok());
-    number.ok_or_else(|| {
+    // JSON has no word for other numbers: they would become null, which stands for a default.
+    number.filter(|number: &f64| number.is_finite()).ok_or_else(|| {
         let found = value.map_or_else(|| "nothing".to_owned(), ToString::to_string);
         checkpoint.metadata_fault(key, found, "a number")
     })
