@@ -483,7 +483,7 @@ fn rng(text: &str) -> Result<Rng, String> {
 fn area(text: &str) -> Result<u64, String> {
     let number = |part: &str| {
         let parsed = part.trim().parse::<u64>();
-        parsed.map_err(|_| "expected square pixels or WIDTHxHEIGHT, such as 1024x1024".to_owned())
+        parsed.map_err(|error| format!("{error}; expected square pixels or WIDTHxHEIGHT"))
     };
     let pixels = match text.split_once(['x', 'X']) {
         Some((width, height)) => number(width)?.checked_mul(number(height)?),

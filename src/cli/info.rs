@@ -80,7 +80,7 @@ fn starts_like_weights(path: &Path) -> Result<bool> {
         what: error.kind().to_string(),
         hint: "pass a weight file, a model folder or a picture".to_owned(),
     };
-    let file = std::fs::File::open(path).map_err(absent)?;
+    let file = fs_err::File::open(path).map_err(absent)?;
     file.take(START_BYTES as u64).read_to_end(&mut start)?;
     Ok(start.get(6..9) == Some(&[0, 0, b'{']) || start.starts_with(b"GGUF"))
 }

@@ -83,10 +83,13 @@ impl Sizes {
 
 /// A size like `like` where only one side, `px`, was asked for; `area` is what follows from it.
 fn of_one_side(field: &'static str, px: u32, area: u64, like: Size) -> Result<Size> {
-    Size::for_area(area, like).map_err(|_| {
-        let expected = format!("another one, or both sides: beside a picture of {like} it is an area of {area} square pixels");
-        Error::field(field, px, expected)
-    })
+    if check_area("area", area).is_ok() {
+        return Size::for_area(area, like);
+    }
+    let expected = format!(
+        "another one, or both sides: beside a picture of {like} it is an area of {area} square pixels"
+    );
+    Err(Error::field(field, px, expected))
 }
 
 /// The area of a picture of which one side is `px`, where the input's sides are as `other` to `same`.
