@@ -8,7 +8,9 @@ use crate::error::{ModelError, Result};
 /// Most files of a folder that are looked at.
 const FILES_MAX: usize = 10_000;
 /// Starts of the names of quantizations, as they stand last in a file's name.
-const QUANTIZATIONS: [&str; 6] = ["q", "iq", "tq", "bf16", "f16", "f32"];
+const QUANTIZATIONS: [&str; 8] = ["q", "iq", "tq", "mxfp", "nvfp", "bf16", "f16", "f32"];
+/// What makers of quantizations put before it.
+const MAKERS: [&str; 2] = ["ud", "i1"];
 
 /// The vision tower of `llm` in the same folder: the one whose name also has the language model's,
 /// or else the only one; among several the one in F16, or else in BF16.
@@ -74,7 +76,7 @@ fn without_quantization(name: &str) -> String {
             let tail = last.strip_prefix(start);
             tail.is_some_and(|tail| tail.is_empty() && start.len() > 2 || digit(tail))
         });
-        if !is_quantization && last != "ud" {
+        if !is_quantization && !MAKERS.contains(&last) {
             break;
         }
         name = rest;
@@ -94,6 +96,7 @@ mod tests {
             (&["mmproj-BF16", "mmproj-F16", "mmproj-F32"], Some(1)),
             (&["mmproj-BF16", "mmproj-F32"], Some(0)),
             (&["Qwen2.5-VL-7B-Instruct.mmproj-Q8_0", "mmproj-other"], Some(0)),
+            (&["Qwen2.5-VL-3B-Instruct.mmproj-f16", "Qwen2.5-VL-7B-Instruct.mmproj-f16"], Some(1)),
             (&["mmproj-one", "mmproj-two"], None),
             (&["mmproj-one-F16", "mmproj-two-F16"], None),
             (&[], None),
@@ -103,6 +106,8 @@ mod tests {
         }
         assert_eq!(without_quantization("a-3b.iq4_xs"), "a-3b");
         assert_eq!(without_quantization("a.f16"), "a");
+        assert_eq!(without_quantization("a-7b.i1-q4_k_m"), "a-7b");
+        assert_eq!(without_quantization("a-7b-mxfp4"), "a-7b");
         assert_eq!(without_quantization("qwen"), "qwen");
     }
 }
