@@ -191,7 +191,10 @@ fn nearest(
             EditRequest { area: Some(side * side), width: None, height: None, ..request.clone() };
         let facts = Facts::of(models, &smaller)?;
         if first_fit(models, &facts, room).1 {
-            ways.push(format!("--area {side}x{side}"));
+            // A side that was asked for rules over the area.
+            let asked = request.width.is_some() || request.height.is_some();
+            let instead = if asked { " in place of -W and -H" } else { "" };
+            ways.push(format!("--area {side}x{side}{instead}"));
             break;
         }
     }
