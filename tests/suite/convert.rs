@@ -125,9 +125,11 @@ fn the_ends_of_the_network_stay_plain() {
         assert_eq!(kind(&path, name), "F32", "{name}");
     }
     // What a rule asks for comes first, in a type of blocks for matrices only.
-    request.rules = r"^img_in\.=q5_1,attn\.to_q=bf16,^txt_norm=q8_0".parse().unwrap();
+    request.rules = r"^img_in\.=q5_1,attn\.to_q=bf16,^txt_norm=q8_0,atn=f16".parse().unwrap();
     request.output = folder.path().join("rules.gguf");
-    converted(&request);
+    let notes = converted(&request).notes;
+    assert!(notes.iter().any(|note| note.contains("the rule atn=f16 finds")), "{notes:?}");
+    assert!(!notes.iter().any(|note| note.contains("to_q")), "{notes:?}");
     assert_eq!(kind(&request.output, "img_in.weight"), "Q5_1");
     assert_eq!(kind(&request.output, "img_in.bias"), "F32");
     assert_eq!(kind(&request.output, "txt_norm.weight"), "F32");

@@ -298,6 +298,22 @@ fn missing_parts_are_named_together() {
 }
 
 #[test]
+fn autoencoders_of_other_families_are_refused_as_such() {
+    let reference = Reference::open(NAME);
+    let folder = tempfile::tempdir().unwrap();
+    // Stable Diffusion's and FLUX's have these, but other blocks.
+    let other = folder.path().join("ae.safetensors");
+    let one = Tensor::ones((8, 3, 3, 3), candle_core::DType::F32, &Device::Cpu).unwrap();
+    let names = ["encoder.conv_in.weight", "quant_conv.weight", "post_quant_conv.weight"];
+    let tensors: std::collections::HashMap<&str, Tensor> =
+        names.into_iter().map(|name| (name, one.clone())).collect();
+    candle_core::safetensors::save(&tensors, &other).unwrap();
+    let parts =
+        ModelParts { folder: Some(reference.folder), vae: Some(other), ..ModelParts::default() };
+    refused(parts, &["ae.safetensors", "no Qwen-Image autoencoder"]);
+}
+
+#[test]
 fn vision_towers_are_looked_for_and_checked() {
     let reference = Reference::open(NAME);
     let folder = tempfile::tempdir().unwrap();

@@ -107,6 +107,7 @@ pub(crate) fn config(checkpoint: &Checkpoint) -> Result<Json> {
         })
     };
     let base = needed("encoder.conv_in.weight")?;
+    needed("encoder.down_blocks.0.conv1.weight")?; // others call it resnets.0.conv1
     let (mut mults, mut halves_time) = (Vec::new(), Vec::new());
     let (mut blocks, mut blocks_of_first, mut width) = (0, None, base);
     for index in 0..checkpoint.tensors().count() {

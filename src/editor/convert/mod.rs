@@ -142,6 +142,11 @@ pub fn convert(request: &ConvertRequest, observer: &dyn Observer) -> Result<Conv
     for file in &planned {
         write::check_output(&file.path, request.overwrite)?;
     }
+    let names: Vec<&str> =
+        planned.iter().flat_map(|it| &it.layout.items).map(|item| item.name.as_str()).collect();
+    for rule in request.rules.without_tensor(&names) {
+        notes.texts.push(format!("no tensor has a name that the rule {rule} finds"));
+    }
     let notes = notes.finish();
     notes.iter().for_each(|note| observer.event(&Event::Note(note)));
     let files = write_all(request, &checkpoint, &planned, observer)?;

@@ -27,6 +27,13 @@ impl TypeRules {
         self.0.iter().find(fits).map(|(_, kind)| *kind)
     }
 
+    /// Rules that find none of these names, as they were typed.
+    pub(crate) fn without_tensor(&self, names: &[&str]) -> Vec<String> {
+        let finds = |regex: &Regex| names.iter().any(|name| regex.is_match(name).unwrap_or(false));
+        let idle = self.0.iter().filter(|(regex, _)| !finds(regex));
+        idle.map(|(regex, kind)| format!("{}={kind}", regex.as_str())).collect()
+    }
+
     /// The types that the rules name.
     pub(crate) fn kinds(&self) -> impl Iterator<Item = WriteType> {
         self.0.iter().map(|(_, kind)| *kind)
