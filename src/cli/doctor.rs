@@ -65,7 +65,7 @@ fn packs(args: &DoctorArgs) -> Result<Vec<Value>> {
 }
 
 fn model(args: &DoctorArgs) -> Result<Option<PathBuf>> {
-    places::model_folder("--model", &args.model, &places::places(&args.places))
+    places::model_folder("--model", &args.model, &places::places(&args.places)?)
 }
 
 /// Whether planner and text encoder are one model in memory.
@@ -74,7 +74,7 @@ fn planner(args: &DoctorArgs) -> Result<Value> {
     if args.model.is_none() && !cfg!(feature = "mini") {
         return Ok(Value::Null);
     }
-    let folder = places::planner_folder(&args.planner, &places::places(&args.places))?;
+    let folder = places::planner_folder(&args.planner, &places::places(&args.places)?)?;
     let planner = PlannerSource { model: folder.clone(), ..PlannerSource::default() };
     Ok(json!({
         "folder": folder.as_deref().map(std::path::Path::to_string_lossy),

@@ -18,7 +18,7 @@ const VALUE_CHARS: usize = 100;
 const START_BYTES: usize = 16;
 
 pub(crate) fn run(args: &InfoArgs) -> Result<()> {
-    let places = places::places(&args.places);
+    let places = places::places(&args.places)?;
     tell(&library::resolve("FILE", &args.path, Want::Any, &places)?, args.json)
 }
 

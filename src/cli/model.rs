@@ -19,7 +19,7 @@ use super::{
 
 /// Where the model comes from; names are looked up.
 pub(crate) fn source(args: &ModelArgs) -> Result<ModelSource> {
-    let places = places::places(&args.places);
+    let places = places::places(&args.places)?;
     let file =
         |flag, value, families: &[Family]| places::weight_file(flag, value, families, &places);
     let language = [Family::Language, Family::VisionLanguage];
@@ -41,7 +41,7 @@ pub(crate) fn source(args: &ModelArgs) -> Result<ModelSource> {
 
 /// LoRA files; names are looked up.
 fn loras(files: &[LoraSource], args: &ModelArgs) -> Result<Vec<LoraSource>> {
-    let places = places::places(&args.places);
+    let places = places::places(&args.places)?;
     let found = |lora: &LoraSource| {
         let want = Want::File(&[Family::Lora]);
         let path = library::resolve("--lora", &lora.path, want, &places)?;

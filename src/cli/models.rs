@@ -22,7 +22,7 @@ use super::{
 const FAULTY: u8 = 3;
 
 pub(crate) fn list(args: &ListArgs) -> Result<()> {
-    let places = places::places(&args.places);
+    let places = places::places(&args.places)?;
     let entries: Vec<Entry> = walk(&places).iter().map(describe).collect();
     if args.json {
         let looked: Vec<_> = places.list().into_iter().map(Path::to_string_lossy).collect();
@@ -66,14 +66,14 @@ fn types(types: &BTreeMap<String, usize>) -> String {
 }
 
 pub(crate) fn info(args: &ModelInfoArgs) -> Result<()> {
-    let places = places::places(&args.places);
+    let places = places::places(&args.places)?;
     let path = resolve("NAME", &args.name, Want::Any, &places)?;
     super::info::tell(&path, args.json)
 }
 
 /// Prints a verdict on each; the exit code tells whether all are good.
 pub(crate) fn check(args: &VerifyArgs) -> Result<ExitCode> {
-    let places = places::places(&args.places);
+    let places = places::places(&args.places)?;
     let paths: Vec<PathBuf> = match args.names.as_slice() {
         [] => walk(&places).into_iter().map(|candidate| candidate.path).collect(),
         names => names

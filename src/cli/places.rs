@@ -6,7 +6,7 @@ use std::{
 };
 
 use pentimento::{
-    Result,
+    RequestError, Result,
     library::{self, Places, Want},
     weights::Family,
 };
@@ -17,8 +17,19 @@ use super::weights_args::PlacesArgs;
 const FOLDERS: &str = "PENTIMENTO_MODELS_DIR";
 
 /// The places that flags and the environment name.
-pub(crate) fn places(args: &PlacesArgs) -> Places {
-    places_from(&args.models_dir, |name| std::env::var_os(name), std::env::home_dir())
+///
+/// # Errors
+/// A flag with a folder that is not there: it would be a place with no models, and nobody told.
+pub(crate) fn places(args: &PlacesArgs) -> Result<Places> {
+    if let Some(absent) = args.models_dir.iter().find(|folder| !folder.is_dir()) {
+        return Err(RequestError::Field {
+            field: "--models-dir",
+            found: absent.display().to_string(),
+            expected: "a folder that is there".to_owned(),
+        }
+        .into());
+    }
+    Ok(places_from(&args.models_dir, |name| std::env::var_os(name), std::env::home_dir()))
 }
 
 fn places_from(

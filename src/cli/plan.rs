@@ -106,7 +106,7 @@ pub(crate) fn source(args: &PlannerArgs, places: &PlacesArgs) -> Result<PlannerS
         None => None,
     };
     Ok(PlannerSource {
-        model: places::planner_folder(&args.planner, &places::places(places))?,
+        model: places::planner_folder(&args.planner, &places::places(places)?)?,
         adapter: args.planner_adapter.clone(),
         prompts,
     })

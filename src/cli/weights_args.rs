@@ -2,10 +2,7 @@
 
 use std::path::PathBuf;
 
-use clap::{
-    Args, Subcommand, ValueEnum,
-    builder::{PathBufValueParser, TypedValueParser},
-};
+use clap::{Args, Subcommand, ValueEnum};
 use pentimento::weights::{TypeRules, WriteFormat, WriteType};
 
 use super::args::{ReportArgs, zero_cond_t};
@@ -76,7 +73,7 @@ impl FormatArg {
 pub(crate) struct PlacesArgs {
     /// Folder with models, beside Hugging Face's cache and ~/ComfyUI; may be repeated, adds to
     /// PENTIMENTO_MODELS_DIR
-    #[arg(long, value_name = "DIR", help_heading = "Model", value_parser = PathBufValueParser::new().try_map(folder))]
+    #[arg(long, value_name = "DIR", help_heading = "Model")]
     pub(crate) models_dir: Vec<PathBuf>,
 }
 
@@ -131,9 +128,4 @@ pub(crate) struct VerifyArgs {
     /// No progress bar
     #[arg(short, long)]
     pub(crate) quiet: bool,
-}
-
-/// A folder that is there: one that is not would be a place with no models, and nobody would be told.
-fn folder(path: PathBuf) -> Result<PathBuf, &'static str> {
-    if path.is_dir() { Ok(path) } else { Err("there is no such folder") }
 }

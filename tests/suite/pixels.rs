@@ -160,7 +160,8 @@ fn every_truncation_is_an_error_or_a_picture() {
                 assert!(matches!(error, Error::Picture(_)), "{name} cut at {end}: {error:?}");
             }
         }
-        let cut = bytes.len() * 2 / 3;
+        // Of a JPEG file only the end of the last scan; its headers are what it mostly is.
+        let cut = if name.ends_with("jpg") { bytes.len() - 20 } else { bytes.len() * 2 / 3 };
         let cut = Picture::decode(&bytes[..cut], name, &Limits::default());
         if name.ends_with("jpg") {
             // The decoder fills up with grey, as for many a camera's file without an end mark.
