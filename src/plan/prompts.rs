@@ -85,6 +85,12 @@ impl Prompts {
                         self.set(name, &text)?;
                     }
                 }
+                // A slip in a section's name would make it a part of the one before.
+                (Some(name), _) if is_like_a_section(name) => {
+                    let known: Vec<String> = Self::names().map(|it| format!("[{it}]")).collect();
+                    let expected = format!("one of {}", known.join(", "));
+                    return Err(Error::field("planner prompt", format!("[{name}]"), expected));
+                }
                 (_, Some((_, text))) => {
                     text.push_str(line);
                     text.push('\n');
@@ -122,6 +128,12 @@ impl Prompts {
     }
 }
 
+/// Two words with a dot between.
+fn is_like_a_section(name: &str) -> bool {
+    let is_word = |text: &str| !text.is_empty() && text.chars().all(|c| c.is_ascii_alphabetic());
+    name.split_once('.').is_some_and(|(agent, role)| is_word(agent) && is_word(role))
+}
+
 fn without_end(text: &str) -> &str {
     text.trim_end_matches(['\r', '\n'])
 }
@@ -157,10 +169,12 @@ mod tests {
             ("", "no section"),
             ("[decompose.user]\nno place\n", "{request}"),
             ("[sequence.system]\na\n[sequence.system]\nb\n", "twice"),
+            ("[sequence.system]\na\n[sequence.usr]\nb\n", "[sequence.usr], expected one of [dec"),
         ] {
             let error = Prompts::default().set_sections(text).unwrap_err().to_string();
             assert!(error.contains(fault), "{error}");
         }
+        assert!(Prompts::default().set_sections("[decompose.system]\n[a]\n[1.2]\n").is_ok());
         assert!(Prompts::default().set("other", "x").unwrap_err().to_string().contains("repair"));
     }
 }
