@@ -98,12 +98,11 @@ impl Header {
 
     /// What the file's metadata call the model.
     pub(crate) fn names(&self) -> Vec<&str> {
-        const KEYS: [&str; 7] = [
+        const KEYS: [&str; 6] = [
             "general.name",
             "general.basename",
             "general.finetune",
             "modelspec.title",
-            "modelspec.architecture",
             "title",
             "name",
         ];
