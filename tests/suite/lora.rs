@@ -233,6 +233,11 @@ fn all_spellings_of_the_same_factors_give_the_same_bits() {
     fs_err::write(folder.path().join("adapter_config.json"), config.to_string()).unwrap();
     let found = bits(&output(&transformer(&[LoraSource::new(&path)]).unwrap()));
     assert!(found == expected, "peft's spelling gives other numbers");
+    // The folder stands for the file, and names it.
+    let whole = LoraSource::new(folder.path());
+    assert!(bits(&output(&transformer(&[whole]).unwrap())) == expected, "peft's folder");
+    let name = LoraFile::open(folder.path(), 1.0).unwrap().name();
+    assert_eq!(Some(name.as_str()), folder.path().file_name().and_then(|name| name.to_str()));
 }
 
 #[test]

@@ -9,6 +9,7 @@ mod settings;
 
 use std::{
     collections::{BTreeMap, BTreeSet},
+    ffi::OsStr,
     path::{Path, PathBuf},
     sync::{Mutex, PoisonError},
 };
@@ -17,9 +18,9 @@ use serde::Serialize;
 
 use self::{
     names::{Modules, Reading, Role},
-    settings::{Settings, Source},
+    settings::{PEFT_NAME, Settings, Source},
 };
-use super::{Checkpoint, Precision, Weights};
+use super::{Checkpoint, Precision, Weights, model_name};
 use crate::{
     error::{Error, ModelError, Result},
     ops::{LinearWeight, PackedLinear},
@@ -29,6 +30,9 @@ use crate::{
 const NAMES_MAX: usize = 8;
 /// What the files that are read hold, for messages.
 const EXPECTED: &str = "pairs of low-rank factors, with or without alphas";
+
+/// What peft and diffusers call the file that they save.
+const SAVED_NAMES: [&str; 2] = [PEFT_NAME, "pytorch_lora_weights.safetensors"];
 
 /// A LoRA file whose header has been read.
 #[derive(Debug)]
@@ -44,7 +48,7 @@ pub struct LoraFile {
 #[derive(Debug, Clone, PartialEq, Serialize)]
 #[non_exhaustive]
 pub struct LoraReport {
-    /// The file's name without its ending.
+    /// The file's name without its ending, or its folder's: see [`LoraFile::name`].
     pub name: String,
     /// What its changes are multiplied by; with 0 the model stays as it is, bit for bit.
     pub strength: f64,
@@ -95,7 +99,7 @@ struct Plan<'a> {
 
 impl LoraFile {
     /// Reads the header of a safetensors file, and what tells its alphas: the file's metadata, or
-    /// `adapter_config.json` beside it. A file that peft did not name may lie beside the config of
+    /// `adapter_config.json` beside it. `path` may be the folder of a file that peft or diffusers named. A file that peft did not name may lie beside the config of
     /// another one: its config counts when its `target_modules` are the file's modules.
     ///
     /// # Errors
@@ -105,11 +109,17 @@ impl LoraFile {
         if !strength.is_finite() {
             return Err(Error::field("lora strength", strength, "a finite number"));
         }
+        let in_folder = SAVED_NAMES.iter().map(|name| path.join(name)).find(|file| file.is_file());
+        let path = in_folder.as_deref().unwrap_or(path);
         if !path.is_file() {
-            let what = if path.is_dir() { "this is a folder" } else { "there is no such file" };
+            let what = if path.is_dir() {
+                format!("this is a folder without {}", SAVED_NAMES.join(" or "))
+            } else {
+                "there is no such file".to_owned()
+            };
             return Err(ModelError::Missing {
                 path: path.display().to_string(),
-                what: what.to_owned(),
+                what,
                 hint: "pass the LoRA's safetensors file".to_owned(),
             }
             .into());
@@ -120,10 +130,15 @@ impl LoraFile {
         Ok(Self { path: path.to_owned(), strength, weights, settings })
     }
 
-    /// The file's name without its ending.
+    /// The file's name without its ending; its folder's where all are called like it.
     #[must_use]
     pub fn name(&self) -> String {
-        self.path.file_stem().unwrap_or_default().to_string_lossy().into_owned()
+        let usual = |name: &OsStr| SAVED_NAMES.iter().any(|saved| name == *saved);
+        let folder = self.path.file_name().filter(|name| usual(name)).and(self.path.parent());
+        match folder.and_then(|folder| folder.canonicalize().ok()) {
+            Some(folder) => model_name(&folder),
+            None => self.path.file_stem().unwrap_or_default().to_string_lossy().into_owned(),
+        }
     }
 
     /// What the model's outputs are changed by, times this.

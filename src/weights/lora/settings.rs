@@ -18,7 +18,7 @@ const CONFIG: &str = "adapter_config.json";
 const TRANSFORMER: &str = "transformer.";
 
 /// What peft calls the weights that its config belongs to.
-const PEFT_NAME: &str = "adapter_model.safetensors";
+pub(super) const PEFT_NAME: &str = "adapter_model.safetensors";
 
 /// A config, and where it is.
 #[derive(Debug, Clone)]
