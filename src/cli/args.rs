@@ -85,14 +85,14 @@ pub(crate) struct ModelArgs {
     #[arg(long, value_name = "DEVICE", default_value = "auto")]
     pub(crate) device: String,
     /// Type in which the large matrices are kept in memory
-    #[arg(long, value_enum, default_value_t = DtypeArg::Auto)]
+    #[arg(long, alias = "type", value_enum, default_value_t = DtypeArg::Auto)]
     pub(crate) dtype: DtypeArg,
     /// Where the transformer's weights are fp8 (e4m3), multiply them by activations in fp8: faster on
     /// Hopper, and less exact
     #[arg(long)]
     pub(crate) fp8_matmul: bool,
     /// Threads of the computation [default: all cores]
-    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u16).range(1..=1024))]
+    #[arg(short, long, value_name = "N", value_parser = clap::value_parser!(u16).range(1..=1024))]
     pub(crate) threads: Option<u16>,
     #[command(flatten)]
     pub(crate) memory: MemoryArgs,
@@ -267,12 +267,15 @@ pub(crate) struct EditArgs {
     /// True classifier-free guidance; above 1 with a negative prompt doubles the work [default: the model's]
     #[arg(long, value_name = "X")]
     pub(crate) cfg_scale: Option<f64>,
-    /// Width of the working size and of the result [default: follows the input]
-    #[arg(short = 'W', long, value_name = "PX")]
-    pub(crate) width: Option<u32>,
-    /// Height of the working size and of the result [default: follows the input]
-    #[arg(short = 'H', long, value_name = "PX")]
-    pub(crate) height: Option<u32>,
+    /// Width of the working size and of the result [default: auto, which follows the input]
+    #[arg(short = 'W', long, value_name = "PX", value_parser = side)]
+    pub(crate) width: Option<SideArg>,
+    /// Height of the working size and of the result [default: auto, which follows the input]
+    #[arg(short = 'H', long, value_name = "PX", value_parser = side)]
+    pub(crate) height: Option<SideArg>,
+    /// Both: WxH, or auto
+    #[arg(long, value_name = "SIZE", value_parser = size, conflicts_with_all = ["width", "height"])]
+    pub(crate) size: Option<[SideArg; 2]>,
     /// How the request is carried out
     #[arg(long, value_enum, default_value_t = StrategyArg::Single)]
     pub(crate) strategy: StrategyArg,
@@ -426,6 +429,44 @@ impl SeedArg {
     }
 }
 
+/// A side of the working size.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum SideArg {
+    /// Follows the input.
+    Auto,
+    Px(u32),
+}
+
+impl SideArg {
+    pub(crate) fn px(self) -> Option<u32> {
+        match self {
+            Self::Auto => None,
+            Self::Px(px) => Some(px),
+        }
+    }
+}
+
+fn side(text: &str) -> Result<SideArg, String> {
+    match text {
+        "auto" => Ok(SideArg::Auto),
+        px => {
+            let px = px.parse().ok().map(SideArg::Px);
+            px.ok_or_else(|| "expected pixels, such as 1024, or auto".to_owned())
+        }
+    }
+}
+
+fn size(text: &str) -> Result<[SideArg; 2], String> {
+    let both = || {
+        let (width, height) = text.split_once(['x', 'X'])?;
+        Some([SideArg::Px(width.parse().ok()?), SideArg::Px(height.parse().ok()?)])
+    };
+    match text {
+        "auto" => Ok([SideArg::Auto; 2]),
+        _ => both().ok_or_else(|| "expected WIDTHxHEIGHT, such as 1024x768, or auto".to_owned()),
+    }
+}
+
 fn seed(text: &str) -> Result<SeedArg, String> {
     if text == "-1" {
         return Ok(SeedArg::Random);
@@ -512,7 +553,6 @@ fn without_empty_variables(command: clap::Command) -> clap::Command {
 
 #[cfg(test)]
 mod tests {
-
     use super::*;
 
     #[test]
@@ -527,6 +567,12 @@ mod tests {
         assert!(
             area("0").is_err() && area("x").is_err() && area("99999999999x99999999999").is_err()
         );
+        assert_eq!(side("auto"), Ok(SideArg::Auto));
+        assert_eq!(side("640").map(SideArg::px), Ok(Some(640)));
+        assert!(side("-16").is_err() && side("2x").is_err());
+        assert_eq!(size("640X480"), Ok([SideArg::Px(640), SideArg::Px(480)]));
+        assert_eq!(size("auto"), Ok([SideArg::Auto; 2]));
+        assert!(size("640").is_err() && size("640x").is_err() && size("autox64").is_err());
         assert_eq!(seed("-1"), Ok(SeedArg::Random));
         assert_eq!(seed("18446744073709551615"), Ok(SeedArg::Number(u64::MAX)));
         assert!(seed("-2").is_err() && seed("1.5").is_err());

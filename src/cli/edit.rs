@@ -118,7 +118,9 @@ fn request(args: &EditArgs) -> Result<(EditRequest, Vec<LoraSource>)> {
     request.seed = args.seed.and_then(|seed| seed.number());
     request.rng = args.rng;
     request.cfg_scale = args.cfg_scale;
-    (request.width, request.height) = (args.width, args.height);
+    let [width, height] =
+        args.size.map_or([args.width, args.height], |size| size.map(Some)).map(|side| side?.px());
+    (request.width, request.height) = (width, height);
     (request.area, request.vl_area) = (args.wish.area, args.wish.vl_area);
     request.strategy = args.strategy.strategy();
     request.hand_over = match args.hand_over {
