@@ -146,7 +146,7 @@ fn quantized(weight: &Tensor, dtype: GgmlDType) -> Result<QTensor> {
         let chunk = weight.narrow(0, start, rows.min(dims.0 - start))?;
         // Widened piece by piece: the whole in float32 would be the most that loading takes.
         let chunk = chunk.to_dtype(DType::F32)?.force_contiguous()?;
-        quantize::require_finite(&chunk.flatten_all()?.to_vec1::<f32>()?)?;
+        quantize::require_finite(Floats::new(&chunk).contiguous()?)?;
         QTensor::quantize(&chunk, dtype)?.data().map(Cow::into_owned)
     });
     let bytes = chunks.collect::<Result<Vec<Vec<u8>>>>()?.concat();
@@ -422,7 +422,7 @@ fn is_host(x: &Tensor) -> bool {
 /// A bias of `out` numbers in float32, one after the other.
 pub(super) fn wide_bias(bias: Option<&Tensor>, out: usize) -> Result<Option<Tensor>> {
     let Some(bias) = bias else { return Ok(None) };
-    if bias.elem_count() != out {
+    if bias.dims() != [out] {
         bail!("linear: the bias does not have the output's width {out}");
     }
     bias.to_dtype(DType::F32)?.contiguous().map(Some)
