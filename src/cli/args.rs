@@ -11,6 +11,9 @@ use super::{
     weights_args::{ConvertArgs, ModelsCommand, PlacesArgs},
 };
 
+/// The most threads that may be asked for; far more would never be started.
+pub(super) const THREADS_MAX: i64 = 1024;
+
 /// Edit pictures on this machine: one sentence says what should change.
 #[derive(Debug, Parser)]
 #[command(name = "pentimento", version, arg_required_else_help = true, after_help = EXIT_CODES)]
@@ -92,7 +95,7 @@ pub(crate) struct ModelArgs {
     #[arg(long)]
     pub(crate) fp8_matmul: bool,
     /// Threads of the computation [default: all cores]
-    #[arg(short, long, value_name = "N", value_parser = clap::value_parser!(u16).range(1..=1024))]
+    #[arg(short, long, value_name = "N", value_parser = clap::value_parser!(u16).range(1..=THREADS_MAX))]
     pub(crate) threads: Option<u16>,
     #[command(flatten)]
     pub(crate) memory: MemoryArgs,

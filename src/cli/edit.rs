@@ -64,25 +64,25 @@ pub(crate) fn run(args: EditArgs) -> Result<()> {
     for note in kept.map(KeptSteps::finish).transpose()?.into_iter().flatten() {
         bar.note(&note);
     }
-    let record = (!args.no_metadata).then(|| engine.record(&request, &outcome));
+    let record = engine.record(&request, &outcome);
+    let written = (!args.no_metadata).then_some(&record);
 
-    if !args.report.quiet {
-        bar.note(&format!(
-            "seed {}, {} steps, {}",
-            outcome.seed,
-            outcome.steps,
-            times(&engine, &outcome)
-        ));
-    }
+    bar.note(&told(&engine, &outcome));
     if to_stdout {
-        let encoded = pixels::encode_to_vec(&outcome.picture, Format::Png, record.as_ref())?;
+        let encoded = pixels::encode_to_vec(&outcome.picture, Format::Png, written)?;
         return super::print(&encoded.bytes);
     }
-    for note in pixels::save(&outcome.picture, &args.output, overwrite, record.as_ref())? {
+    for note in pixels::save(&outcome.picture, &args.output, overwrite, written)? {
         bar.note(&note);
     }
     if args.report.json {
-        return super::print_json(&summary(&args.output, &engine, &request, &outcome));
+        return super::print_json(&summary(
+            &args.output,
+            &engine,
+            &request,
+            &outcome,
+            &record.prompt,
+        ));
     }
     super::print_line(&args.output.display().to_string())
 }
@@ -139,6 +139,7 @@ fn summary(
     engine: &Engine,
     request: &EditRequest,
     outcome: &EditOutcome,
+    prompt: &str,
 ) -> serde_json::Value {
     let mut stages = vec![engine.load_report()];
     stages.extend(&outcome.stages);
@@ -149,7 +150,7 @@ fn summary(
         "width": size.width,
         "height": size.height,
         "working_size": outcome.working_size,
-        "prompt": engine.record(request, outcome).prompt,
+        "prompt": prompt,
         "negative_prompt": request.negative_prompt,
         "seed": outcome.seed,
         "rng": request.rng.name(),
@@ -176,7 +177,8 @@ fn summary(
     })
 }
 
-fn times(engine: &Engine, outcome: &EditOutcome) -> String {
+/// Seed, steps and times of the stages, for the person at the terminal.
+fn told(engine: &Engine, outcome: &EditOutcome) -> String {
     let time = |label: &str, report: &StageReport| {
         format!("{label} {:.2} s", report.elapsed.as_secs_f64())
     };
@@ -188,5 +190,5 @@ fn times(engine: &Engine, outcome: &EditOutcome) -> String {
     let opened = engine.load_report();
     let opened = std::iter::once(time(opened.stage.label(), &opened));
     let times: Vec<String> = opened.chain(outcome.stages.iter().map(of_stage)).collect();
-    times.join(", ")
+    format!("seed {}, {} steps, {}", outcome.seed, outcome.steps, times.join(", "))
 }

@@ -118,9 +118,7 @@ pub(crate) fn read(path: &Path) -> Result<Plan> {
     if path.as_os_str() == "-" {
         std::io::stdin().lock().take(PLAN_BYTES_MAX).read_to_end(&mut bytes)?;
     } else {
-        let mut file = fs_err::File::open(path).map_err(|error| unreadable("--plan", &error))?;
-        let read = file.by_ref().take(PLAN_BYTES_MAX).read_to_end(&mut bytes);
-        read.map_err(|error| unreadable("--plan", &error))?;
+        bytes = read_start("--plan", path, PLAN_BYTES_MAX)?;
     }
     Plan::from_json(&bytes)
 }
@@ -129,9 +127,7 @@ pub(crate) fn read(path: &Path) -> Result<Plan> {
 fn text_file(flag: &'static str, file: &Path) -> Result<String> {
     /// No prompt is nearly as long.
     const BYTES_MAX: u64 = 1 << 20;
-    let mut bytes = Vec::new();
-    let opened = fs_err::File::open(file).map_err(|error| unreadable(flag, &error))?;
-    opened.take(BYTES_MAX + 1).read_to_end(&mut bytes).map_err(|error| unreadable(flag, &error))?;
+    let bytes = read_start(flag, file, BYTES_MAX + 1)?;
     let field = |found: String, expected: String| {
         Error::from(RequestError::Field { field: flag, found, expected })
     };
@@ -142,11 +138,18 @@ fn text_file(flag: &'static str, file: &Path) -> Result<String> {
     let text = String::from_utf8(bytes)
         .map_err(|error| field(format!("{}: {error}", file.display()), "UTF-8 text".to_owned()))?;
     // Editors on Windows put a mark before UTF-8 that is no part of the text.
-    Ok(text.strip_prefix('\u{feff}').map_or_else(|| text.clone(), str::to_owned))
+    Ok(text.strip_prefix('\u{feff}').unwrap_or(&text).to_owned())
 }
 
-/// A file of a flag that cannot be read; the error names it.
-fn unreadable(field: &'static str, error: &std::io::Error) -> Error {
-    let (found, expected) = (error.to_string(), "a file that can be read".to_owned());
-    RequestError::Field { field, found, expected }.into()
+/// At most `bytes_max` bytes of a file that a flag names.
+fn read_start(flag: &'static str, file: &Path, bytes_max: u64) -> Result<Vec<u8>> {
+    let mut bytes = Vec::new();
+    let read =
+        fs_err::File::open(file).and_then(|opened| opened.take(bytes_max).read_to_end(&mut bytes));
+    read.map_err(|error| RequestError::Field {
+        field: flag,
+        found: error.to_string(),
+        expected: "a file that can be read".to_owned(),
+    })?;
+    Ok(bytes)
 }

@@ -5,7 +5,7 @@ use std::path::PathBuf;
 use clap::{Args, Subcommand, ValueEnum};
 use pentimento::weights::{TypeRules, WriteFormat, WriteType};
 
-use super::args::{ReportArgs, zero_cond_t};
+use super::args::{ReportArgs, THREADS_MAX, zero_cond_t};
 
 /// `pentimento convert`
 #[derive(Debug, Args)]
@@ -44,7 +44,7 @@ pub(crate) struct ConvertArgs {
     #[arg(long)]
     pub(crate) force: bool,
     /// Threads that quantize [default: all cores]
-    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u16).range(1..=1024))]
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u16).range(1..=THREADS_MAX))]
     pub(crate) threads: Option<u16>,
     #[command(flatten)]
     pub(crate) report: ReportArgs,

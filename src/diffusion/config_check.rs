@@ -2,12 +2,17 @@
 
 use std::collections::BTreeMap;
 
-use serde_json::Value;
+use serde_json::{Map, Value};
 
 use crate::{
     error::{ModelError, Result},
     weights::ModelFiles,
 };
+
+/// Whether a config has all of these entries.
+pub(crate) fn has_all(config: &Map<String, Value>, entries: &Map<String, Value>) -> bool {
+    entries.iter().all(|(key, value)| config.get(key) == Some(value))
+}
 
 /// Checks the class a config file is for; a config without a class is taken at its word.
 pub(super) fn require_class(

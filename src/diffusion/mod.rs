@@ -38,7 +38,7 @@
 //! # }
 //! ```
 
-mod config_check;
+pub(crate) mod config_check;
 mod denoise;
 mod finite;
 pub mod guidance;

@@ -159,14 +159,13 @@ fn hugging_face(hub: &Path, found: &mut Vec<Candidate>) {
         };
         let snapshots = repository.join("snapshots");
         let main = fs_err::read_to_string(repository.join("refs/main")).unwrap_or_default();
-        let main = main.trim();
         // A revision is one name; what is more leads elsewhere.
-        let is_name = Path::new(main).file_name().is_some_and(|name| name == main);
-        let main = snapshots.join(if is_name { main } else { "" });
-        let named = is_name && main.is_dir();
+        let revision = Path::new(main.trim());
+        let is_name = revision.file_name() == Some(revision.as_os_str());
+        let named = is_name.then(|| snapshots.join(revision)).filter(|it| it.is_dir());
         let other =
             || children(&snapshots, &mut { ENTRIES_MAX }).into_iter().rfind(|it| it.is_dir());
-        let snapshot = if named { Some(main) } else { other() };
+        let snapshot = named.or_else(other);
         let Some(snapshot) = snapshot else { continue };
         let mut here = Vec::new();
         descend(&snapshot, DEPTH_MAX, &mut left, &mut here);

@@ -48,8 +48,7 @@ fn commands(document: &str) -> Vec<Vec<String>> {
 /// The program's help on a command.
 fn help(words: &[String]) -> Result<String, String> {
     let output = pentimento().args(words).arg("--help").stdin(Stdio::null()).output().unwrap();
-    let told = text(&if output.status.success() { output.stdout } else { output.stderr.clone() });
-    if output.status.success() { Ok(told) } else { Err(told) }
+    if output.status.success() { Ok(text(&output.stdout)) } else { Err(text(&output.stderr)) }
 }
 
 #[test]

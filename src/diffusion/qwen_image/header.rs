@@ -4,6 +4,7 @@ use serde_json::{Map, Value as Json, json};
 
 use super::config::{self, ZERO_COND_MARK};
 use crate::{
+    diffusion::config_check::has_all,
     error::{ModelError, Result},
     weights::{Checkpoint, identify},
 };
@@ -150,8 +151,7 @@ impl Header {
     /// Whether a config is of the dimensions that the tensors have. They do not tell how a head is shared
     /// among the axes of a position.
     pub(crate) fn fits(&self, config: &Map<String, Json>) -> bool {
-        let equal = |(key, value): (&String, &Json)| config.get(key) == Some(value);
-        self.dimensions().is_ok_and(|dimensions| dimensions.iter().all(equal))
+        self.dimensions().is_ok_and(|dimensions| has_all(config, &dimensions))
     }
 
     /// What the shapes of the tensors tell of the config.

@@ -15,6 +15,7 @@ use self::version::Version;
 use super::{pipeline::Kind, source::ModelParts};
 use crate::{
     diffusion::{
+        config_check::has_all,
         qwen_image::{self, header},
         vae,
     },
@@ -66,7 +67,9 @@ pub(super) fn assemble(parts: &ModelParts) -> Result<ModelFiles> {
             None => {
                 // Tensors do not tell the statistics of latents.
                 let dimensions = vae::names::config(&checkpoint)?;
-                match folders_config(parts, VAE_CONFIG, |config| is_part_of(&dimensions, config)) {
+                match folders_config(parts, VAE_CONFIG, |config| {
+                    dimensions.as_object().is_some_and(|told| has_all(config, told))
+                }) {
                     Some(file) => assembly.put_file(VAE_CONFIG, file),
                     None => assembly.put_text(VAE_CONFIG, dimensions.to_string(), path.display()),
                 }
@@ -265,12 +268,6 @@ fn folders_config(
 ) -> Option<PathBuf> {
     let file = parts.folder.as_ref()?.join(path);
     json_beside(&file).ok().filter(fits).map(|_| file)
-}
-
-/// Whether a config has all entries of another.
-fn is_part_of(some: &Json, all: &Map<String, Json>) -> bool {
-    let equal = |(key, value): (&String, &Json)| all.get(key) == Some(value);
-    some.as_object().is_some_and(|some| some.iter().all(equal))
 }
 
 fn folder_has(parts: &ModelParts, path: &str) -> bool {

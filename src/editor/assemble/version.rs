@@ -79,24 +79,14 @@ impl Version {
 
     /// The pipeline of the folder that lends the rest, or the newest.
     fn folder_kind(parts: &ModelParts) -> Result<Kind> {
-        match &parts.folder {
-            Some(folder) if folder.join("model_index.json").is_file() => {
-                Ok(Pipeline::read(&ModelFiles::Folder(folder.clone()))?.kind)
-            }
-            _ => Ok(Kind::Plus),
-        }
+        lender(parts).map_or(Ok(Kind::Plus), |files| Ok(Pipeline::read(&files)?.kind))
     }
 
     /// A file whose name and contents do not tell: the folder's version, where there is one.
     fn unnamed(parts: &ModelParts) -> Result<Self> {
-        let folder =
-            parts.folder.clone().filter(|folder| folder.join("model_index.json").is_file());
-        let files = folder.map(ModelFiles::Folder);
-        let (kind, zero_cond_t) = match &files {
-            Some(files) => (Pipeline::read(files)?.kind, folders_zero_cond_t(files)),
-            None => (Kind::Plus, false),
-        };
-        let zero_cond_t = zero_cond_t && parts.zero_cond_t.is_none();
+        let (files, kind) = (lender(parts), Self::folder_kind(parts)?);
+        let zero_cond_t =
+            parts.zero_cond_t.is_none() && files.as_ref().is_some_and(folders_zero_cond_t);
         let version = version_name(kind, zero_cond_t);
         let (taken, reason) = match files {
             Some(_) => ("as --model's is", "nothing tells but the folder beside it"),
@@ -111,6 +101,12 @@ impl Version {
         });
         Ok(Self { kind, zero_cond_t, reason: reason.to_owned(), note })
     }
+}
+
+/// The folder that lends the rest, where it holds a whole pipeline.
+pub(in crate::editor) fn lender(parts: &ModelParts) -> Option<ModelFiles> {
+    let folder = parts.folder.clone().filter(|it| it.join("model_index.json").is_file());
+    folder.map(ModelFiles::Folder)
 }
 
 /// Whether the transformer of a folder is of the 2511 version.

@@ -7,7 +7,10 @@ use serde_json::{Map, Value as Json};
 use crate::{
     diffusion::{qwen_image::header::Header, vae},
     editor::{
-        assemble::{assemble, config_beside, stem, version::Version},
+        assemble::{
+            assemble, config_beside, stem,
+            version::{Version, lender},
+        },
         pipeline::{Kind, Pipeline},
         source::ModelParts,
     },
@@ -185,8 +188,8 @@ fn transformer(
     let said = config.clone().unwrap_or_default();
     let mut version = Version::find(parts, &header, &said, header.name(), &name)?;
     header.check_alone()?;
-    if let Some(folder) = parts.folder.clone().filter(|it| it.join("model_index.json").is_file()) {
-        version.kind = Pipeline::read(&ModelFiles::Folder(folder))?.kind;
+    if let Some(files) = lender(parts) {
+        version.kind = Pipeline::read(&files)?.kind;
         version.note = None;
     }
     Ok(Transformer {

@@ -99,8 +99,9 @@ struct Plan<'a> {
 
 impl LoraFile {
     /// Reads the header of a safetensors file, and what tells its alphas: the file's metadata, or
-    /// `adapter_config.json` beside it. `path` may be the folder of a file that peft or diffusers named. A file that peft did not name may lie beside the config of
-    /// another one: its config counts when its `target_modules` are the file's modules.
+    /// `adapter_config.json` beside it. A file that peft did not name may lie beside the config of
+    /// another one: its config counts when its `target_modules` are the file's modules. `path` may be
+    /// the folder of a file that peft or diffusers named.
     ///
     /// # Errors
     /// A file that is missing, damaged or of another kind; settings that ask for more than a
