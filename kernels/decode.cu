@@ -81,6 +81,18 @@ DEVICE float prepare_row(const ProductInput& input, const ProductMemory& memory)
   return inverse_root(sum_block(squares, memory.squares) / float(input.depth) + float(input.eps));
 }
 
+// Eight numbers of a token's row.
+DEVICE void embed_chunk(const StoredRows& rows, int64_t token, int64_t width, int chunk, float* x) {
+  with_format(rows.format, [&](auto format) {
+    using Format = decltype(format);
+    const uint8_t* row = rows.bytes + token * (width / Format::NUMBERS * Format::BYTES);
+    float numbers[8];
+    widen_chunk<Format>(row, chunk, numbers);
+    UNROLL
+    for (int i = 0; i < 8; ++i) x[8 * chunk + i] = numbers[i];
+  });
+}
+
 struct EmbedArgs {
   const DecodeState* state;
   StoredRows rows;
@@ -92,15 +104,7 @@ KERNEL(decode_embed, EmbedArgs, 128, 1) {
   release_next_kernel();
   const int64_t chunk = block_x() * block_threads() + thread_index();
   if (8 * chunk >= args.width) return;
-  with_format(args.rows.format, [&](auto format) {
-    using Format = decltype(format);
-    const uint8_t* row =
-        args.rows.bytes + args.state->token * (args.width / Format::NUMBERS * Format::BYTES);
-    float numbers[8];
-    widen_chunk<Format>(row, int(chunk), numbers);
-    UNROLL
-    for (int i = 0; i < 8; ++i) args.x[8 * chunk + i] = numbers[i];
-  });
+  embed_chunk(args.rows, args.state->token, args.width, int(chunk), args.x);
 }
 
 struct QkvArgs {

@@ -28,19 +28,22 @@ struct NormedRow {
   DEVICE void start() { wait_for_last_kernel(); }
   DEVICE Held load(int, int chunk) const {
     Held held;
-    const bool there = 8 * int64_t(chunk) < norm.depth;
+    load_weight(held, chunk);
+    load_x(held, chunk);
+    return held;
+  }
+  DEVICE void load_weight(Held& held, int chunk) const {
+    held.weight[0] = held.weight[1] = {{0, 0, 0, 0}};
+    if (8 * int64_t(chunk) >= norm.depth) return;
+    held.weight[0] = load_words(static_cast<const uint8_t*>(norm.weight) + (norm.is_float ? 32 : 16) * chunk);
+    if (norm.is_float) held.weight[1] = load_words(static_cast<const float*>(norm.weight) + 8 * chunk + 4);
+  }
+  DEVICE void load_x(Held& held, int chunk) const {
     UNROLL
     for (int half = 0; half < 2; ++half) {
-      held.x[half] = held.weight[half] = {{0, 0, 0, 0}};
-      if (!there) continue;
-      held.x[half] = load_words_fresh(norm.x + 8 * chunk + 4 * half);
-      if (norm.is_float) {
-        held.weight[half] = load_words(static_cast<const float*>(norm.weight) + 8 * chunk + 4 * half);
-      } else if (half == 0) {
-        held.weight[0] = load_words(static_cast<const bf16*>(norm.weight) + 8 * chunk);
-      }
+      held.x[half] = {{0, 0, 0, 0}};
+      if (8 * int64_t(chunk) < norm.depth) held.x[half] = load_words_fresh(norm.x + 8 * chunk + 4 * half);
     }
-    return held;
   }
   DEVICE void widen(const Held& held, int, float (&to)[8]) {
     UNROLL

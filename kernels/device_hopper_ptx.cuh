@@ -17,57 +17,6 @@ DEVICE void registers_take() {
   asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(count));
 }
 
-// A barrier of `threads` threads with a number from 1 to 15; whoever only arrives goes on.
-DEVICE void named_barrier(int number, int threads) {
-  asm volatile("bar.sync %0, %1;" ::"r"(number), "r"(threads) : "memory");
-}
-DEVICE void named_barrier_arrive(int number, int threads) {
-  asm volatile("bar.arrive %0, %1;" ::"r"(number), "r"(threads) : "memory");
-}
-
-// A barrier in shared memory. A phase ends when `count` threads have arrived and all announced bytes have.
-using CountingBarrier = uint64_t;
-DEVICE void barrier_start(CountingBarrier* at, int count) {
-  asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(shared_address(at)), "r"(count)
-               : "memory");
-}
-// After this and a barrier of the block, all barriers are known to all threads and to copies.
-DEVICE void barriers_started() {
-  asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
-  asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
-}
-DEVICE void barrier_arrive(CountingBarrier* at) {
-  asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(shared_address(at)) : "memory");
-}
-DEVICE void barrier_arrive_expecting(CountingBarrier* at, int bytes) {
-  asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(shared_address(at)),
-               "r"(bytes)
-               : "memory");
-}
-// Waits for the end of a phase of the given parity; the first phase has parity 0, and the one before it
-// counts as ended.
-DEVICE void barrier_wait(CountingBarrier* at, int parity) {
-  asm volatile(
-      "{\n.reg .pred done;\nwait:\n"
-      "mbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1;\n"
-      "@done bra.uni ended;\nbra.uni wait;\nended:\n}\n" ::"r"(shared_address(at)),
-      "r"(parity)
-      : "memory");
-}
-
-// Whether waiting would take no time.
-DEVICE bool barrier_ready(CountingBarrier* at, int parity) {
-  uint32_t ready;
-  asm volatile(
-      "{\n.reg .pred done;\n"
-      "mbarrier.test_wait.parity.shared::cta.b64 done, [%1], %2;\n"
-      "selp.u32 %0, 1, 0, done;\n}\n"
-      : "=r"(ready)
-      : "r"(shared_address(at)), "r"(parity)
-      : "memory");
-  return ready != 0;
-}
-
 // How a tensor with rows of heads lies in memory, and which tiles are copied: what cuTensorMapEncodeTiled made.
 // Axes: 64 columns, rows, pieces of 64 columns, batch entries.
 struct alignas(64) TileMap {

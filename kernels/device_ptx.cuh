@@ -29,6 +29,13 @@ DEVICE int64_t grid_z() { return gridDim.z; }
 
 DEVICE void block_barrier() { __syncthreads(); }
 DEVICE void warp_barrier() { __syncwarp(); }
+// A barrier of `threads` threads with a number from 1 to 15; whoever only arrives goes on.
+DEVICE void named_barrier(int number, int threads) {
+  asm volatile("bar.sync %0, %1;" ::"r"(number), "r"(threads) : "memory");
+}
+DEVICE void named_barrier_arrive(int number, int threads) {
+  asm volatile("bar.arrive %0, %1;" ::"r"(number), "r"(threads) : "memory");
+}
 DEVICE float shuffle_xor(float x, int mask) { return __shfl_xor_sync(0xffffffffu, x, mask); }
 DEVICE float shuffle(float x, int from) { return __shfl_sync(0xffffffffu, x, from); }
 DEVICE float atomic_add(float* at, float x) { return atomicAdd(at, x); }
@@ -36,6 +43,24 @@ DEVICE float atomic_add(float* at, float x) { return atomicAdd(at, x); }
 DEVICE uint32_t atomic_increment(uint32_t* at) { return atomicAdd(at, 1u); }
 // What this thread wrote is seen by other blocks before what it writes after this.
 DEVICE void memory_fence() { __threadfence(); }
+
+// A count in global memory that all blocks of a grid add to, where all of them run at a time. What a block wrote before
+// its barrier and `grid_arrive` by one of its threads is seen by blocks of which one thread has waited for that.
+DEVICE uint64_t grid_count(const uint64_t* count) {
+  uint64_t found;
+  asm volatile("ld.acquire.gpu.global.u64 %0, [%1];"
+               : "=l"(found)
+               : "l"(__cvta_generic_to_global(count))
+               : "memory");
+  return found;
+}
+DEVICE void grid_arrive(uint64_t* count) {
+  asm volatile("red.release.gpu.global.add.u64 [%0], 1;" ::"l"(__cvta_generic_to_global(count)) : "memory");
+}
+DEVICE void grid_wait(const uint64_t* count, uint64_t target) {
+  while (grid_count(count) < target) {
+  }
+}
 
 // Kernels that are queued to overlap (compute capability 9.0): the next one may start, and waits there
 // until all before it have ended and their writes are seen.
@@ -182,6 +207,11 @@ DEVICE void load_once(uint32_t (&to)[4], const void* from) {
                : "l"(__cvta_generic_to_global(from)));
 }
 
+// Asks for 128 bytes for the cache of the second level.
+DEVICE void prefetch(const void* from) {
+  asm volatile("prefetch.global.L2 [%0];" ::"l"(__cvta_generic_to_global(from)));
+}
+
 // Copies of whole rows, by the copy engine where there is one (compute capability 9.0): `barrier` is done
 // when one thread has said how many bytes it expects and they have come. Elsewhere by the threads.
 using CopyBarrier = uint64_t;
@@ -210,6 +240,56 @@ DEVICE void barrier_wait(CopyBarrier* barrier, uint32_t parity) {
           shared_address(barrier)),
       "r"(parity)
       : "memory");
+}
+
+#define HAS_COUNTING_BARRIERS
+// True in one lane of the warp, of which the compiler knows that it is one.
+DEVICE bool elected() {
+  uint32_t is_it;
+  asm volatile("{\n.reg .pred p;\nelect.sync _|p, 0xffffffff;\nselp.u32 %0, 1, 0, p;\n}" : "=r"(is_it));
+  return is_it != 0;
+}
+// A barrier in shared memory. A phase ends when `count` threads have arrived and all announced bytes have.
+using CountingBarrier = uint64_t;
+DEVICE void barrier_start(CountingBarrier* at, int count) {
+  asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(shared_address(at)), "r"(count)
+               : "memory");
+}
+// After this and a barrier of the block, all barriers are known to all threads and to copies.
+DEVICE void barriers_started() {
+  asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+  asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+}
+DEVICE void barrier_arrive(CountingBarrier* at) {
+  asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(shared_address(at)) : "memory");
+}
+DEVICE void barrier_arrive_expecting(CountingBarrier* at, int bytes) {
+  asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(shared_address(at)),
+               "r"(bytes)
+               : "memory");
+}
+// Waits for the end of a phase of the given parity; the first phase has parity 0, and the one before it
+// counts as ended.
+DEVICE void barrier_wait(CountingBarrier* at, int parity) {
+  asm volatile(
+      "{\n.reg .pred done;\nwait:\n"
+      "mbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1;\n"
+      "@done bra.uni ended;\nbra.uni wait;\nended:\n}\n" ::"r"(shared_address(at)),
+      "r"(parity)
+      : "memory");
+}
+
+// Whether waiting would take no time.
+DEVICE bool barrier_ready(CountingBarrier* at, int parity) {
+  uint32_t ready;
+  asm volatile(
+      "{\n.reg .pred done;\n"
+      "mbarrier.test_wait.parity.shared::cta.b64 done, [%1], %2;\n"
+      "selp.u32 %0, 1, 0, done;\n}\n"
+      : "=r"(ready)
+      : "r"(shared_address(at)), "r"(parity)
+      : "memory");
+  return ready != 0;
 }
 #else
 DEVICE void barrier_start(CopyBarrier*) {}

@@ -86,20 +86,13 @@ struct BytesQ4K {
 
   // Lane (g, t) holds bytes of row g from group 2 (t / 2) of four on, and its lane of the next column two.
   struct Columns {
-    const unsigned char* at[2];  // lower and upper half bytes
-    int stride[2];
+    const unsigned char* at;
+    bool mine[2];  // whether the lane holds something of lower and of upper half bytes
   };
-  DEVICE static Columns columns(const unsigned char* x, const unsigned char* zeros, int g, int t) {
+  DEVICE static Columns columns(const unsigned char* x, int g, int t) {
     const int group = g >> 1;
     const bool mine = group >> 1 == t >> 1;
-    Columns to;
-    UNROLL
-    for (int i = 0; i < 2; ++i) {
-      const bool here = mine && (group & 1) == i;
-      to.at[i] = here ? x + 64 * group + 32 * (t & 1) + 16 * (g & 1) : zeros + (i ? 0 : 64);
-      to.stride[i] = here ? X_BYTES : 0;
-    }
-    return to;
+    return {x + 64 * group + 32 * (t & 1) + 16 * (g & 1), {mine && !(group & 1), mine && (group & 1)}};
   }
 
   template <int ROWS>
@@ -124,8 +117,7 @@ struct BytesQ4K {
         minimum[part][row] = m * float(row ? integers[part][1] >> 16 : integers[part][1] & 0xffff);
       }
     }
-    const unsigned char* at[2] = {columns.at[0] + block * columns.stride[0],
-                                  columns.at[1] + block * columns.stride[1]};
+    const unsigned char* at = columns.at + block * X_BYTES;
     const unsigned char* extra = x + block * X_BYTES + 512 + 16 * t;
     UNROLL
     for (int part = 0; part < 2; ++part) {
@@ -144,7 +136,8 @@ struct BytesQ4K {
         int c[4] = {0, 0, 0, 0};
         UNROLL
         for (int half = 0; half < 2; ++half) {
-          const Words b = load_words(at[half] + (columns.stride[half] ? r * row_stride : 0) + 256 * part);
+          Words b = {{0, 0, 0, 0}};
+          if (columns.mine[half]) b = load_words(at + r * row_stride + 256 * part);
           multiply_add_bytes<false>(c, a[half][0], b.at[0], b.at[1]);
           multiply_add_bytes<false>(c, a[half][1], b.at[2], b.at[3]);
         }
@@ -162,20 +155,18 @@ struct BytesQ4K {
 // Formats whose blocks are no multiple of 16 bytes come through shared memory. A quarter of the lanes hold the
 // bytes that a word of the weights is multiplied with: those of columns 2 i and 2 i + 1 in quarter i.
 struct QuarterColumns {
-  const unsigned char* at[4];
-  int stride[4];
-};
-template <int X_BYTES>
-DEVICE QuarterColumns quarter_columns(const unsigned char* x, const unsigned char* zeros) {
-  QuarterColumns to;
-  UNROLL
-  for (int i = 0; i < 4; ++i) {
-    const bool here = lane() >> 3 == i;
-    to.at[i] = here ? x + 16 * lane() : zeros;
-    to.stride[i] = here ? X_BYTES : 0;
+  const unsigned char* at;
+  int quarter;
+  // Eight bytes of column pair `i`, zeros in other lanes.
+  DEVICE void load(uint32_t& first, uint32_t& second, int i, int offset) const {
+    first = second = 0;
+    if (quarter != i) return;
+    const uint64_t pair = *reinterpret_cast<const uint64_t*>(at + offset);
+    first = uint32_t(pair);
+    second = uint32_t(pair >> 32);
   }
-  return to;
-}
+};
+DEVICE QuarterColumns quarter_columns(const unsigned char* x) { return {x + 16 * lane(), lane() >> 3}; }
 
 // Four bytes of shared memory, 2 bytes off a multiple of four or not at all.
 template <bool OFF>
@@ -198,9 +189,7 @@ struct BytesQ6K {
     *reinterpret_cast<int*>(to) = -32 * int(bytes.sum16);
     *reinterpret_cast<float*>(to + 16) = bytes.power;
   }
-  DEVICE static Columns columns(const unsigned char* x, const unsigned char* zeros, int, int) {
-    return quarter_columns<X_BYTES>(x, zeros);
-  }
+  DEVICE static Columns columns(const unsigned char* x, int, int) { return quarter_columns(x); }
   template <bool OFF, int ROWS>
   DEVICE static void one(float (&sums)[ROWS][2], const uint8_t* const (&rows)[2], const unsigned char* x,
                          const Columns& columns, int block, int row_stride, int t) {
@@ -246,10 +235,7 @@ struct BytesQ6K {
         uint32_t b[4][2];
         UNROLL
         for (int i = 0; i < 4; ++i) {
-          const uint64_t pair = *reinterpret_cast<const uint64_t*>(
-              columns.at[i] + block * columns.stride[i] + (columns.stride[i] ? r * row_stride : 0) + 8 * half);
-          b[i][0] = uint32_t(pair);
-          b[i][1] = uint32_t(pair >> 32);
+          columns.load(b[i][0], b[i][1], i, block * X_BYTES + r * row_stride + 8 * half);
         }
         UNROLL
         for (int upper = 0; upper < 2; ++upper) {
@@ -288,9 +274,7 @@ struct BytesQ8_0 {
     if (k % 32 != 0) return;
     *reinterpret_cast<float*>(x + 512 + 8 * (k >> 5 & 3) + 4 * (k >> 7)) = bytes.power;
   }
-  DEVICE static Columns columns(const unsigned char* x, const unsigned char* zeros, int, int) {
-    return quarter_columns<X_BYTES>(x, zeros);
-  }
+  DEVICE static Columns columns(const unsigned char* x, int, int) { return quarter_columns(x); }
   template <int ROWS>
   DEVICE static void multiply(float (&sums)[ROWS][2], const uint8_t* const (&rows)[2], const unsigned char* x,
                               const Columns& columns, int block, int row_stride, int t) {
@@ -317,9 +301,9 @@ struct BytesQ8_0 {
         int c[4] = {0, 0, 0, 0};
         UNROLL
         for (int i = 0; i < 4; ++i) {
-          const uint64_t pair = *reinterpret_cast<const uint64_t*>(
-              columns.at[i] + block * columns.stride[i] + (columns.stride[i] ? r * row_stride : 0) + 8 * half);
-          multiply_add_bytes<true>(c, a[i], uint32_t(pair), uint32_t(pair >> 32));
+          uint32_t b[2];
+          columns.load(b[0], b[1], i, block * X_BYTES + r * row_stride + 8 * half);
+          multiply_add_bytes<true>(c, a[i], b[0], b[1]);
         }
         const float power = *reinterpret_cast<const float*>(extra + r * row_stride + 4 * half);
         UNROLL
@@ -330,6 +314,27 @@ struct BytesQ8_0 {
     }
   }
 };
+
+// Places eight numbers of a row where products with `Format` find them; all lanes of the warp call it, and those whose
+// chunk is not `there` place nothing.
+template <class Format>
+DEVICE void place_row_bytes(unsigned char* x, const float (&numbers)[8], int chunk, bool there) {
+  const RowBytes bytes = row_bytes(numbers);
+  if (!there) return;
+  const int k = 8 * (chunk % 32);
+  unsigned char* to = x + chunk / 32 * Format::X_BYTES;
+  UNROLL
+  for (int plane = 0; plane < 2; ++plane) {
+    const uint32_t(&own)[2] = plane ? bytes.lower : bytes.upper;
+    if (Format::place(4, 0) == 4) {
+      *reinterpret_cast<uint64_t*>(to + Format::place(k, plane)) = own[0] | uint64_t(own[1]) << 32;
+    } else {
+      *reinterpret_cast<uint32_t*>(to + Format::place(k, plane)) = own[0];
+      *reinterpret_cast<uint32_t*>(to + Format::place(k + 4, plane)) = own[1];
+    }
+  }
+  Format::extra(to, k, bytes);
+}
 
 // Rows of bf16 as what is multiplied, see FewBytes.
 struct PlainRows {
@@ -356,7 +361,7 @@ struct PlainRows {
 // `AHEAD`: units that are under way while one is computed. With PAIRS an output is two rows of weights.
 template <class Format, int ROWS, int AHEAD, bool PAIRS = false>
 struct FewBytes {
-  static constexpr int ZEROS = 512, STAGE_STRIDE = 16 * Format::PIECES, STAGE_BYTES = 16 * STAGE_STRIDE;
+  static constexpr int STAGE_STRIDE = 16 * Format::PIECES, STAGE_BYTES = 16 * STAGE_STRIDE;
   static constexpr int STAGES = AHEAD + 1, TILE_OUTS = PAIRS ? 8 : 16;
 
   // How a block's outputs are shared among its warps. `ops/cuda/few.rs` computes the same.
@@ -388,8 +393,7 @@ struct FewBytes {
     const Plan plan(outs, depth, warps);
     const int row_stride = count * Format::X_BYTES;
     unsigned char* x = shared_memory();
-    unsigned char* zeros = x + ROWS * row_stride;
-    float* shares = reinterpret_cast<float*>(zeros + ZEROS);
+    float* shares = reinterpret_cast<float*>(x + ROWS * row_stride);
 
     const int from = warp() * plan.per_warp;
     const int units = int(min64(from + plan.per_warp, plan.tiles * plan.units_per_tile)) - from;
@@ -427,30 +431,15 @@ struct FewBytes {
             if (base + i * block_threads() >= chunks) break;
             float numbers[8];
             source.widen(held[i], chunk, numbers);
-            const RowBytes bytes = row_bytes(numbers);
-            if (chunk >= chunks) continue;
-            const int k = 8 * (chunk % 32);
-            unsigned char* to = x + row * row_stride + chunk / 32 * Format::X_BYTES;
-            UNROLL
-            for (int plane = 0; plane < 2; ++plane) {
-              const uint32_t(&own)[2] = plane ? bytes.lower : bytes.upper;
-              if (Format::place(4, 0) == 4) {
-                *reinterpret_cast<uint64_t*>(to + Format::place(k, plane)) = own[0] | uint64_t(own[1]) << 32;
-              } else {
-                *reinterpret_cast<uint32_t*>(to + Format::place(k, plane)) = own[0];
-                *reinterpret_cast<uint32_t*>(to + Format::place(k + 4, plane)) = own[1];
-              }
-            }
-            Format::extra(to, k, bytes);
+            place_row_bytes<Format>(x + row * row_stride, numbers, chunk, chunk < chunks);
           }
         }
       }
-      for (int i = thread_index(); i < ZEROS / 4; i += block_threads()) reinterpret_cast<uint32_t*>(zeros)[i] = 0;
       block_barrier();
       source.ready();
     };
 
-    const typename Format::Columns columns = Format::columns(x, zeros, g, t);
+    const typename Format::Columns columns = Format::columns(x, g, t);
     float sums[ROWS][2];
     auto clear = [&] {
       UNROLL

@@ -3,6 +3,7 @@
 #include "conv.cu"
 #include "conv_hopper.cu"
 #include "decode.cu"
+#include "decode_whole.cu"
 #include "elementwise.cu"
 #include "hopper.cu"
 #include "joint_attention.cu"

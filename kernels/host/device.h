@@ -13,6 +13,9 @@
       [](const void* args) { name(*static_cast<const Args*>(args)); }};                         \
   static void name(const Args& args)
 
+#define HAS_COUNTING_BARRIERS
+using CountingBarrier = uint64_t;
+
 namespace emulation {
 
 // Makes a kernel known by its name.
@@ -71,7 +74,12 @@ void load_matrices(void* const* lanes);
 void load_matrices_transposed(void* const* lanes);
 void multiply_add(void* const* lanes);
 void multiply_add_bytes(void* const* lanes);
-void copy_now(void* to, const void* from, int bytes);
+void start_barrier(CountingBarrier* at, int count);
+void arrive(CountingBarrier* at, int bytes);
+void wait_for_phase(CountingBarrier* at, int parity);
+void copy_row(void* to, const void* from, int bytes, CountingBarrier* arrived);
+void arrive_at_grid(uint64_t* count);
+void wait_for_grid(const uint64_t* count, uint64_t target);
 void shuffle(void* const* lanes);
 
 }  // namespace emulation
@@ -172,15 +180,19 @@ float half_to_float(uint16_t half);
 inline float widen_half(uint32_t word) { return half_to_float(uint16_t(word)); }
 inline void load_once(uint32_t (&to)[4], const void* from) { memcpy(to, from, 16); }
 
+inline void prefetch(const void*) {}
+inline bool elected() { return lane() == 0; }
 using CopyBarrier = uint64_t;
-inline void barrier_start(CopyBarrier*) {}
-inline void barrier_expect(CopyBarrier*, int) {}
-inline void copy_row(void* to_shared, const void* from, int bytes, CopyBarrier*) {
-  emulation::copy_now(to_shared, from, bytes);
+inline void barrier_start(CopyBarrier* at) { emulation::start_barrier(at, 1); }
+inline void barrier_expect(CopyBarrier* at, int bytes) { emulation::arrive(at, bytes); }
+inline void copy_row(void* to_shared, const void* from, int bytes, CopyBarrier* at) {
+  emulation::copy_row(to_shared, from, bytes, at);
 }
-inline void barrier_wait(CopyBarrier*, uint32_t) {
-  emulation::together("barrier_wait", nullptr, nullptr);
-}
+inline void barrier_wait(CopyBarrier* at, uint32_t parity) { emulation::wait_for_phase(at, int(parity)); }
+
+inline uint64_t grid_count(const uint64_t* count) { return *count; }
+inline void grid_arrive(uint64_t* count) { emulation::arrive_at_grid(count); }
+inline void grid_wait(const uint64_t* count, uint64_t target) { emulation::wait_for_grid(count, target); }
 
 inline void copy_async(void* to_shared, const void* from, bool there) {
   emulation::copy_later(to_shared, from, there ? 16 : 0);

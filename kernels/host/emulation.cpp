@@ -135,6 +135,7 @@ struct PhaseBarrier {
   int count, missing, parity;
   int64_t bytes;  // announced and not arrived yet
   std::vector<TileCopy> copies;
+  std::vector<Copy> rows;
   std::vector<int> waiting;
 };
 
@@ -149,6 +150,7 @@ struct Scheduler {
   WarpProducts products[THREADS_MAX / 32];
   NamedBarrier named[16];
   std::vector<PhaseBarrier> phases;
+  std::vector<int> at_grid;
   int order;
   uint32_t random;
   const Kernel* kernel;
@@ -157,6 +159,15 @@ struct Scheduler {
 };
 
 static thread_local Scheduler scheduler;
+
+// Blocks that wait for others.
+struct Parked {
+  Scheduler scheduler;
+  Place place;
+  std::vector<unsigned char> shared;
+};
+// Arrivals of blocks, in all.
+static thread_local uint64_t arrivals;
 
 static void go_home() { switch_to(scheduler.fibers[place.thread].context, scheduler.home); }
 
@@ -257,11 +268,16 @@ static void load_any(void* const* lanes) {
 void load_matrices(void* const* lanes) { load_any<false>(lanes); }
 void load_matrices_transposed(void* const* lanes) { load_any<true>(lanes); }
 
-void copy_now(void* to, const void* from, int bytes) {
-  if (reinterpret_cast<uintptr_t>(to) % 16 || reinterpret_cast<uintptr_t>(from) % 16 || bytes % 16) {
-    fail("a copy of a row is not aligned to 16 bytes");
+void arrive_at_grid(uint64_t* count) {
+  ++*count;
+  ++arrivals;
+}
+
+void wait_for_grid(const uint64_t* count, uint64_t target) {
+  while (*count < target) {
+    scheduler.at_grid.push_back(place.thread);
+    go_home();
   }
-  memcpy(to, from, size_t(bytes));
 }
 
 void multiply_add_bytes(void* const* lanes) {
@@ -350,7 +366,32 @@ static int take_ready() {
   return thread;
 }
 
-static bool run_block(int threads) {
+enum class BlockState { Done, Waits, Failed };
+
+// Runs the block until it is done or waits for others.
+static BlockState go_on() {
+  while (scheduler.ready.size() > scheduler.next_ready) {
+    place.thread = take_ready();
+    switch_to(scheduler.home, scheduler.fibers[place.thread].context);
+    if (scheduler.error[0]) return BlockState::Failed;
+  }
+  if (!scheduler.at_grid.empty()) return BlockState::Waits;
+  for (int i = 0; i < place.threads; ++i) {
+    if (!scheduler.fibers[i].done) {
+      place.thread = i;
+      snprintf(scheduler.error, sizeof scheduler.error,
+               "kernel %s: thread %d waits for threads that never come", scheduler.kernel->name, i);
+      return BlockState::Failed;
+    }
+  }
+  return nothing_begun() ? BlockState::Done : BlockState::Failed;
+}
+
+static BlockState start_block() {
+  if (!scheduler.stacks) {
+    scheduler.stacks = static_cast<unsigned char*>(malloc(STACK_BYTES * THREADS_MAX));
+    scheduler.fibers.resize(THREADS_MAX);
+  }
   scheduler.at_barrier = 0;
   scheduler.ready.clear();
   scheduler.next_ready = 0;
@@ -358,7 +399,8 @@ static bool run_block(int threads) {
   for (WarpProducts& products : scheduler.products) products = {};
   for (NamedBarrier& barrier : scheduler.named) barrier = {};
   scheduler.phases.clear();
-  for (int i = 0; i < threads; ++i) {
+  scheduler.at_grid.clear();
+  for (int i = 0; i < place.threads; ++i) {
     Fiber& fiber = scheduler.fibers[i];
     fiber.done = false;
     fiber.groups.clear();
@@ -366,20 +408,38 @@ static bool run_block(int threads) {
     prepare(fiber.context, scheduler.stacks + size_t(i) * STACK_BYTES, run_fiber);
     scheduler.ready.push_back(i);
   }
-  while (scheduler.ready.size() > scheduler.next_ready) {
-    place.thread = take_ready();
-    switch_to(scheduler.home, scheduler.fibers[place.thread].context);
-    if (scheduler.error[0]) return false;
-  }
-  for (int i = 0; i < threads; ++i) {
-    if (!scheduler.fibers[i].done) {
-      place.thread = i;
-      snprintf(scheduler.error, sizeof scheduler.error,
-               "kernel %s: thread %d waits for threads that never come", scheduler.kernel->name, i);
+  return go_on();
+}
+
+// Runs blocks that wait for others in turn, until all are done.
+static bool run_parked(std::vector<Parked>& parked) {
+  while (!parked.empty()) {
+    const uint64_t before = arrivals;
+    const size_t blocks = parked.size();
+    for (size_t i = 0; i < parked.size();) {
+      std::swap(scheduler, parked[i].scheduler);
+      std::swap(place, parked[i].place);
+      auto& waiting = scheduler.at_grid;
+      scheduler.ready.insert(scheduler.ready.end(), waiting.begin(), waiting.end());
+      waiting.clear();
+      const BlockState state = go_on();
+      if (state == BlockState::Failed) return false;
+      std::swap(scheduler, parked[i].scheduler);
+      std::swap(place, parked[i].place);
+      if (state == BlockState::Waits) {
+        ++i;
+        continue;
+      }
+      free(parked[i].scheduler.stacks);
+      parked.erase(parked.begin() + long(i));
+    }
+    if (arrivals == before && parked.size() == blocks) {
+      snprintf(scheduler.error, sizeof scheduler.error, "kernel %s: blocks wait for blocks that never come",
+               scheduler.kernel->name);
       return false;
     }
   }
-  return nothing_begun();
+  return true;
 }
 
 }  // namespace emulation
@@ -406,12 +466,7 @@ extern "C" const char* pentimento_emulate(const char* name, const int64_t grid[3
     snprintf(scheduler.error, sizeof scheduler.error, "kernel %s: %s", name, fault);
     return scheduler.error;
   }
-  if (!scheduler.stacks) {
-    scheduler.stacks = static_cast<unsigned char*>(malloc(STACK_BYTES * THREADS_MAX));
-    scheduler.fibers.resize(THREADS_MAX);
-  }
   constexpr size_t ALIGNMENT = 1024;
-  std::vector<unsigned char> shared(shared_bytes + ALIGNMENT);
   scheduler.kernel = kernel;
   // As aligned as the structs may ask for.
   alignas(64) unsigned char aligned[4096];
@@ -421,18 +476,30 @@ extern "C" const char* pentimento_emulate(const char* name, const int64_t grid[3
   scheduler.order = int(order);
   scheduler.random = order;
   place.threads = int(threads);
-  place.shared = shared.data() + (ALIGNMENT - reinterpret_cast<uintptr_t>(shared.data()) % ALIGNMENT);
   for (int i = 0; i < 3; ++i) place.grid[i] = grid[i];
+  std::vector<Parked> parked;
+  std::vector<unsigned char> shared;
   for (int64_t z = 0; z < grid[2]; ++z) {
     for (int64_t y = 0; y < grid[1]; ++y) {
       for (int64_t x = 0; x < grid[0]; ++x) {
         place.block[0] = x;
         place.block[1] = y;
         place.block[2] = z;
-        memset(shared.data(), 0xff, shared.size());
-        if (!run_block(int(threads))) return scheduler.error;
+        shared.assign(shared_bytes + ALIGNMENT, 0xff);
+        place.shared = shared.data() + (ALIGNMENT - reinterpret_cast<uintptr_t>(shared.data()) % ALIGNMENT);
+        const BlockState state = start_block();
+        if (state == BlockState::Failed) return scheduler.error;
+        if (state == BlockState::Done) continue;
+        parked.push_back({Scheduler{}, place, std::move(shared)});
+        Scheduler& waiting = parked.back().scheduler;
+        std::swap(scheduler, waiting);
+        shared = {};
+        scheduler.kernel = waiting.kernel;
+        scheduler.args = waiting.args;
+        scheduler.order = waiting.order;
+        scheduler.random = waiting.random;
       }
     }
   }
-  return nullptr;
+  return run_parked(parked) ? nullptr : scheduler.error;
 }

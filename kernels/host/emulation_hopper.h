@@ -148,7 +148,7 @@ void start_barrier(CountingBarrier* at, int count) {
   for (const PhaseBarrier& barrier : scheduler.phases) {
     if (barrier.at == at) fail("a barrier is started twice");
   }
-  scheduler.phases.push_back({at, count, count, 0, 0, {}, {}});
+  scheduler.phases.push_back({at, count, count, 0, 0, {}, {}, {}});
 }
 
 static PhaseBarrier& barrier_at(const CountingBarrier* at) {
@@ -188,7 +188,12 @@ static void end_phase(PhaseBarrier& barrier) {
     copy_now(copy);
     barrier.bytes -= copy.map->box_rows * copy.map->box_pieces * 128;
   }
+  for (const Copy& copy : barrier.rows) {
+    memcpy(copy.to, copy.from, size_t(copy.bytes));
+    barrier.bytes -= copy.bytes;
+  }
   barrier.copies.clear();
+  barrier.rows.clear();
   if (barrier.bytes < 0) fail("more bytes arrive at a barrier than were announced");
   if (barrier.bytes > 0) return;
   barrier.parity ^= 1;
@@ -232,11 +237,21 @@ void copy_tile(void* to, const TileMap& map, CountingBarrier* arrived, int row, 
   end_phase(barrier);
 }
 
+void copy_row(void* to, const void* from, int bytes, CountingBarrier* arrived) {
+  if (reinterpret_cast<uintptr_t>(to) % 16 || reinterpret_cast<uintptr_t>(from) % 16 || bytes % 16) {
+    fail("a copy of a row is not aligned to 16 bytes");
+  }
+  memset(to, 0xff, size_t(bytes));
+  PhaseBarrier& barrier = barrier_at(arrived);
+  barrier.rows.push_back({to, from, bytes});
+  end_phase(barrier);
+}
+
 // At a block's end nothing may be under way.
 static bool nothing_begun() {
   const char* what = nullptr;
   for (const PhaseBarrier& barrier : scheduler.phases) {
-    if (!barrier.copies.empty()) what = "a tile was never waited for";
+    if (!barrier.copies.empty() || !barrier.rows.empty()) what = "a copy was never waited for";
   }
   for (const WarpProducts& warp : scheduler.products) {
     if (!warp.products.empty()) what = "a product was never waited for";

@@ -2,8 +2,6 @@
 #pragma once
 #define HAS_GROUP_PRODUCTS 1
 
-using CountingBarrier = uint64_t;
-
 // What stands for a tensor map; strides in bytes. Axes: 64 columns, rows, pieces, batch entries.
 struct alignas(64) TileMap {
   const unsigned char* base;
@@ -32,9 +30,6 @@ void commit_products(void* const* lanes);
 void finish_products(void* const* pending);
 
 void named_barrier(int number, int threads, bool wait);
-void start_barrier(CountingBarrier* at, int count);
-void arrive(CountingBarrier* at, int bytes);
-void wait_for_phase(CountingBarrier* at, int parity);
 bool phase_ended(CountingBarrier* at, int parity);
 void copy_tile(void* to, const TileMap& map, CountingBarrier* arrived, int row, int piece, int batch);
 

@@ -28,7 +28,7 @@ const APART: f64 = 0.1;
 pub(super) fn times(device: &Device, shrink: usize) -> Vec<Row> {
     let mut timed = Timed { device, shrink, rows: Vec::new() };
     let done = timed.all();
-    use_decode(DecodeStarts::Overlapping);
+    use_decode(DecodeStarts::Whole);
     if let Err(error) = done {
         timed.add("preparation".to_owned(), Finding::failed(&error));
     }
@@ -111,6 +111,7 @@ impl Timed<'_> {
             (DecodeStarts::Single, "kernels one by one"),
             (DecodeStarts::Recorded, "kernels recorded"),
             (DecodeStarts::Overlapping, "kernels recorded, overlapping"),
+            (DecodeStarts::Whole, "one kernel"),
         ] {
             use_decode(starts);
             let logits = self.answer(&model, (&prompt, &config), (starts, name), copy)?;
@@ -123,6 +124,7 @@ impl Timed<'_> {
                 }
             }
         }
+        use_decode(DecodeStarts::Overlapping);
         self.kinds(&model, &prompt, copy)
     }
 
@@ -188,11 +190,17 @@ impl Timed<'_> {
         let off = starts == DecodeStarts::Off;
         let tokens = if off { ANSWER_BY_OPERATIONS } else { ANSWER }.div_ceil(self.shrink);
         let (mut writing, _) = model.read(prompt, 4 * ANSWER)?;
-        let recorded = model.plan(&mut writing)?.is_some_and(|plan| plan.is_recorded());
-        if self.device.is_cuda()
-            && recorded != !matches!(starts, DecodeStarts::Off | DecodeStarts::Single)
-        {
-            let why = "the kernels were not recorded as asked for".to_owned();
+        let plan = model.plan(&mut writing)?;
+        let (recorded, whole) =
+            plan.map_or((false, false), |plan| (plan.is_recorded(), plan.is_whole()));
+        let (as_one, by_graph) = match starts {
+            DecodeStarts::Off | DecodeStarts::Single => (false, false),
+            // Devices without copies of rows record.
+            DecodeStarts::Whole => (whole, !whole),
+            DecodeStarts::Recorded | DecodeStarts::Overlapping => (false, true),
+        };
+        if self.device.is_cuda() && (recorded, whole) != (by_graph, as_one) {
+            let why = "the kernels were not started as asked for".to_owned();
             self.add(name.to_owned(), Finding::Failed(why));
         }
         let mut first = model.write(&mut writing, token(0, config))?;

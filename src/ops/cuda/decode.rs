@@ -2,6 +2,7 @@
 //! `kernels/decode.cu`.
 
 mod build;
+mod whole;
 
 use std::sync::atomic::{AtomicU8, Ordering};
 
@@ -35,22 +36,23 @@ pub enum DecodeStarts {
     Recorded,
     /// Recorded; on devices that can, each begins before the one before it has ended.
     Overlapping,
+    /// As one kernel, where there is one for the device, types and sizes; otherwise as [`Self::Overlapping`].
+    Whole,
 }
 
-static STARTS: AtomicU8 = AtomicU8::new(DecodeStarts::Overlapping as u8);
+static STARTS: AtomicU8 = AtomicU8::new(DecodeStarts::Whole as u8);
 
 /// Chooses how tokens are decoded from now on.
 pub fn use_decode(starts: DecodeStarts) {
     STARTS.store(starts as u8, Ordering::Relaxed);
 }
 
-fn starts() -> Option<Starts> {
-    let chosen = STARTS.load(Ordering::Relaxed);
-    let is = |starts: DecodeStarts| chosen == starts as u8;
-    (!is(DecodeStarts::Off)).then(|| Starts {
-        recorded: !is(DecodeStarts::Single),
-        overlapping: is(DecodeStarts::Overlapping),
-    })
+impl DecodeStarts {
+    fn chosen() -> Self {
+        let chosen = STARTS.load(Ordering::Relaxed);
+        let all = [Self::Off, Self::Single, Self::Recorded, Self::Overlapping];
+        all.into_iter().find(|starts| *starts as u8 == chosen).unwrap_or(Self::Whole)
+    }
 }
 
 /// A decoder's weights and the room for its keys and values.
@@ -111,6 +113,7 @@ pub struct DecodePlan {
     logits: Readout,
     capacity: usize,
     embeds: bool,
+    is_whole: bool,
     half: usize,
     width: usize,
     /// Of weights, that each launch reads.
@@ -138,11 +141,24 @@ impl DecodePlan {
     /// # Errors
     /// A failure of the device.
     pub fn new(model: &DecodeModel<'_>) -> Result<Option<Self>> {
+        Self::started(model, DecodeStarts::chosen())
+    }
+
+    /// As [`Self::new`], with kernels that are started as `starts` says.
+    pub(super) fn started(model: &DecodeModel<'_>, starts: DecodeStarts) -> Result<Option<Self>> {
         let device = model.norm.device().clone();
-        let Some(starts) = starts().filter(|_| super::runs_on(&device)) else { return Ok(None) };
+        let one_by_one = match starts {
+            DecodeStarts::Off => return Ok(None),
+            DecodeStarts::Single => Starts::Single,
+            DecodeStarts::Recorded => Starts::Recorded,
+            DecodeStarts::Overlapping | DecodeStarts::Whole => Starts::Overlapping,
+        };
+        if !super::runs_on(&device) {
+            return Ok(None);
+        }
         let Some(sizes) = Sizes::of(model)? else { return Ok(None) };
         let Some(builder) = Builder::new(&device, sizes)? else { return Ok(None) };
-        builder.plan(model, starts)
+        builder.plan(model, one_by_one, starts == DecodeStarts::Whole)
     }
 
     /// Tokens that the cache has room for.
@@ -177,7 +193,7 @@ impl DecodePlan {
         }
         let parts = kinds.into_iter().map(|(name, bytes, launches)| {
             let (device, kernels) = (self.device.clone(), launches.len());
-            let starts = Starts { recorded: true, overlapping: true };
+            let starts = if self.is_whole { Starts::Together } else { Starts::Overlapping };
             let sequence = Sequence::new(&device, launches, starts)?;
             Ok(DecodePart { name, kernels, bytes, device, sequence })
         });
@@ -188,6 +204,12 @@ impl DecodePlan {
     #[must_use]
     pub fn weight_bytes(&self) -> usize {
         self.bytes.iter().sum()
+    }
+
+    /// Whether one kernel computes the token.
+    #[must_use]
+    pub fn is_whole(&self) -> bool {
+        self.is_whole
     }
 
     /// Whether the kernels are started as a whole.

@@ -154,7 +154,6 @@ impl Bytes {
         blocks: usize,
         [warps, tile]: [usize; 2],
     ) -> usize {
-        const ZEROS: usize = 512;
         let units = weights.depth.div_euclid(self.unit * PIECE);
         let sums = |outs: usize| {
             let tiles = outs.div_ceil(tile);
@@ -166,7 +165,7 @@ impl Bytes {
         let most = weights.outs.div_ceil(blocks);
         let sums = sums(most).max(sums(most.saturating_sub(1)));
         let rings = if self.ring == 0 { 0 } else { 128 + warps * (64 + self.ring) };
-        held * weights.depth.div_euclid(PIECE) * self.x_bytes + ZEROS + sums + rings
+        held * weights.depth.div_euclid(PIECE) * self.x_bytes + sums + rings
     }
 }
 

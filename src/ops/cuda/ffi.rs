@@ -188,15 +188,27 @@ pub(super) fn count_launches(count: usize) {
     LAUNCHES.fetch_add(count as u64, Ordering::Relaxed);
 }
 
+/// When a queued kernel begins.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Order {
+    /// After those before it.
+    InTurn,
+    /// Perhaps before those before it have ended, for which it waits within.
+    Early,
+    /// As [`Self::InTurn`], with room for all its blocks at a time, which wait for each other.
+    #[cfg(feature = "cuda")]
+    Together,
+}
+
 /// Starts a kernel: on a device queued behind what was queued before, in host memory at once.
 pub(super) fn launch(device: &Device, launch: &Launch) -> Result<()> {
-    start(device, launch, false)
+    start(device, launch, Order::InTurn)
 }
 
 /// As [`launch`], for kernels that wait within for those before them, on devices of compute capability 9.0
 /// and later: it may begin before they have ended.
 pub(super) fn launch_early(device: &Device, launch: &Launch) -> Result<()> {
-    start(device, launch, true)
+    start(device, launch, Order::Early)
 }
 
 /// What a device has of what blocks take.
@@ -225,9 +237,9 @@ pub(super) fn limits(device: &Device) -> Result<Limits> {
 
 #[cfg_attr(
     not(feature = "cuda"),
-    expect(unused_variables, reason = "nothing starts early in the emulation")
+    expect(unused_variables, reason = "blocks run in any order in the emulation")
 )]
-fn start(device: &Device, launch: &Launch, early: bool) -> Result<()> {
+fn start(device: &Device, launch: &Launch, order: Order) -> Result<()> {
     if launch.grid.contains(&0) {
         return Ok(());
     }
@@ -237,7 +249,7 @@ fn start(device: &Device, launch: &Launch, early: bool) -> Result<()> {
         #[cfg(feature = "cuda-emulation")]
         Device::Cpu => emulation::launch(launch),
         #[cfg(feature = "cuda")]
-        Device::Cuda(device) => device::launch(device, launch, early),
+        Device::Cuda(device) => device::launch(device, launch, order),
         _ => bail!("no kernel runs on {device:?}"),
     }
 }
@@ -323,7 +335,7 @@ mod device {
 
     use super::{
         super::launch::{FIELDS_MAX, Launch, TILE_MAP, Tiles},
-        Limits,
+        Limits, Order,
     };
     use crate::memory::CudaPool;
 
@@ -514,28 +526,33 @@ mod device {
         Ok((limits, capability))
     }
 
-    pub(super) fn launch(device: &CudaDevice, launch: &Launch, early: bool) -> Result<()> {
+    pub(super) fn launch(device: &CudaDevice, launch: &Launch, order: Order) -> Result<()> {
         let function = function(device, launch)?;
         let stream = device.cuda_stream();
         stream.context().bind_to_thread().w()?;
-        queue(&function, &Arguments::of(launch)?, launch, (stream.cu_stream(), early))
+        queue(&function, &Arguments::of(launch)?, launch, (stream.cu_stream(), order))
     }
 
-    /// Queues `function` with `arguments` as `launch` says, on a stream of the context that is current; where
-    /// `early`, it may begin before what was queued before has ended.
+    /// Queues `function` with `arguments` as `launch` says, on a stream of the context that is current.
     pub(in super::super) fn queue(
         function: &CudaFunction,
         arguments: &Arguments,
         launch: &Launch,
-        (stream, early): (sys::CUstream, bool),
+        (stream, order): (sys::CUstream, Order),
     ) -> Result<()> {
         let small = |n: usize| u32::try_from(n).map_err(Error::wrap);
         let [x, y, z] = launch.grid;
-        let mut attribute = sys::CUlaunchAttribute {
-            id: sys::CUlaunchAttributeID::CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION,
-            pad: [0; 4],
-            value: sys::CUlaunchAttributeValue { programmaticStreamSerializationAllowed: 1 },
+        let (id, value) = match order {
+            Order::Together => (
+                sys::CUlaunchAttributeID::CU_LAUNCH_ATTRIBUTE_COOPERATIVE,
+                sys::CUlaunchAttributeValue { cooperative: 1 },
+            ),
+            Order::InTurn | Order::Early => (
+                sys::CUlaunchAttributeID::CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION,
+                sys::CUlaunchAttributeValue { programmaticStreamSerializationAllowed: 1 },
+            ),
         };
+        let mut attribute = sys::CUlaunchAttribute { id, pad: [0; 4], value };
         let config = sys::CUlaunchConfig {
             gridDimX: small(x)?,
             gridDimY: small(y)?,
@@ -546,7 +563,7 @@ mod device {
             sharedMemBytes: small(launch.shared_bytes)?,
             hStream: stream,
             attrs: &raw mut attribute,
-            numAttrs: u32::from(early),
+            numAttrs: u32::from(order != Order::InTurn),
         };
         let arguments: *const Arguments = &raw const *arguments;
         let mut parameters = [arguments.cast_mut().cast::<std::ffi::c_void>()];

@@ -97,12 +97,16 @@ impl Sequence {
 
 /// How a [`Sequence`] is started on a device.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) struct Starts {
+pub(super) enum Starts {
+    /// One by one.
+    Single,
     /// Recorded once, as a graph that is started as a whole.
-    pub(super) recorded: bool,
-    /// Where the device can, a kernel begins before the one before it has ended, and waits within. Every
+    Recorded,
+    /// Recorded; where the device can, a kernel begins before the one before it has ended, and waits within. Every
     /// kernel of the sequence must wait so.
-    pub(super) overlapping: bool,
+    Overlapping,
+    /// One by one, each with room for all its blocks at a time, which wait for each other.
+    Together,
 }
 
 #[cfg(feature = "cuda")]
@@ -118,7 +122,7 @@ mod device {
 
     use super::{
         super::{
-            ffi::{Arguments, capability, function, queue},
+            ffi::{Arguments, Order, capability, function, queue},
             launch::Launch,
         },
         Starts,
@@ -150,7 +154,8 @@ mod device {
     pub(super) struct Queue {
         stream: Arc<CudaStream>,
         ready: Vec<Ready>,
-        overlapping: bool,
+        /// Of all but the first.
+        order: Order,
         graph: Option<Graph>,
     }
 
@@ -169,9 +174,8 @@ mod device {
             })
         }
 
-        /// Queues the kernel; `early` lets it begin before the one before it has ended.
-        fn start(&self, stream: sys::CUstream, early: bool) -> Result<()> {
-            queue(&self.function, &self.arguments, &self.launch, (stream, early))
+        fn start(&self, stream: sys::CUstream, order: Order) -> Result<()> {
+            queue(&self.function, &self.arguments, &self.launch, (stream, order))
         }
     }
 
@@ -250,10 +254,13 @@ mod device {
         ) -> Result<Self> {
             let ready = launches.iter().map(|launch| Ready::new(device, launch));
             let stream = device.cuda_stream();
-            let overlapping = starts.overlapping && capability(device)?.0 >= 9;
+            let early = starts == Starts::Overlapping && capability(device)?.0 >= 9;
+            let order = if early { Order::Early } else { Order::InTurn };
             let ready = ready.collect::<Result<Vec<Ready>>>()?;
-            let mut made = Self { stream, ready, overlapping, graph: None };
-            if starts.recorded {
+            let mut made = Self { stream, ready, order, graph: None };
+            if starts == Starts::Together {
+                made.order = Order::Together;
+            } else if starts != Starts::Single {
                 made.graph = made.recorded();
             }
             Ok(made)
@@ -273,10 +280,10 @@ mod device {
 
         fn start_each(&self, stream: sys::CUstream) -> Result<()> {
             self.stream.context().bind_to_thread().w()?;
-            self.ready
-                .iter()
-                .enumerate()
-                .try_for_each(|(i, ready)| ready.start(stream, self.overlapping && i > 0))
+            self.ready.iter().enumerate().try_for_each(|(i, ready)| {
+                let waits = i == 0 && self.order == Order::Early;
+                ready.start(stream, if waits { Order::InTurn } else { self.order })
+            })
         }
 
         pub(super) fn run(&self) -> Result<()> {

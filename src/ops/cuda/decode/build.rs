@@ -30,11 +30,11 @@ const ATTENTION_THREADS: usize = 128;
 const EMBED_THREADS: usize = 128;
 /// A matrix as it is stored, where a kernel of this file reads its type.
 pub(super) struct Stored {
-    bytes: u64,
-    format: Format,
+    pub(super) bytes: u64,
+    pub(super) format: Format,
     pub(super) outs: usize,
-    depth: usize,
-    bias: Option<u64>,
+    pub(super) depth: usize,
+    pub(super) bias: Option<u64>,
 }
 
 impl Stored {
@@ -43,7 +43,7 @@ impl Stored {
         Self::new(&matrix, bias)
     }
 
-    fn new(matrix: &StoredMatrix, bias: Option<&Tensor>) -> Option<Self> {
+    pub(super) fn new(matrix: &StoredMatrix, bias: Option<&Tensor>) -> Option<Self> {
         let (outs, depth) = matrix.dims();
         let format = matrix.format();
         let (bytes, scale) = (matrix.weights().ok()?.address, matrix.scale());
@@ -82,13 +82,13 @@ impl Stored {
     }
 
     /// All its bytes.
-    fn size(&self) -> usize {
+    pub(super) fn size(&self) -> usize {
         let (numbers, bytes) = self.format.block();
         self.outs * self.depth.checked_div(numbers).unwrap_or(0) * bytes
     }
 
     /// For the kernels of `kernels/decode_bytes.cuh`, with outputs of `rows` rows of weights each.
-    fn weights(&self, rows: usize) -> Weights {
+    pub(super) fn weights(&self, rows: usize) -> Weights {
         Weights {
             address: self.bytes,
             format: self.format,
@@ -99,13 +99,13 @@ impl Stored {
         }
     }
 
-    fn push(&self, args: &mut Args) {
+    pub(super) fn push(&self, args: &mut Args) {
         args.address(self.bytes).counts([self.number(), self.outs]);
     }
 }
 
 /// The row that a product multiplies.
-enum Input {
+pub(super) enum Input {
     /// The residual stream with a norm's weight.
     Normed(Tensor),
     /// bf16.
@@ -173,23 +173,23 @@ fn launch_bytes(kernel: String, split: &Split, args: Args) -> Launch {
 
 /// Buffers that every layer uses, and the launches so far.
 pub(super) struct Builder {
-    device: Device,
-    sizes: Sizes,
-    limits: Limits,
-    eps: f64,
-    state: Output,
-    x: Output,
-    query: Output,
+    pub(super) device: Device,
+    pub(super) sizes: Sizes,
+    pub(super) limits: Limits,
+    pub(super) eps: f64,
+    pub(super) state: Output,
+    pub(super) x: Output,
+    pub(super) query: Output,
     attended: Output,
-    inner: Output,
+    pub(super) inner: Output,
     partial: Output,
     stats: Output,
     arrived: Output,
-    logits: Readout,
+    pub(super) logits: Readout,
     launches: Vec<Launch>,
     /// Of weights, that each launch reads.
     bytes: Vec<usize>,
-    tensors: Vec<Tensor>,
+    pub(super) tensors: Vec<Tensor>,
     linears: Vec<PackedLinear>,
 }
 
@@ -228,16 +228,35 @@ impl Builder {
         mut self,
         model: &DecodeModel<'_>,
         starts: Starts,
+        whole: bool,
     ) -> Result<Option<DecodePlan>> {
         self.eps = model.eps;
-        let embeds = model.embedding.is_some_and(|embedding| self.embed(embedding).is_some());
-        let layers = model.layers.iter().try_for_each(|layer| self.layer(layer));
-        if layers.and_then(|()| self.head(model)).is_none() {
-            return Ok(None);
+        let whole = if whole { self.whole(model)? } else { None };
+        let embeds = match &whole {
+            Some(whole) => whole.embeds,
+            None => model.embedding.is_some_and(|embedding| self.embed(embedding).is_some()),
+        };
+        let is_whole = whole.is_some();
+        let mut buffers = Vec::new();
+        if let Some(whole) = whole {
+            self.push(whole.weight_bytes, whole.launch);
+            buffers.extend(whole.buffers);
+        } else {
+            let layers = model.layers.iter().try_for_each(|layer| self.layer(layer));
+            if layers.and_then(|()| self.head(model)).is_none() {
+                return Ok(None);
+            }
         }
+        let starts = if is_whole { Starts::Together } else { starts };
         let sequence = Sequence::new(&self.device, self.launches, starts)?;
-        let buffers =
-            vec![self.query, self.attended, self.inner, self.partial, self.stats, self.arrived];
+        buffers.extend([
+            self.query,
+            self.attended,
+            self.inner,
+            self.partial,
+            self.stats,
+            self.arrived,
+        ]);
         Ok(Some(DecodePlan {
             device: self.device,
             sequence,
@@ -246,6 +265,7 @@ impl Builder {
             logits: self.logits,
             capacity: self.sizes.capacity,
             embeds,
+            is_whole,
             half: self.sizes.head_dim >> 1,
             width: self.sizes.width,
             bytes: self.bytes,
@@ -292,13 +312,18 @@ impl Builder {
     }
 
     /// Keeps what is pointed to.
-    fn stored(&mut self, linear: &PackedLinear, outs: usize, depth: usize) -> Option<Stored> {
+    pub(super) fn stored(
+        &mut self,
+        linear: &PackedLinear,
+        outs: usize,
+        depth: usize,
+    ) -> Option<Stored> {
         let stored = Stored::of(linear)?;
         self.linears.push(linear.clone());
         (stored.outs == outs && stored.depth == depth).then_some(stored)
     }
 
-    fn norm(&mut self, weight: &Tensor) -> Option<Input> {
+    pub(super) fn norm(&mut self, weight: &Tensor) -> Option<Input> {
         let fits = matches!(weight.dtype(), DType::BF16 | DType::F32)
             && weight.dims() == [self.sizes.width]
             && weight.is_contiguous();
@@ -379,7 +404,7 @@ impl Builder {
     }
 
     /// Room for keys or values, where it is as the kernels need it.
-    fn cache<'a>(&self, side: &'a Tensor) -> Option<&'a Tensor> {
+    pub(super) fn cache<'a>(&self, side: &'a Tensor) -> Option<&'a Tensor> {
         let Sizes { kv_heads, head_dim, capacity, .. } = self.sizes;
         let fits = side.dtype() == DType::BF16
             && side.dims() == [1, capacity, kv_heads, head_dim]

@@ -4,8 +4,8 @@ use candle_core::{D, DType, Device, Result, Tensor};
 
 use super::{Suite, products::stored, rounded::rounded};
 use crate::ops::{
-    PackedLinear,
-    cuda::{DecodeLayer, DecodeModel, DecodePlan, DecodeToken, Format},
+    LinearWeight, PackedLinear,
+    cuda::{DecodeLayer, DecodeModel, DecodePlan, DecodeStarts, DecodeToken, Format},
 };
 
 /// The sizes and types of a decoder.
@@ -139,9 +139,16 @@ pub(super) fn check(suite: &mut Suite) {
             Ok((exact, plain?))
         });
         let orders = suite.orders.clone();
-        let kernels = orders.iter().map(|order| suite.on_kernels(*order, || decoder.by_kernels()));
-        let kernels = kernels.collect();
-        suite.judge("decode", &name, expected, kernels);
+        // By one kernel, where one fits, and by several.
+        for (starts, how) in
+            [(DecodeStarts::Whole, "by one kernel"), (DecodeStarts::Overlapping, "by kernels")]
+        {
+            let kernels =
+                orders.iter().map(|order| suite.on_kernels(*order, || decoder.by_kernels(starts)));
+            let kernels = kernels.collect();
+            let expected = expected.as_ref().map(Clone::clone).map_err(candle_core::Error::msg);
+            suite.judge("decode", &format!("{name}, {how}"), expected, kernels);
+        }
     }
 }
 
@@ -214,7 +221,8 @@ impl Decoder {
         });
         let layers = layers.collect();
         let norm = suite.random(&[width]);
-        let rows = (0..case.tokens).map(|_| suite.random(&[width])).collect();
+        let row = |_| suite.random(&[width]).to_dtype(DType::BF16)?.to_dtype(DType::F32);
+        let rows = (0..case.tokens).map(row).collect::<Result<_>>()?;
         let angles = (0..case.tokens).map(|_| suite.angles(1, d >> 1)).collect::<Result<_>>()?;
         Ok(Self {
             device,
@@ -231,7 +239,7 @@ impl Decoder {
     }
 
     /// Logits `[tokens, vocab]` of the kernels.
-    fn by_kernels(&self) -> Result<Tensor> {
+    fn by_kernels(&self, starts: DecodeStarts) -> Result<Tensor> {
         let near = |x: &Tensor| x.to_dtype(DType::BF16)?.to_device(&self.device);
         let [_, kv_heads, d] = self.heads;
         let room = |filled: &Tensor| -> Result<Tensor> {
@@ -266,18 +274,27 @@ impl Decoder {
                 cache: room.each_ref(),
             }
         });
+        // Rows come from the device where all products multiply bytes, and elsewhere from the host.
+        let rows = self.by_bytes.then(|| near(&Tensor::stack(&self.rows, 0)?)).transpose()?;
+        let embedding = rows.map(LinearWeight::Dense);
         let model = DecodeModel {
-            embedding: None,
+            embedding: embedding.as_ref(),
             layers: layers.collect(),
             norm: &norm,
             head: &self.head.linear,
             eps: EPS,
             heads: self.heads,
         };
-        let Some(mut plan) = DecodePlan::new(&model)? else {
+        let Some(mut plan) = DecodePlan::started(&model, starts)? else {
             candle_core::bail!("no kernel fits");
         };
         if self.by_bytes && super::super::ffi::limits(&self.device)?.is_hopper {
+            let one = starts == DecodeStarts::Whole
+                && matches!(d, 64 | 128)
+                && self.heads[0] <= 8 * kv_heads;
+            if plan.is_whole() != one {
+                candle_core::bail!("one kernel: {}, expected: {one}", plan.is_whole());
+            }
             let others = ["decode_qkv,", "decode_add,", "decode_gate_up,", "decode_logits,"];
             let parts = plan.parts()?;
             let other = parts.iter().find(|part| others.iter().any(|it| part.name.starts_with(it)));
@@ -285,15 +302,20 @@ impl Decoder {
                 candle_core::bail!("{} where bytes are to be multiplied", other.name);
             }
         }
+        self.write(&mut plan)
+    }
+
+    /// Logits `[tokens, vocab]` of all tokens.
+    fn write(&self, plan: &mut DecodePlan) -> Result<Tensor> {
         let mut logits = Vec::new();
         for (i, (row, angles)) in self.rows.iter().zip(&self.angles).enumerate() {
             let row = row.to_vec1::<f32>()?;
             let [cos, sin] = angles;
             let [cos, sin] = [cos, sin].map(|x| x.flatten_all()?.to_vec1::<f32>());
             let (cos, sin) = (cos?, sin?);
-            let past = self.past + i;
-            let token = DecodeToken { token: 0, row: Some(&row), past, angles: [&cos, &sin] };
-            logits.push(plan.logits(token)?);
+            let token = u32::try_from(i).map_err(candle_core::Error::wrap)?;
+            let (row, past) = ((!plan.embeds()).then_some(row.as_slice()), self.past + i);
+            logits.push(plan.logits(DecodeToken { token, row, past, angles: [&cos, &sin] })?);
         }
         let dims = (logits.len(), logits.first().map_or(0, Vec::len));
         Tensor::from_vec(logits.concat(), dims, &Device::Cpu)

@@ -1,0 +1,449 @@
+// One token through the language model as one kernel. Its blocks, one a multiprocessor, stay until the logits are
+// there and wait for each other between products. Weights depend on nothing, so half of a block's warps do nothing but
+// ask for them, in the order in which the other half multiplies them, each warp for one: through a ring in shared memory
+// that goes on from product to product (decode_whole.cuh). While blocks wait, convert the row or attend, memory is read.
+//
+// decode_whole_dD: embedding; for each layer: norm with queries, keys and values, attention (decode_whole_attention.cuh), the
+//   product after it, norm with gate and up, the product after these; norm and logits. Formats, arithmetic and sums of a unit are those of
+//   few_bytes.cuh; outputs end as in decode_bytes.cuh.
+// Grid: (multiprocessors, 1, 1), all of it running at a time; 512 threads. `ops/cuda/decode/whole.rs` computes places in shared
+// memory and what each product is.
+//
+// Measured (H200): a barrier of 132 blocks takes 1.0 us, with 14 KB that each reads after it 1.5 us. Rings with pieces
+// of 288 bytes read 4290 GB/s, of 144 3550; a copy moves 4241. A token of 7B in Q4_K takes 1.77 ms, one kernel after another 1.83 to
+// 1.85. Of a layer's 102,800 clock ticks 51,400 are products; the rest is waiting for the slowest block and for results
+// of others (32,700), rows (16,200, of which 5,000 at attention's end) and ends of products (4,800), more than rings can bridge.
+// Tried: 16 warps that ask for their own weights 2.19 ms (the copy engine makes whoever asks wait until it has room, so that each unit
+// took as long as memory took for all, even if it was there already); 12 warps and 4 that bring, with units of
+// 288 bytes a row 2.05 (a warp starts a copy every 80 ticks, so 4 are too few), of 576 1.99; 16 and 4 2.25 (attention has too few
+// registers); fewer copies under way, so that others wait less, gained nothing.
+#include "decode_whole_attention.cuh"
+
+#ifdef HAS_COUNTING_BARRIERS
+
+template <int D>
+struct Whole {
+  using Attention = WholeAttention<D>;
+  // What outputs of queries, keys and values end with.
+  struct Aid {
+    int row;  // the first of the pair
+    float cos, sin, bias[2];
+  };
+  const WholeArgs& args;
+  const WholeShare* shares;
+  uint64_t target;
+  int key_shares, keys_each;  // how keys are shared out
+  float factor;               // of scores, for powers of two
+
+  DEVICE explicit Whole(const WholeArgs& args)
+      : args(args), shares(reinterpret_cast<const WholeShare*>(shared_memory() + args.shares_at)) {
+    // Before this block has arrived anywhere, less than one launch's has been added.
+    const uint64_t all = uint64_t(5 * (args.count / 4) + 1) * uint64_t(grid_x());
+    target = grid_count(args.arrived) / all * all;
+    constexpr int EACH = 256, STEP = WHOLE_WARPS * Attention::KEYS;
+    const int length = int(args.state->past) + 1, wanted = (length + EACH - 1) / EACH;
+    const int most = wanted < Attention::SHARES ? wanted : Attention::SHARES;
+    keys_each = ((length + most - 1) / most + STEP - 1) / STEP * STEP;
+    key_shares = (length + keys_each - 1) / keys_each;
+    factor = float(args.scale * 1.4426950408889634);
+    WholeShare* own = reinterpret_cast<WholeShare*>(shared_memory() + args.shares_at);
+    for (int i = thread_index(); i < args.count; i += block_threads()) own[i] = share_of_block(args.products[i]);
+    if (warp() < WHOLE_WARPS && lane() == 0) WholeRing(args, warp()).start();
+    block_barrier();
+  }
+
+  DEVICE static WholeShare share_of_block(const WholeProduct& product) {
+    WholeShare to;
+    int64_t block = block_x();
+    to.which = 0;
+    while (to.which < 2 && block >= product.matrix[to.which].blocks) block -= product.matrix[to.which++].blocks;
+    const WholeMatrix& matrix = product.matrix[to.which];
+    to.kind = int(product.kind);
+    to.norm = product.norm;
+    to.norm_is_float = int(product.norm_is_float);
+    to.row = product.row;
+    to.bias = matrix.bias;
+    to.to = matrix.to;
+    to.cache[0] = product.matrix[1].to;
+    to.cache[1] = product.matrix[2].to;
+    to.all = int(matrix.outs);
+    to.format = int(matrix.format);
+    to.pairs = product.kind == WHOLE_QKV || product.kind == WHOLE_GATE_UP;
+    to.head_mask = product.kind == WHOLE_QKV ? -(D / 2) : 0;
+    Share share = {0, 0};
+    if (block < matrix.blocks) share = ::share_of(matrix.outs, block, matrix.blocks);
+    to.first = share.first;
+    to.outs = share.outs;
+    with_whole_format(to.format, [&](auto format) {
+      using Format = decltype(format);
+      to.blocks = int(product.depth / 256);
+      to.row_bytes = uint32_t(to.blocks) * Format::Row::BYTES;
+      to.unit_bytes = Format::STEP;
+      to.units = (to.blocks + Format::BLOCKS - 1) / Format::BLOCKS;
+      to.copied = Format::COPIED;
+      to.last_copied = to.blocks % Format::BLOCKS ? Format::LAST : Format::COPIED;
+      to.second_at = Format::SECOND;
+      to.pair = Format::PAIR;
+    });
+    to.rows = matrix.bytes;
+    to.second = product.kind == WHOLE_QKV ? matrix.bytes + uint64_t(D / 2) * to.row_bytes : matrix.second;
+    const int most = to.pairs ? 8 : 16;
+    to.tiles = (to.outs + most - 1) / most;
+    // Tiles of about the same size, so that the warps read about as much.
+    to.tile_outs = to.tiles ? (to.outs + to.tiles - 1) / to.tiles : 1;
+    to.per_warp = (to.tiles * to.units + WHOLE_WARPS - 1) / WHOLE_WARPS;
+    if (to.per_warp == 0) to.per_warp = 1;
+    to.sharers = (to.units + to.per_warp - 2) / to.per_warp + 1;
+    to.by_tile_outs = reciprocal(to.tile_outs);
+    to.by_per_warp = reciprocal(to.per_warp);
+    return to;
+  }
+
+  // Barriers of all blocks, in two halves: what comes between does not depend on other blocks.
+  DEVICE void arrive() {
+    whole_barrier();
+    target += uint64_t(grid_x());
+    if (thread_index() == 0) grid_arrive(args.arrived);
+  }
+  DEVICE void wait() const {
+    if (thread_index() == 0) grid_wait(args.arrived, target);
+    whole_barrier();
+  }
+
+  DEVICE void embed() const {
+    const int chunk = int(block_x()) * WHOLE_THREADS + thread_index();
+    if (8 * int64_t(chunk) >= args.width) return;
+    embed_chunk(args.embedding, args.state->token, args.width, chunk, args.x);
+  }
+
+  DEVICE float* scratch() const { return reinterpret_cast<float*>(shared_memory() + args.scratch_at); }
+
+  // Places the row: the residual stream with the weight of a norm whose factor comes later.
+  template <class Row>
+  DEVICE void prepare_normed(const WholeShare& share) const {
+    constexpr int TOGETHER = 2;
+    const NormArgs norm{args.x, share.norm, share.norm_is_float, args.eps, args.width, args.scratch_at};
+    NormedRow source(norm);
+    // The first weights are asked for before x is there.
+    typename NormedRow::Held held[TOGETHER];
+    UNROLL
+    for (int i = 0; i < TOGETHER; ++i) source.load_weight(held[i], i * WHOLE_THREADS + thread_index());
+    wait();
+    const int chunks = 32 * share.blocks;
+    for (int base = 0; base < chunks; base += TOGETHER * WHOLE_THREADS) {
+      UNROLL
+      for (int i = 0; i < TOGETHER; ++i) {
+        const int chunk = base + i * WHOLE_THREADS + thread_index();
+        if (base > 0) source.load_weight(held[i], chunk);
+        source.load_x(held[i], chunk);
+      }
+      UNROLL
+      for (int i = 0; i < TOGETHER; ++i) {
+        const int chunk = base + i * WHOLE_THREADS + thread_index();
+        float numbers[8];
+        source.widen(held[i], chunk, numbers);
+        place_row_bytes<Row>(shared_memory(), numbers, chunk, chunk < chunks);
+      }
+    }
+    const float sum = sum_lanes(source.squares, 32);
+    if (lane() == 0) scratch()[warp()] = sum;
+  }
+
+  // Places the row: numbers of bf16.
+  template <class Row>
+  DEVICE void prepare_plain(const WholeShare& share) const {
+    constexpr int TOGETHER = 5;
+    const PlainRows source{share.row, 256 * int64_t(share.blocks), 1};
+    wait();
+    const int chunks = 32 * share.blocks;
+    for (int base = 0; base < chunks; base += TOGETHER * WHOLE_THREADS) {
+      PlainRows::Held held[TOGETHER];
+      UNROLL
+      for (int i = 0; i < TOGETHER; ++i) held[i] = source.load(0, base + i * WHOLE_THREADS + thread_index());
+      UNROLL
+      for (int i = 0; i < TOGETHER; ++i) {
+        const int chunk = base + i * WHOLE_THREADS + thread_index();
+        if (base + i * WHOLE_THREADS >= chunks) break;
+        float numbers[8];
+        source.widen(held[i], chunk, numbers);
+        place_row_bytes<Row>(shared_memory(), numbers, chunk, chunk < chunks);
+      }
+    }
+  }
+
+  // Places the row: what attention's shares come to.
+  template <class Row>
+  DEVICE void prepare_attended(const WholeShare& share) const {
+    constexpr int SHARES = Attention::SHARES, TOGETHER = 4;
+    float* parts = reinterpret_cast<float*>(shared_memory() + args.sums_at);  // [query head][SHARES]
+    const int chunks = 32 * share.blocks, group = int(args.group), heads = group * int(args.key_heads);
+    wait();
+    for (int base = 0; base < chunks; base += WHOLE_THREADS) {
+      const int chunk = base + thread_index(), query = chunk / (D / 8), head = query / group;
+      const int64_t place = int64_t(head) * SHARES * WHOLE_GROUP + query - head * group;
+      const float* from = args.partial + place * D + 8 * (chunk % (D / 8));
+      Words held[TOGETHER][2];
+      auto load = [&](int first) {
+        UNROLL
+        for (int i = 0; i < TOGETHER; ++i) {
+          UNROLL
+          for (int half = 0; half < 2; ++half) {
+            held[i][half] = {{0, 0, 0, 0}};
+            if (chunk >= chunks || first + i >= key_shares) continue;
+            held[i][half] = load_words_fresh(from + int64_t(first + i) * WHOLE_GROUP * D + 4 * half);
+          }
+        }
+      };
+      load(0);
+      if (base == 0) {
+        for (int i = thread_index(); i < heads; i += WHOLE_THREADS) weigh_shares(parts + i * SHARES, i / group, i % group);
+        whole_barrier();
+      }
+      const float* by = parts + query * SHARES;
+      float numbers[8] = {0, 0, 0, 0, 0, 0, 0, 0};
+      for (int first = 0; first < key_shares; first += TOGETHER) {
+        if (first > 0) load(first);
+        UNROLL
+        for (int i = 0; i < TOGETHER; ++i) {
+          const float own = chunk < chunks ? by[first + i] : 0.0f;
+          UNROLL
+          for (int j = 0; j < 8; ++j) numbers[j] += own * bits_to_float(held[i][j / 4].at[j % 4]);
+        }
+      }
+      place_row_bytes<Row>(shared_memory(), numbers, chunk, chunk < chunks);
+    }
+  }
+
+  // What each share's sums of a query count for; 0 beyond the shares.
+  DEVICE void weigh_shares(float* to, int head, int row) const {
+    constexpr int SHARES = Attention::SHARES;
+    const float* stats = args.stats + 2 * (int64_t(head) * SHARES * WHOLE_GROUP + row);
+    float maximum[SHARES], sum[SHARES], largest = -INFINITY, total = 0.0f;
+    UNROLL
+    for (int i = 0; i < SHARES; ++i) {
+      maximum[i] = i < key_shares ? load_fresh(stats + 2 * i * WHOLE_GROUP) : -INFINITY;
+      sum[i] = i < key_shares ? load_fresh(stats + 2 * i * WHOLE_GROUP + 1) : 0.0f;
+      largest = fmaxf(largest, maximum[i]);
+    }
+    UNROLL
+    for (int i = 0; i < SHARES; ++i) {
+      maximum[i] = Attention::part(maximum[i], largest, factor);
+      total += maximum[i] * sum[i];
+    }
+    UNROLL
+    for (int i = 0; i < SHARES; ++i) to[i] = maximum[i] / total;
+  }
+
+  // This warp's units of a product.
+  template <class Format>
+  DEVICE void multiply(WholeRing& ring, const WholeShare& share) const {
+    using Row = typename Format::Row;
+    const int g = lane() >> 2, t = lane() & 3;
+    const unsigned char* x = shared_memory();
+    float* sums_at = reinterpret_cast<float*>(shared_memory() + args.sums_at);
+    const typename Row::Columns columns = Row::columns(x, g, t);
+    const int units = share.units, blocks = share.blocks, from = share.from(warp());
+    int left = share.left(warp()), tile = from / units, unit = from - tile * units;
+    float sums[1][2] = {{0.0f, 0.0f}};
+    uint32_t offset[2] = {0, 0};  // of a tile's weights
+    auto aim = [&] {
+      UNROLL
+      for (int i = 0; i < 2 && Format::STEP % 16; ++i) {
+        offset[i] = uint32_t(reinterpret_cast<uintptr_t>(share.weights(tile, 8 * i + g)));
+      }
+    };
+    if (left > 0) aim();
+    while (left > 0) {
+      const unsigned char* slot = ring.take();
+      const uint8_t* rows[2];
+      UNROLL
+      for (int i = 0; i < 2; ++i) {
+        rows[i] = slot + (4 * i + g / 2) * Format::PAIR + g % 2 * Format::SECOND;
+        if (Format::STEP % 16) rows[i] += (offset[i] + uint32_t(unit * Format::STEP)) & 15;
+      }
+      const int block = unit * Format::BLOCKS;
+      Format::multiply(sums, rows, x, columns, block, blocks - block, t);
+      ring.give_back();
+      --left;
+      ++unit;
+      if (unit < units && left > 0) continue;
+      const int sharer = warp() - quotient(tile * units, share.by_per_warp);
+      UNROLL
+      for (int half = 0; half < 2; ++half) {
+        const float sum = sum_lanes(sums[0][half], 4);
+        if (t == 0) sums_at[(tile * share.sharers + sharer) * 16 + 8 * half + g] = sum;
+        sums[0][half] = 0.0f;
+      }
+      unit = 0;
+      ++tile;
+      if (left > 0) aim();
+    }
+  }
+
+  DEVICE Aid aid_of(const WholeShare& share, int out) const {
+    const float* angles = decode_angles(args.state);
+    const int row = share.row_of(out), pair = row & (D - 1);
+    Aid aid = {row, 1.0f, 0.0f, {0.0f, 0.0f}};
+    if (share.which < 2) {
+      aid.cos = angles[pair];
+      aid.sin = angles[D / 2 + pair];
+    }
+    if (share.bias) {
+      aid.bias[0] = to_float(share.bias[row]);
+      aid.bias[1] = to_float(share.bias[row + D / 2]);
+    }
+    return aid;
+  }
+
+  // The sums of an output and, of a pair, of the other one.
+  DEVICE void output(const WholeShare& share, int out, float& sum, float& second) const {
+    constexpr int TOGETHER = 4;
+    const float* sums_at = reinterpret_cast<const float*>(shared_memory() + args.sums_at);
+    const int tile = quotient(out, share.by_tile_outs), at = out - tile * share.tile_outs;
+    const int begin = tile * share.units, end = begin + share.units;
+    const int sharers = quotient(end - 1, share.by_per_warp) - quotient(begin, share.by_per_warp) + 1;
+    const float* own = sums_at + tile * share.sharers * 16 + at;
+    sum = second = 0.0f;
+    for (int base = 0; base < sharers; base += TOGETHER) {
+      UNROLL
+      for (int i = 0; i < TOGETHER; ++i) {
+        if (base + i >= sharers) break;
+        sum += own[16 * (base + i)];
+        if (share.pairs) second += own[16 * (base + i) + 8];
+      }
+    }
+  }
+
+  // After a norm, in any thread.
+  DEVICE float norm_factor() const {
+    float sum = 0.0f;
+    UNROLL
+    for (int i = 0; i < WHOLE_WARPS; ++i) sum += scratch()[i];
+    return inverse_root(sum / float(args.width) + float(args.eps));
+  }
+
+  DEVICE void finish_qkv(const WholeShare& share, const Aid& held) const {
+    const float by = norm_factor();
+    bf16* to = share.to + (share.which == 0 ? 0 : args.state->past * 2 * share.all);
+    for (int out = thread_index(); out < share.outs; out += WHOLE_THREADS) {
+      const Aid aid = out == thread_index() ? held : aid_of(share, out);
+      float sum, second;
+      output(share, out, sum, second);
+      const float a = sum * by + aid.bias[0], b = second * by + aid.bias[1];
+      to[aid.row] = from_float<bf16>(a * aid.cos - b * aid.sin);
+      to[aid.row + D / 2] = from_float<bf16>(b * aid.cos + a * aid.sin);
+    }
+  }
+  DEVICE void finish_add(const WholeShare& share, float held) const {
+    float* x = args.x + share.first;
+    for (int out = thread_index(); out < share.outs; out += WHOLE_THREADS) {
+      float sum, second;
+      output(share, out, sum, second);
+      x[out] = (out == thread_index() ? held : load_fresh(x + out)) + sum;
+    }
+  }
+  DEVICE void finish_gate_up(const WholeShare& share) const {
+    const float by = norm_factor();
+    bf16* to = share.to + share.first;
+    for (int out = thread_index(); out < share.outs; out += WHOLE_THREADS) {
+      float gate, up;
+      output(share, out, gate, up);
+      gate *= by;
+      to[out] = from_float<bf16>(gate * sigmoid(gate) * (up * by));
+    }
+  }
+  DEVICE void finish_logits(const WholeShare& share) const {
+    const float by = norm_factor();
+    for (int out = thread_index(); out < share.outs; out += WHOLE_THREADS) {
+      float sum, second;
+      output(share, out, sum, second);
+      args.logits[share.first + out] = sum * by;
+    }
+  }
+
+  template <class Format>
+  DEVICE void run(WholeRing& ring, const WholeShare& share) const {
+    using Row = typename Format::Row;
+    const int kind = share.kind, own = thread_index() < share.outs ? thread_index() : 0;
+    if (kind == WHOLE_DOWN) {
+      prepare_plain<Row>(share);
+    } else if (kind == WHOLE_ATTENDED) {
+      prepare_attended<Row>(share);
+    } else {
+      prepare_normed<Row>(share);
+    }
+    // What this thread's first output ends with is asked for early.
+    Aid aid = {0, 1.0f, 0.0f, {0.0f, 0.0f}};
+    float held = 0.0f;
+    const bool adds = kind == WHOLE_DOWN || kind == WHOLE_ATTENDED;
+    if (kind == WHOLE_QKV && share.outs > 0) aid = aid_of(share, own);
+    if (adds && share.outs > 0) held = load_fresh(args.x + share.first + own);
+    whole_barrier();
+    multiply<Format>(ring, share);
+    whole_barrier();
+    if (kind == WHOLE_QKV) return finish_qkv(share, aid);
+    if (adds) return finish_add(share, held);
+    if (kind == WHOLE_GATE_UP) return finish_gate_up(share);
+    finish_logits(share);
+  }
+
+  // From queries, keys and values that this block has written to all of attention's shares.
+  DEVICE void attend(const WholeShare& qkv) {
+    const int heads = int(args.key_heads), items = heads * key_shares;
+    const int length = int(args.state->past) + 1;
+    arrive();
+    wait();
+    Attention attention{args, qkv.cache[0], qkv.cache[1], 0};
+    typename Attention::Tile tile[2];
+    for (int item = int(block_x()); item < items; item += int(grid_x())) {
+      const int share = item / heads, end_of_share = (share + 1) * keys_each;
+      const int end = end_of_share < length ? end_of_share : length;
+      attention.head = item - share * heads;
+      Words query[Attention::CHUNKS];
+      attention.load_query(query);
+      AttentionSums<D> own;
+      own.clear();
+      constexpr int STEP = WHOLE_WARPS * Attention::KEYS;
+      for (int start = share * keys_each + Attention::KEYS * warp(); start < end; start += 2 * STEP) {
+        // Two tiles are on their way at a time.
+        attention.load(tile[0], start, end);
+        attention.load(tile[1], start + STEP, end);
+        attention.add(own, tile[0], query, start, end, factor);
+        if (start + STEP < end) attention.add(own, tile[1], query, start + STEP, end, factor);
+      }
+      own.finish();
+      attention.leave(own);
+      whole_barrier();
+      attention.join(share, factor);
+      whole_barrier();
+    }
+  }
+
+  DEVICE void token() {
+    if (warp() >= WHOLE_WARPS) {
+#ifdef HAS_GROUP_PRODUCTS
+      registers_give<40>();
+#endif
+      return bring_weights<D>(args, shares, warp() - WHOLE_WARPS);
+    }
+#ifdef HAS_GROUP_PRODUCTS
+    registers_take<216>();
+#endif
+    WholeRing ring(args, warp());
+    if (args.embedding.bytes) embed();
+    arrive();
+    NO_UNROLL
+    for (int i = 0; i < args.count; ++i) {
+      const WholeShare& share = shares[i];
+      with_whole_format(share.format, [&](auto format) { run<decltype(format)>(ring, share); });
+      if (share.kind == WHOLE_LOGITS) return;
+      if (share.kind == WHOLE_QKV) attend(share);
+      arrive();
+    }
+  }
+};
+
+KERNEL(decode_whole_d64, WholeArgs, 512, 1) { Whole<64>(args).token(); }
+KERNEL(decode_whole_d128, WholeArgs, 512, 1) { Whole<128>(args).token(); }
+
+#endif

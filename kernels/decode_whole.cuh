@@ -1,0 +1,242 @@
+// What decode_whole.cu computes and how weights come: products, a block's shares of them, formats, rings.
+#pragma once
+#include "decode_bytes.cuh"
+
+#ifdef HAS_COUNTING_BARRIERS
+
+// A matrix of a product.
+struct WholeMatrix {
+  const uint8_t* bytes;
+  const uint8_t* second;  // of `up`, beside a gate
+  const bf16* bias;       // [rows], or null
+  bf16* to;               // queries [heads][D], the cache's keys or values [token][key heads][D], gated [outs]
+  int64_t outs;           // outputs; of queries, keys and values pairs of them
+  int64_t format;         // 0 q4_k, 1 q6_k, 2 q8_0
+  int64_t blocks;         // that share it
+};
+
+// What is multiplied, and what follows: queries, keys and values; attention, added to the residual stream; gate and up;
+// these, added; logits.
+constexpr int WHOLE_QKV = 0, WHOLE_ATTENDED = 1, WHOLE_GATE_UP = 2, WHOLE_DOWN = 3, WHOLE_LOGITS = 4;
+
+struct WholeProduct {
+  int64_t kind, depth;
+  const void* norm;       // [depth] in bf16 or float32, of the residual stream; or null
+  int64_t norm_is_float;
+  const bf16* row;        // [depth] of WHOLE_DOWN
+  WholeMatrix matrix[3];  // of queries, keys and values; otherwise the first
+};
+
+struct WholeArgs {
+  const WholeProduct* products;
+  int64_t count;          // of products
+  const DecodeState* state;
+  StoredRows embedding;   // no bytes: the host has written the row to x
+  float* x;               // the residual stream [width]
+  int64_t width;
+  double eps;
+  float* logits;
+  uint64_t* arrived;      // of blocks at barriers, a multiple of all of a launch between launches
+  const bf16* query;      // [heads][D]
+  float* partial;         // of attention [key heads][SHARES][8][D]
+  float* stats;           // [key heads][SHARES][8][maximum, sum]
+  int64_t group, key_heads;  // query heads that share a key head, at most 8
+  double scale;           // of scores, positive
+  // Places in shared memory; the row, or what warps have attended to, is at the start.
+  int64_t scratch_at, sums_at, shares_at, barriers_at, rings_at;
+  int64_t slot_bytes, slots;  // of a warp's ring
+};
+
+constexpr int WHOLE_WARPS = 8, WHOLE_THREADS = 32 * WHOLE_WARPS;  // that multiply; as many bring weights
+constexpr int WHOLE_SLOTS_MAX = 8;
+constexpr int WHOLE_GROUP = 8;
+
+DEVICE void whole_barrier() { named_barrier(1, WHOLE_THREADS); }
+
+// Quotients of numbers below 2^15 by a number d below 2^15.
+DEVICE uint32_t reciprocal(int d) { return (0x80000000u + uint32_t(d) - 1) / uint32_t(d); }
+DEVICE int quotient(int x, uint32_t reciprocal) { return int(uint64_t(uint32_t(x)) * reciprocal >> 31); }
+
+// A block's share of a product; computed once.
+struct WholeShare {
+  const uint8_t *rows, *second;  // rows of outputs, and of pairs the other ones
+  const void* norm;
+  const bf16 *row, *bias;
+  bf16 *to, *cache[2];
+  uint32_t row_bytes, unit_bytes, by_tile_outs, by_per_warp;
+  int copied, last_copied, second_at, pair;  // bytes of a row of a unit, and of the last one of a tile; see the formats
+  int first, outs, head_mask, all;  // all: outputs of the matrix
+  int kind, format, which, pairs, norm_is_float;
+  int blocks, units, tiles, tile_outs, per_warp, sharers;  // blocks of a row, units of a tile
+
+  // Which row of the matrix an output of the block is. Of pairs of a head the first half are rows.
+  DEVICE int row_of(int out) const {
+    const int at = first + out;
+    return at + (at & head_mask);
+  }
+  // The first byte of the weights of row `at` of 16 of a tile, whose rows beyond the outputs repeat the last one.
+  DEVICE const uint8_t* weights(int tile, int at) const {
+    const int own = pairs ? at & 7 : at;
+    int out = tile_outs * tile + (own < tile_outs ? own : tile_outs - 1);
+    out = out < outs ? out : outs - 1;
+    return (pairs && at >= 8 ? second : rows) + uint64_t(row_of(out)) * row_bytes;
+  }
+  // A warp's units: the first, and how many.
+  DEVICE int from(int warp) const { return warp * per_warp; }
+  DEVICE int left(int warp) const {
+    const int end = from(warp) + per_warp, all_units = tiles * units;
+    return (end < all_units ? end : all_units) - from(warp);
+  }
+};
+// `ops/cuda/decode/whole.rs` leaves room for as many bytes.
+static_assert(sizeof(WholeShare) == 160, "a share has another size");
+
+// Formats. BLOCKS: of 256 numbers that a unit of 16 rows is deep. COPIED: bytes of a row of it, LAST: of the last one of
+// a tile where it has one block less, STEP: from unit to unit. Rows lie in pairs, PAIR bytes from one to the next, the
+// second SECOND bytes after the first.
+struct WholeQ4K {
+  using Row = BytesQ4K;
+  // So eight lanes that load 16 bytes each of two rows find them in different banks.
+  static constexpr int BLOCKS = 2, COPIED = 288, LAST = 144, STEP = 288, SECOND = 320, PAIR = 608;
+  DEVICE static void multiply(float (&sums)[1][2], const uint8_t* const (&rows)[2], const unsigned char* x,
+                              const Row::Columns& columns, int block, int count, int t) {
+    Row::Raw raw[BLOCKS];
+    load(raw[0], rows, 0, t);
+    if (count > 1) {  // both at once
+      load(raw[1], rows, 144, t);
+      Row::multiply<1>(sums, raw[0], x, columns, block, 0, t);
+      Row::multiply<1>(sums, raw[1], x, columns, block + 1, 0, t);
+    } else {
+      Row::multiply<1>(sums, raw[0], x, columns, block, 0, t);
+    }
+  }
+  DEVICE static void load(Row::Raw& raw, const uint8_t* const (&rows)[2], int offset, int t) {
+    UNROLL
+    for (int row = 0; row < 2; ++row) {
+      raw.head[row] = load_words(rows[row] + offset);
+      raw.quants[row][0] = load_words(rows[row] + offset + 16 + 16 * t);
+      raw.quants[row][1] = load_words(rows[row] + offset + 80 + 16 * t);
+    }
+  }
+};
+struct WholeQ6K {
+  using Row = BytesQ6K;
+  // From the 16 bytes on in which a block begins.
+  static constexpr int BLOCKS = 1, COPIED = 224, LAST = 224, STEP = 210, SECOND = 224, PAIR = 448;
+  DEVICE static void multiply(float (&sums)[1][2], const uint8_t* const (&rows)[2], const unsigned char* x,
+                              const Row::Columns& columns, int block, int, int t) {
+    if (block & 1) return Row::one<true, 1>(sums, rows, x, columns, block, 0, t);
+    Row::one<false, 1>(sums, rows, x, columns, block, 0, t);
+  }
+};
+struct WholeQ8_0 {
+  using Row = BytesQ8_0;
+  static constexpr int BLOCKS = 1, COPIED = 272, LAST = 272, STEP = 272, SECOND = 272, PAIR = 544;
+  DEVICE static void multiply(float (&sums)[1][2], const uint8_t* const (&rows)[2], const unsigned char* x,
+                              const Row::Columns& columns, int block, int, int t) {
+    Row::multiply<1>(sums, rows, x, columns, block, 0, t);
+  }
+};
+
+template <class Work>
+DEVICE void with_whole_format(int64_t format, const Work& work) {
+  if (format == 0) return work(WholeQ4K());
+  if (format == 1) return work(WholeQ6K());
+  work(WholeQ8_0());
+}
+
+// A warp's weights on their way: places in shared memory, each with a barrier that ends when the weights are there and one
+// that ends when they are multiplied.
+struct WholeRing {
+  unsigned char* slots;
+  CountingBarrier *full, *empty;
+  int slot_bytes, count, slot;
+  int parity;
+
+  DEVICE WholeRing(const WholeArgs& args, int warp) : slot_bytes(int(args.slot_bytes)), count(int(args.slots)) {
+    full = reinterpret_cast<CountingBarrier*>(shared_memory() + args.barriers_at) + 2 * WHOLE_SLOTS_MAX * warp;
+    empty = full + WHOLE_SLOTS_MAX;
+    slots = shared_memory() + args.rings_at + warp * count * slot_bytes;
+    slot = parity = 0;
+  }
+  DEVICE void start() const {
+    for (int i = 0; i < count; ++i) {
+      barrier_start(full + i, 1);
+      barrier_start(empty + i, 1);
+    }
+    barriers_started();
+  }
+  DEVICE unsigned char* at() const { return slots + slot * slot_bytes; }
+  DEVICE void advance() {
+    slot = slot + 1 == count ? 0 : slot + 1;
+    if (slot == 0) parity ^= 1;
+  }
+  // The oldest unit, when it is there.
+  DEVICE const unsigned char* take() const {
+    barrier_wait(full + slot, parity);
+    return at();
+  }
+  // After all lanes have read it.
+  DEVICE void give_back() {
+    warp_barrier();
+    if (lane() == 0) barrier_arrive(empty + slot);
+    advance();
+  }
+};
+
+// Asks for keys and values of earlier tokens, which have left the cache of the second level since the last token. When they are
+// attended to, the memory is busy with weights.
+template <int D>
+DEVICE void bring_keys(const WholeArgs& args, const WholeShare& qkv, int which) {
+  constexpr int LINE = 64;  // numbers of 128 bytes
+  const int64_t lines = args.state->past * args.key_heads * D / LINE;
+  const int64_t own = (block_x() * WHOLE_WARPS + which) * 32 + lane(), all = grid_x() * WHOLE_THREADS;
+  for (int64_t line = own; line < 2 * lines; line += all) {
+    prefetch(line < lines ? qkv.cache[0] + line * LINE : qkv.cache[1] + (line - lines) * LINE);
+  }
+}
+
+// Brings a unit's rows to `to`; for one thread, of which the compiler knows that it is one: for several lanes it makes a loop over them
+// of each copy.
+DEVICE void bring_unit(const WholeShare& share, unsigned char* to, CountingBarrier* came, int tile, int unit) {
+  const int bytes = unit + 1 < share.units ? share.copied : share.last_copied;
+  const int pair = share.pair, second_at = share.second_at, mask = share.head_mask, pairs = share.pairs;
+  const int outs_left = share.outs - tile * share.tile_outs, first = share.first + tile * share.tile_outs;
+  const int last = (outs_left < share.tile_outs ? outs_left : share.tile_outs) - 1;
+  const uint32_t row_bytes = share.row_bytes, start = uint32_t(unit) * share.unit_bytes;
+  const uint8_t* rows[2] = {share.rows + start, (pairs ? share.second : share.rows) + start};
+  barrier_arrive_expecting(came, 16 * bytes);
+  UNROLL
+  for (int at = 0; at < 16; ++at) {
+    // A tile's rows beyond the outputs repeat the last one.
+    const int own = pairs ? at & 7 : at, out = first + (own < last ? own : last);
+    const uint8_t* row = rows[at / 8] + uint64_t(uint32_t(out + (out & mask))) * row_bytes;
+    row -= reinterpret_cast<uintptr_t>(row) & 15;
+    copy_row(to + at / 2 * pair + at % 2 * second_at, row, bytes, came);
+  }
+}
+
+// Brings the weights of all products for a warp that multiplies.
+template <int D>
+DEVICE void bring_weights(const WholeArgs& args, const WholeShare* shares, int for_warp) {
+  WholeRing ring(args, for_warp);
+  for (int product = 0; product < args.count; ++product) {
+    const WholeShare& share = shares[product];
+    const int units = share.units, left = share.left(for_warp);
+    int tile = share.from(for_warp) / units, unit = share.from(for_warp) - tile * units;
+    for (int i = 0; i < left; ++i) {
+      if (elected()) {  // others must not wait: they could come late and miss a phase
+        barrier_wait(ring.empty + ring.slot, ring.parity ^ 1);
+        bring_unit(share, ring.at(), ring.full + ring.slot, tile, unit);
+      }
+      warp_barrier();
+      ring.advance();
+      if (++unit < units) continue;
+      unit = 0;
+      ++tile;
+    }
+    if (share.kind == WHOLE_QKV) bring_keys<D>(args, share, for_warp);
+  }
+}
+
+#endif

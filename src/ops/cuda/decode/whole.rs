@@ -1,0 +1,368 @@
+//! A token's pass as one kernel: `kernels/decode_whole.cu`. Its blocks, one a multiprocessor, wait for each other
+//! between products, and weights are asked for across the ends of products.
+
+use candle_core::{DType, Result, Tensor};
+
+use super::{
+    super::{
+        few::Split,
+        ffi::{Limits, Output, address},
+        launch::{Args, Launch},
+        linear::Format,
+    },
+    DecodeLayer, DecodeModel, Sizes,
+    build::{Builder, Stored},
+};
+use crate::ops::PackedLinear;
+
+/// Warps that multiply; as many bring weights.
+const WARPS: usize = 8;
+const THREADS: usize = 2 * 32 * WARPS;
+/// The most query heads that share a key head, and the most shares of keys.
+const GROUP: usize = 8;
+const SHARES: usize = 8;
+/// Depth of a block of weights, and outputs of a tile.
+const PIECE: usize = 256;
+const TILE: usize = 16;
+/// Bytes of a `WholeShare`, of a norm's sums, and of a warp's barriers.
+const SHARE_BYTES: usize = 160;
+const SCRATCH: usize = 128;
+const BARRIERS: usize = 128;
+/// Where copies of the machine end.
+const ALIGNMENT: usize = 128;
+/// Places of a warp's ring.
+const SLOTS: std::ops::RangeInclusive<usize> = 2..=8;
+/// Matrices of a product.
+const MATRICES: usize = 3;
+
+/// The launch, and what it needs.
+pub(super) struct Whole {
+    pub(super) launch: Launch,
+    pub(super) embeds: bool,
+    pub(super) weight_bytes: usize,
+    pub(super) buffers: Vec<Output>,
+}
+
+/// How a format is multiplied.
+struct Unit {
+    /// Blocks of 256 numbers.
+    blocks: usize,
+    /// Bytes of it in a ring.
+    bytes: usize,
+    /// Bytes that hold 256 numbers of the row that is multiplied.
+    x_bytes: usize,
+}
+
+impl Unit {
+    fn of(format: Format) -> Option<Self> {
+        let (blocks, bytes, x_bytes) = match format {
+            Format::Q4K => (2, 8 * 608, 576),
+            Format::Q6K => (1, TILE * 224, 640),
+            Format::Q8_0 => (1, TILE * 272, 576),
+            Format::Q5K | Format::F8E4M3 | Format::Bf16 => return None,
+        };
+        Some(Self { blocks, bytes, x_bytes })
+    }
+}
+
+/// What follows a product's sums.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Kind {
+    Qkv,
+    Attended,
+    GateUp,
+    Down,
+    Logits,
+}
+
+/// A matrix of a product, as `WholeMatrix`.
+struct Part {
+    stored: Stored,
+    /// Of `up`.
+    second: u64,
+    to: u64,
+    /// Outputs, or pairs of them.
+    outs: usize,
+    blocks: usize,
+}
+
+/// The row that a product multiplies.
+enum Row<'a> {
+    /// The residual stream with a norm's weight.
+    Normed(&'a Tensor),
+    /// What attention comes to.
+    Attended,
+    /// bf16.
+    Plain(u64),
+}
+
+/// A product of all blocks, as `WholeProduct`.
+struct Product<'a> {
+    kind: Kind,
+    row: Row<'a>,
+    parts: Vec<Part>,
+}
+
+impl Product<'_> {
+    fn depth(&self) -> usize {
+        self.parts.first().map_or(0, |part| part.stored.depth)
+    }
+
+    /// Whether the kernel takes it.
+    fn fits(&self, width: usize) -> bool {
+        let depth = self.depth();
+        let suits = |part: &Part| {
+            // Rows of Q6_K start at multiples of four bytes.
+            let whole = if part.stored.format == Format::Q6K { 2 * PIECE } else { PIECE };
+            let biased = part.stored.bias.is_some();
+            Unit::of(part.stored.format).is_some()
+                && part.stored.depth == depth
+                && depth.is_multiple_of(whole)
+                && (!biased || self.kind == Kind::Qkv)
+                && part.blocks > 0
+                && u32::try_from((part.blocks + 1) * part.outs).is_ok()
+                && u32::try_from(part.stored.size()).is_ok()
+        };
+        let normed = matches!(self.row, Row::Normed(_));
+        depth > 0 && self.parts.iter().all(suits) && (!normed || depth == width)
+    }
+
+    /// Shared memory of the sums of the largest share.
+    fn sums_bytes(&self) -> usize {
+        let of = |part: &Part| {
+            let pairs = matches!(self.kind, Kind::Qkv | Kind::GateUp);
+            let tile = if pairs { TILE >> 1 } else { TILE };
+            let blocks = Unit::of(part.stored.format).map_or(1, |unit| unit.blocks);
+            let units = self.depth().div_ceil(PIECE).div_ceil(blocks);
+            let of_outs = |outs: usize| {
+                let tiles = outs.div_ceil(tile);
+                let per_warp = (tiles * units).div_ceil(WARPS).max(1);
+                let sharers = (units + per_warp).saturating_sub(2).div_euclid(per_warp) + 1;
+                tiles * sharers * TILE * size_of::<f32>()
+            };
+            // Blocks have as many outputs, or one less.
+            let most = part.outs.div_ceil(part.blocks);
+            of_outs(most).max(of_outs(most.saturating_sub(1)))
+        };
+        self.parts.iter().map(of).max().unwrap_or(0)
+    }
+
+    fn push(&self, args: &mut Args) -> Result<()> {
+        let kind = match self.kind {
+            Kind::Qkv => 0,
+            Kind::Attended => 1,
+            Kind::GateUp => 2,
+            Kind::Down => 3,
+            Kind::Logits => 4,
+        };
+        args.counts([kind, self.depth()]);
+        match self.row {
+            Row::Normed(weight) => {
+                args.tensor(Some(weight))?.flag(weight.dtype() == DType::F32).address(0)
+            }
+            Row::Attended => args.address(0).flag(false).address(0),
+            Row::Plain(row) => args.address(0).flag(false).address(row),
+        };
+        for part in &self.parts {
+            let format = part.stored.weights(1).number();
+            args.address(part.stored.bytes).address(part.second);
+            args.address(part.stored.bias.unwrap_or(0)).address(part.to);
+            args.counts([part.outs, format, part.blocks]);
+        }
+        for _ in self.parts.len()..MATRICES {
+            args.counts([0; 7]);
+        }
+        Ok(())
+    }
+}
+
+/// Places in a block's shared memory.
+struct Places {
+    scratch: usize,
+    sums: usize,
+    shares: usize,
+    barriers: usize,
+    rings: usize,
+    slot_bytes: usize,
+    slots: usize,
+    end: usize,
+}
+
+impl Places {
+    /// `None` where there is no room for two places of a ring.
+    fn of(
+        products: &[Product<'_>],
+        attention_bytes: usize,
+        heads: usize,
+        limits: Limits,
+    ) -> Option<Self> {
+        let units = || {
+            let parts = products.iter().flat_map(|product| &product.parts);
+            parts.filter_map(|part| Some((part.stored.depth, Unit::of(part.stored.format)?)))
+        };
+        let row = units().map(|(depth, unit)| depth.div_ceil(PIECE) * unit.x_bytes).max()?;
+        let slot_bytes = units().map(|(_, unit)| unit.bytes).max()?;
+        let scratch = row.max(attention_bytes).next_multiple_of(ALIGNMENT);
+        let sums = scratch + SCRATCH;
+        let shares = sums
+            + products
+                .iter()
+                .map(Product::sums_bytes)
+                .max()?
+                .max(heads * SHARES * size_of::<f32>());
+        let barriers = (shares + products.len() * SHARE_BYTES).next_multiple_of(ALIGNMENT);
+        let rings = barriers + WARPS * BARRIERS;
+        let room = limits.shared_bytes.checked_sub(rings)?;
+        let slots = room.checked_div(WARPS * slot_bytes)?.min(*SLOTS.end());
+        let end = rings + WARPS * slots * slot_bytes;
+        SLOTS.contains(&slots).then_some(Self {
+            scratch,
+            sums,
+            shares,
+            barriers,
+            rings,
+            slot_bytes,
+            slots,
+            end,
+        })
+    }
+}
+
+impl Builder {
+    /// The pass as one kernel; `None` where it does not fit the device, the types or the sizes.
+    pub(super) fn whole(&mut self, model: &DecodeModel<'_>) -> Result<Option<Whole>> {
+        let group = self.sizes.heads.checked_div(self.sizes.kv_heads);
+        let fits =
+            matches!(self.sizes.head_dim, 64 | 128) && group.is_some_and(|group| group <= GROUP);
+        if !self.limits.is_hopper || !fits {
+            return Ok(None);
+        }
+        let Some(products) = self.products(model) else { return Ok(None) };
+        let Sizes { heads, kv_heads, head_dim, .. } = self.sizes;
+        // Sums of warps, with their maxima and sums.
+        let attention_bytes = WARPS * GROUP * (head_dim + 2) * size_of::<f32>();
+        let Some(places) = Places::of(&products, attention_bytes, heads, self.limits) else {
+            return Ok(None);
+        };
+        let embedding = model.embedding.and_then(|embedding| {
+            let rows = Stored::new(&embedding.stored_matrix()?, None)?;
+            (rows.depth == self.sizes.width).then_some(rows)
+        });
+        let mut table = Args::default();
+        products.iter().try_for_each(|product| product.push(&mut table))?;
+        let bytes: &[u8] = bytemuck::cast_slice(&table.0);
+        let mut stored = Output::new(&self.device, &[bytes.len()], DType::U8)?;
+        stored.write(bytes)?;
+        let mut arrived = Output::new(&self.device, &[size_of::<u64>()], DType::U8)?;
+        arrived.write(&[0_u64])?;
+        let mut args = Args::default();
+        args.address(stored.address()).count(products.len()).address(self.state.address());
+        match &embedding {
+            Some(rows) => rows.push(&mut args),
+            None => {
+                args.address(0).counts([0, 0]);
+            }
+        }
+        args.address(self.x.address()).count(self.sizes.width).number(self.eps);
+        args.address(self.logits.address()).address(arrived.address());
+        let shares = [kv_heads, SHARES, GROUP];
+        let partial =
+            Output::new(&self.device, &[shares.iter().product::<usize>() * head_dim], DType::F32)?;
+        let stats = Output::new(&self.device, &[shares.iter().product::<usize>() * 2], DType::F32)?;
+        args.address(self.query.address()).address(partial.address()).address(stats.address());
+        args.counts([heads.checked_div(kv_heads).unwrap_or(0), kv_heads]);
+        #[expect(clippy::cast_precision_loss, reason = "a head is narrow")]
+        args.number((head_dim as f64).sqrt().recip());
+        let Places { scratch, sums, shares, barriers, rings, .. } = places;
+        args.counts([scratch, sums, shares, barriers, rings]);
+        args.counts([places.slot_bytes, places.slots]);
+        let sizes = products
+            .iter()
+            .flat_map(|product| &product.parts)
+            .map(|part| part.stored.size() * if part.second == 0 { 1 } else { 2 });
+        Ok(Some(Whole {
+            embeds: embedding.is_some(),
+            weight_bytes: sizes.sum(),
+            launch: Launch {
+                kernel: format!("decode_whole_d{}", self.sizes.head_dim),
+                grid: [self.limits.multiprocessors, 1, 1],
+                threads: THREADS,
+                shared_bytes: places.end,
+                args,
+            },
+            buffers: vec![stored, arrived, partial, stats],
+        }))
+    }
+
+    /// All products in their order.
+    fn products<'a>(&mut self, model: &'a DecodeModel<'a>) -> Option<Vec<Product<'a>>> {
+        let mut products = Vec::new();
+        for layer in &model.layers {
+            products.extend(self.products_of(layer)?);
+        }
+        let (width, vocab) = (self.sizes.width, self.sizes.vocab);
+        let head = self.part(model.head, [vocab, width], 0)?;
+        self.norm(model.norm)?;
+        let row = Row::Normed(model.norm);
+        products.push(Product { kind: Kind::Logits, row, parts: vec![head] });
+        products.iter().all(|product| product.fits(width)).then_some(products)
+    }
+
+    fn products_of<'a>(&mut self, layer: &DecodeLayer<'a>) -> Option<[Product<'a>; 4]> {
+        let (width, inner) = (self.sizes.width, self.sizes.inner);
+        let queries = self.sizes.heads * self.sizes.head_dim;
+        self.norm(layer.norm)?;
+        self.norm(layer.mlp_norm)?;
+        let qkv = self.qkv_parts(layer)?;
+        let out = self.part(layer.out, [width, queries], self.x.address())?;
+        let mut gate = self.part(layer.gate_up[0], [inner, width], self.inner.address())?;
+        let up = self.stored(layer.gate_up[1], inner, width)?;
+        if gate.stored.format != up.format || up.bias.is_some() {
+            return None;
+        }
+        gate.second = up.bytes;
+        let down = self.part(layer.down, [width, inner], self.x.address())?;
+        let gated = self.inner.address();
+        let product = |kind, row, parts| Product { kind, row, parts };
+        Some([
+            product(Kind::Qkv, Row::Normed(layer.norm), qkv),
+            product(Kind::Attended, Row::Attended, vec![out]),
+            product(Kind::GateUp, Row::Normed(layer.mlp_norm), vec![gate]),
+            product(Kind::Down, Row::Plain(gated), vec![down]),
+        ])
+    }
+
+    /// A matrix that all blocks share.
+    fn part(&mut self, linear: &PackedLinear, [outs, depth]: [usize; 2], to: u64) -> Option<Part> {
+        let stored = self.stored(linear, outs, depth)?;
+        let blocks = self.limits.multiprocessors.min(outs);
+        Some(Part { stored, second: 0, to, outs, blocks })
+    }
+
+    /// Queries, keys and values, each with blocks of its own.
+    fn qkv_parts(&mut self, layer: &DecodeLayer<'_>) -> Option<Vec<Part>> {
+        let width = self.sizes.width;
+        let kv_width = self.sizes.kv_heads * self.sizes.head_dim;
+        let outs = [self.sizes.heads * self.sizes.head_dim, kv_width, kv_width];
+        let cache = [self.cache(layer.cache[0])?, self.cache(layer.cache[1])?];
+        let to = [self.query.address(), address(cache[0]).ok()?, address(cache[1]).ok()?];
+        self.tensors.extend(layer.cache.map(Tensor::clone));
+        let stored =
+            layer.qkv.iter().zip(outs).map(|(linear, outs)| self.stored(linear, outs, width));
+        let stored = stored.collect::<Option<Vec<_>>>()?;
+        let pairs: Vec<_> = stored.iter().map(|stored| stored.weights(2)).collect();
+        let split = Split::of(&pairs.iter().collect::<Vec<_>>(), true, self.limits)?;
+        let mut blocks = split.blocks;
+        // Each has at least one, which may be too many in all.
+        while blocks.iter().sum::<usize>() > self.limits.multiprocessors {
+            let largest = blocks.iter_mut().max().filter(|blocks| **blocks > 1)?;
+            *largest -= 1;
+        }
+        let parts = stored.into_iter().zip(to).zip(blocks);
+        let part = |((stored, to), blocks): ((Stored, u64), usize)| {
+            let outs = stored.outs >> 1;
+            Part { stored, second: 0, to, outs, blocks }
+        };
+        Some(parts.map(part).collect())
+    }
+}
