@@ -61,7 +61,10 @@ use vae::{Autoencoder, Tiling};
 
 pub use denoise::{Denoise, Denoised};
 pub(crate) use finite::require_finite;
-pub use qwen_image::{Conditioning, Grid, GuidancePass, Residency, StepCache, Transformer};
+pub use qwen_image::{
+    Conditioning, Grid, GuidancePass, Residency, StepCache, StepRecording, StepsRecorded,
+    Transformer,
+};
 
 /// Side of a token in latent pixels.
 pub(crate) const LATENTS_PER_TOKEN: usize = 2;

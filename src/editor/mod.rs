@@ -217,6 +217,7 @@ impl Engine {
             residence.hold(residence::AUTOENCODER, base)?;
             let residency = placement.transformer;
             let diffusion = DiffusionModel::open(&files, schedule, precision, changes, residency)?;
+            diffusion.transformer().set_memory_limit(options.budget.vram);
             // What has the first turn; the others follow when it is over.
             if own.is_none() || !placement.take_turns {
                 residence.hold(ENCODER, vlm.weight_bytes(precision, true))?;

@@ -142,7 +142,7 @@ impl<'a> Work<'a> {
         let seed = checked.seed.wrapping_add(self.passes);
         let noise = diffusion.initial_noise(checked.noise_source(), seed, grids[0])?;
         // 5. The denoising loop.
-        let Denoised { latents, reused } = stages.run_steps(Stage::Denoise, || {
+        let Denoised { latents, reused, .. } = stages.run_steps(Stage::Denoise, || {
             let denoise = Denoise {
                 noise: &noise,
                 references: Some(&references),

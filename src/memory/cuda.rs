@@ -2,9 +2,14 @@
 //!
 //! cudarc allocates every tensor from the device's default pool, in the order of its stream. What
 //! one model frees is there for the next without a call to the system, if the pool is told to keep
-//! it; the driver's own counters are the honest peak.
+//! it; the driver's own counters are the honest peak. What recorded work takes comes from a second pool,
+//! which the driver keeps for graphs.
 
-use std::{ffi::c_void, sync::Arc};
+use std::{
+    collections::BTreeMap,
+    ffi::c_void,
+    sync::{Arc, Mutex, PoisonError},
+};
 
 use candle_core::{
     CudaDevice, Device as TensorDevice,
@@ -42,7 +47,7 @@ pub struct CudaPool {
     context: Arc<CudaContext>,
     stream: Arc<CudaStream>,
     pool: sys::CUmemoryPool,
-    claims: std::collections::BTreeMap<u64, u64>,
+    claims: BTreeMap<u64, u64>,
     next: u64,
     claimed: u64,
     claimed_high: u64,
@@ -66,7 +71,7 @@ impl CudaPool {
         // SAFETY: `pool` is a place for the handle, and the device is open.
         let asked = unsafe { sys::cuDeviceGetDefaultMemPool(&raw mut pool, context.cu_device()) };
         asked.result().map_err(candle_core::Error::wrap)?;
-        let claims = std::collections::BTreeMap::new();
+        let claims = BTreeMap::new();
         let made = Self { context, stream, pool, claims, next: 0, claimed: 0, claimed_high: 0 };
         made.set(sys::CUmemPool_attribute::CU_MEMPOOL_ATTR_RELEASE_THRESHOLD, u64::MAX);
         Ok(made)
@@ -94,6 +99,19 @@ impl CudaPool {
         got.result().map_or(0, |()| value)
     }
 
+    /// Bytes that the device's graphs hold, whether they run or not.
+    pub(super) fn recorded_bytes(&self) -> u64 {
+        let mut value = 0_u64;
+        let attribute = sys::CUgraphMem_attribute::CU_GRAPH_MEM_ATTR_RESERVED_MEM_CURRENT;
+        #[expect(unsafe_code, reason = "a call of the driver")]
+        // SAFETY: this attribute is a 64-bit number, and `value` is a place for one.
+        let got = unsafe {
+            let device = self.context.cu_device();
+            sys::cuDeviceGetGraphMemAttribute(device, attribute, (&raw mut value).cast::<c_void>())
+        };
+        got.result().map_or(0, |()| value)
+    }
+
     /// What the device can still give: what nobody has, and what the pool holds unused.
     fn free_bytes(&self) -> Option<u64> {
         let (free, _) = self.context.mem_get_info().ok()?;
@@ -101,15 +119,102 @@ impl CudaPool {
         Some(free as u64 + usage.reserved.saturating_sub(usage.used))
     }
 
+    /// The driver's counters of the default pool, and with them what graphs hold: all of it counts as taken,
+    /// since no tensor can have it.
     fn driver_usage(&self) -> PoolUse {
         use sys::CUmemPool_attribute as Attribute;
+        let recorded = self.recorded_bytes();
+        let noted = noted_peak(self.context.cu_device());
+        let used = self.get(Attribute::CU_MEMPOOL_ATTR_USED_MEM_CURRENT) + recorded;
+        let used_high = self.get(Attribute::CU_MEMPOOL_ATTR_USED_MEM_HIGH);
+        let reserved = self.get(Attribute::CU_MEMPOOL_ATTR_RESERVED_MEM_CURRENT) + recorded;
+        let reserved_high = self.get(Attribute::CU_MEMPOOL_ATTR_RESERVED_MEM_HIGH);
         PoolUse {
-            used: self.get(Attribute::CU_MEMPOOL_ATTR_USED_MEM_CURRENT),
-            used_high: self.get(Attribute::CU_MEMPOOL_ATTR_USED_MEM_HIGH),
-            reserved: self.get(Attribute::CU_MEMPOOL_ATTR_RESERVED_MEM_CURRENT),
-            reserved_high: self.get(Attribute::CU_MEMPOOL_ATTR_RESERVED_MEM_HIGH),
+            used,
+            used_high: used_high.max(noted.used).max(used),
+            reserved,
+            reserved_high: reserved_high.max(noted.reserved).max(reserved),
         }
     }
+}
+
+/// The most that was counted while graphs held memory, which no counter of the driver has.
+#[derive(Debug, Clone, Copy, Default)]
+struct Noted {
+    used: u64,
+    reserved: u64,
+}
+
+/// By device.
+static NOTED: Mutex<BTreeMap<sys::CUdevice, Noted>> = Mutex::new(BTreeMap::new());
+
+fn noted_peak(device: sys::CUdevice) -> Noted {
+    let noted = NOTED.lock().unwrap_or_else(PoisonError::into_inner);
+    noted.get(&device).copied().unwrap_or_default()
+}
+
+impl CudaPool {
+    /// Counts what is taken now among the peaks. Where graphs hold memory, nobody else does.
+    fn note_peak(&self) {
+        let PoolUse { used, reserved, .. } = self.driver_usage();
+        let mut noted = NOTED.lock().unwrap_or_else(PoisonError::into_inner);
+        let noted = noted.entry(self.context.cu_device()).or_default();
+        *noted = Noted { used: noted.used.max(used), reserved: noted.reserved.max(reserved) };
+    }
+
+    /// Gives back to the system what nobody holds, but for so many bytes.
+    fn trim_but(&self, kept: u64) {
+        // What is freed in the stream's order is nobody's only when the stream has come there.
+        if let Err(error) = self.stream.synchronize() {
+            tracing::debug!(%error, "the pool is trimmed while its stream is busy");
+        }
+        let kept = match kept {
+            0 => 0,
+            kept => kept + self.get(sys::CUmemPool_attribute::CU_MEMPOOL_ATTR_USED_MEM_CURRENT),
+        };
+        let kept = usize::try_from(kept).unwrap_or(usize::MAX);
+        #[expect(unsafe_code, reason = "a call of the driver")]
+        // SAFETY: the pool gives back only what nobody holds.
+        let trimmed = unsafe { sys::cuMemPoolTrimTo(self.pool, kept) };
+        if let Err(error) = trimmed.result() {
+            tracing::debug!(%error, "the pool was not trimmed");
+        }
+        self.trim_recorded();
+    }
+
+    /// Gives back to the system what no graph holds any more.
+    fn trim_recorded(&self) {
+        #[expect(unsafe_code, reason = "a call of the driver")]
+        // SAFETY: the driver gives back only what no graph has.
+        let trimmed = unsafe { sys::cuDeviceGraphMemTrim(self.context.cu_device()) };
+        if let Err(error) = trimmed.result() {
+            tracing::debug!(%error, "memory of graphs was not given back");
+        }
+    }
+}
+
+/// Does `work` on the pool of a CUDA device; nothing for others.
+fn on_pool(device: &TensorDevice, work: impl FnOnce(CudaPool)) {
+    let TensorDevice::Cuda(device) = device else { return };
+    match CudaPool::new(device) {
+        Ok(pool) => work(pool),
+        Err(error) => tracing::debug!(%error, "there is no pool"),
+    }
+}
+
+/// Counts what is taken now among a device's peaks; while graphs have memory no counter of the driver does.
+pub(crate) fn note_device_peak(device: &TensorDevice) {
+    on_pool(device, |pool| pool.note_peak());
+}
+
+/// Gives back to the system what a device's graphs do not hold any more.
+pub(crate) fn trim_recorded(device: &TensorDevice) {
+    on_pool(device, |pool| pool.trim_recorded());
+}
+
+/// Gives back to the system what nobody holds of a device's memory, but for so many bytes.
+pub(super) fn trim_device(device: &TensorDevice, kept: u64) {
+    on_pool(device, |pool| pool.trim_but(kept));
 }
 
 impl Pool for CudaPool {
@@ -143,16 +248,7 @@ impl Pool for CudaPool {
     }
 
     fn trim(&mut self) {
-        // What is freed in the stream's order is nobody's only when the stream has come there.
-        if let Err(error) = self.stream.synchronize() {
-            tracing::debug!(%error, "the pool is trimmed while its stream is busy");
-        }
-        #[expect(unsafe_code, reason = "a call of the driver")]
-        // SAFETY: the pool gives back only what nobody holds.
-        let trimmed = unsafe { sys::cuMemPoolTrimTo(self.pool, 0) };
-        if let Err(error) = trimmed.result() {
-            tracing::debug!(%error, "the pool was not trimmed");
-        }
+        self.trim_but(0);
     }
 
     fn usage(&self) -> PoolUse {

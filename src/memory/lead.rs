@@ -1,7 +1,8 @@
 //! How far the host runs ahead of a device.
 
+use std::time::Duration;
 #[cfg(feature = "cuda")]
-use std::{collections::VecDeque, sync::Arc};
+use std::{collections::VecDeque, sync::Arc, time::Instant};
 
 #[cfg(feature = "cuda")]
 use candle_core::cuda_backend::{
@@ -14,6 +15,7 @@ use candle_core::{Device, Result};
 /// be done. The device has the pieces that were queued since, and does not wait.
 #[derive(Debug)]
 pub struct Lead {
+    waited: Duration,
     #[cfg(feature = "cuda")]
     queue: Option<Queue>,
 }
@@ -33,6 +35,7 @@ impl Lead {
     pub fn new(device: &Device, pieces: usize) -> Self {
         #[cfg(feature = "cuda")]
         return Self {
+            waited: Duration::ZERO,
             queue: match device {
                 Device::Cuda(device) => {
                     Some(Queue { stream: device.cuda_stream(), ends: VecDeque::new(), pieces })
@@ -43,8 +46,20 @@ impl Lead {
         #[cfg(not(feature = "cuda"))]
         {
             _ = (device, pieces);
-            Self {}
+            Self { waited: Duration::ZERO }
         }
+    }
+
+    /// For work that is not to be waited for.
+    #[must_use]
+    pub fn unlimited() -> Self {
+        Self::new(&Device::Cpu, 0)
+    }
+
+    /// How long the host has waited so far.
+    #[must_use]
+    pub fn waited(&self) -> Duration {
+        self.waited
     }
 
     /// A piece was queued. Where there are as many as may be, waits for the first of them.
@@ -58,7 +73,9 @@ impl Lead {
                 stream.context().new_event(None).w()?
             } else {
                 let Some(first) = ends.pop_front() else { return Ok(()) };
+                let begin = Instant::now();
                 first.synchronize().w()?;
+                self.waited += begin.elapsed();
                 first
             };
             end.record(stream).w()?;

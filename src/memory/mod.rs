@@ -16,6 +16,8 @@ mod slot;
 pub use budget::{Budget, Limit};
 #[cfg(feature = "cuda")]
 pub use cuda::CudaPool;
+#[cfg(feature = "cuda")]
+pub(crate) use cuda::{note_device_peak, trim_recorded};
 pub use device::Device;
 #[cfg(any(feature = "cuda", feature = "cuda-emulation"))]
 pub(crate) use device::cuda_device;
@@ -86,6 +88,24 @@ pub fn device_memory(device: &candle_core::Device) -> Option<DeviceUse> {
     return cuda::device_use(device);
     #[cfg(not(feature = "cuda"))]
     (device.is_cuda()).then_some(DeviceUse { used: 0, free: 0 })
+}
+
+/// Gives back to the system what a GPU's pools hold and nobody uses, but for so many bytes, after what is queued
+/// was done. Nothing on the CPU.
+pub(crate) fn trim_device(device: &candle_core::Device, kept: u64) {
+    #[cfg(feature = "cuda")]
+    cuda::trim_device(device, kept);
+    let _nothing_on_others = (device, kept);
+}
+
+/// Bytes that a GPU's recorded work holds; none on the CPU.
+pub(crate) fn recorded_bytes(device: &candle_core::Device) -> u64 {
+    #[cfg(feature = "cuda")]
+    if let candle_core::Device::Cuda(device) = device {
+        return CudaPool::new(device).map_or(0, |pool| pool.recorded_bytes());
+    }
+    let _nothing_on_others = device;
+    0
 }
 
 /// The memory of the device that computes, from which planner and editor take under one budget.

@@ -28,6 +28,7 @@ const UNSAFE_ALLOWED: &[&str] = &[
     "src/ops/simd/",
     "src/ops/cuda/ffi.rs",
     "src/ops/cuda/queue.rs",
+    "src/ops/cuda/recorded.rs",
     "src/ops/cuda/blas_lt.rs",
     "src/memory/cuda.rs",
     "src/memory/heap.rs",

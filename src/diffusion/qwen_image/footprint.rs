@@ -173,14 +173,16 @@ impl Footprint {
         rows + latents + conditioning + rotations + self.widening()
     }
 
-    /// Bytes of the modulation of `steps` steps, as far as it is kept.
+    /// Bytes of the modulation of `steps` steps, as far as it is kept, and of the place on a GPU where recorded
+    /// steps put theirs.
     #[must_use]
     pub fn modulation(&self, steps: usize) -> u64 {
         const TOGETHER: u64 = 8;
         let number = self.precision.compute.size_in_bytes() as u64;
         let vectors = if self.config.zero_cond_t { 18 } else { 12 };
         let step = vectors * self.config.layers as u64 * self.config.dim() as u64 * number;
-        (steps as u64 * step).min(KEPT_BYTES_MAX as u64 + TOGETHER * step)
+        let place = u64::from(self.precision.device.is_cuda()) * step;
+        (steps as u64 * step).min(KEPT_BYTES_MAX as u64 + TOGETHER * step) + place
     }
 }
 

@@ -11,6 +11,8 @@ mod layout;
 mod model;
 mod modulation;
 pub mod pack;
+mod pass;
+mod recorded;
 mod rope;
 mod store;
 
@@ -22,3 +24,5 @@ pub use footprint::{Footprint, TokenCounts};
 pub use model::{Branch, Conditioning, ModelInput, Outputs, Residency, Transformer};
 pub use modulation::StepContext;
 pub use pack::Grid;
+pub(crate) use recorded::{Places, RecordedStep, Requests};
+pub use recorded::{StepRecording, StepsRecorded};

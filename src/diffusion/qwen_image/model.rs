@@ -16,8 +16,10 @@ use super::{
     cache::BlockCache,
     config::{self, Config},
     layout::{Layout, Layouts},
-    modulation::{BlockContext, BlockProjections, StepContext, TimeEmbedding},
+    modulation::{BlockProjections, StepContext, StepContexts, TimeEmbedding},
     pack::Grid,
+    pass::Pass,
+    recorded::Recorder,
     store::{Store, readers},
 };
 use crate::{
@@ -97,6 +99,7 @@ pub struct Transformer {
     layouts: Layouts,
     /// Whether inputs that fit together go through the blocks as one batch.
     in_batches: AtomicBool,
+    pub(super) recorder: Recorder,
 }
 
 /// Which of the transformer's weights stay in memory.
@@ -192,6 +195,7 @@ impl Transformer {
             kept: Mutex::new(Vec::new()),
             layouts: Layouts::default(),
             in_batches: AtomicBool::new(false),
+            recorder: Recorder::default(),
         };
         // The mark carries no numbers: that it is there is all it says.
         weights.finish(&[config::ZERO_COND_MARK])?;
@@ -246,6 +250,11 @@ impl Transformer {
     /// order.
     pub fn set_guidance(&self, pass: GuidancePass) {
         self.in_batches.store(pass == GuidancePass::OneBatch, Ordering::Relaxed);
+    }
+
+    /// All blocks, where they and all that they are modulated with are in memory.
+    pub(super) fn whole(&self) -> Option<Vec<Arc<Block>>> {
+        self.projections.whole().and_then(|_| self.blocks.whole())
     }
 
     /// Drops the blocks from memory, for another model's sake; they are read again when they are
@@ -330,23 +339,12 @@ impl Transformer {
         let embedding = self.time_embedding.forward(&times, *compute, device)?;
         let embedding = ops::silu(&embedding)?; // (steps (+ 1), dim)
         let out = self.norm_out.forward(&embedding)?; // (steps (+ 1), 2·dim)
-        let mut contexts = Vec::with_capacity(timesteps.len());
-        for step in 0..timesteps.len() {
-            let scale_shift = out.narrow(0, step, 1)?.unsqueeze(1)?.chunk(2, 2)?; // 2 × (1, 1, dim)
-            contexts.push(StepContext {
-                blocks: Vec::with_capacity(self.config.layers),
-                scale_out: scale_shift[0].contiguous()?,
-                shift_out: scale_shift[1].contiguous()?,
-            });
-        }
-        self.projections.each(cancel, |_, projections| {
-            let parts = projections.forward(&embedding, timesteps.len())?;
-            for (context, part) in contexts.iter_mut().zip(parts) {
-                context.blocks.push(part);
-            }
+        let contexts = StepContexts::new(&self.config, &out.narrow(0, 0, timesteps.len())?)?;
+        self.projections.each(cancel, |index, projections| {
+            contexts.add(index, projections, &embedding)?;
             Ok(ControlFlow::Continue(()))
         })?;
-        Ok(contexts)
+        Ok(contexts.steps()?)
     }
 
     /// The velocity of the picture's tokens, `[1, n, latent_dim]` in float32.
@@ -380,10 +378,61 @@ impl Transformer {
         outputs: Outputs,
         cancel: &CancelToken,
     ) -> Result<Vec<Tensor>> {
+        self.predict(branches, (step, outputs), &mut self.lead(), cancel)
+    }
+
+    /// How far the host runs ahead of the device in one prediction.
+    pub(crate) fn lead(&self) -> Lead {
+        Lead::new(&self.precision.device, BLOCKS_AHEAD)
+    }
+
+    /// [`Self::forward_each`], with the host's lead over the device.
+    ///
+    /// # Errors
+    /// As [`Self::forward`].
+    pub(crate) fn predict(
+        &self,
+        branches: &mut [Branch<'_>],
+        of: (&StepContext, Outputs),
+        lead: &mut Lead,
+        cancel: &CancelToken,
+    ) -> Result<Vec<Tensor>> {
+        self.predict_by(branches, of, lead, cancel, |work| self.blocks.each(cancel, work))
+    }
+
+    /// As [`Self::predict`], with blocks that are in memory.
+    ///
+    /// # Errors
+    /// As [`Self::forward`].
+    pub(super) fn predict_with(
+        &self,
+        blocks: &[Arc<Block>],
+        branches: &mut [Branch<'_>],
+        of: (&StepContext, Outputs),
+        cancel: &CancelToken,
+    ) -> Result<Vec<Tensor>> {
+        self.predict_by(branches, of, &mut Lead::unlimited(), cancel, |work| {
+            for (index, block) in blocks.iter().enumerate() {
+                if work(index, block)?.is_break() {
+                    break;
+                }
+            }
+            Ok(())
+        })
+    }
+
+    /// As [`Self::predict`]; `each_block` does work with every block in turn.
+    fn predict_by(
+        &self,
+        branches: &mut [Branch<'_>],
+        (step, outputs): (&StepContext, Outputs),
+        lead: &mut Lead,
+        cancel: &CancelToken,
+        each_block: impl FnOnce(&mut dyn FnMut(usize, &Block) -> Result<ControlFlow<()>>) -> Result<()>,
+    ) -> Result<Vec<Tensor>> {
         let _buffers = ops::KeepBuffers::new();
         let inputs: Vec<ModelInput<'_>> = branches.iter().map(|branch| branch.input).collect();
-        let mut passes = if self.in_batches.load(Ordering::Relaxed) && batch::fit_together(branches)
-        {
+        let mut passes = if self.goes_in_one_batch(branches) {
             vec![self.begin(&inputs, true)?] // its caches are the first branch's, which has none
         } else {
             let begun = branches.iter().map(|branch| {
@@ -392,8 +441,7 @@ impl Transformer {
             begun.collect::<Result<_>>()?
         };
         let last = self.config.layers.saturating_sub(1);
-        let mut lead = Lead::new(&self.precision.device, BLOCKS_AHEAD);
-        self.blocks.each(cancel, |index, block| {
+        each_block(&mut |index, block| {
             let context = &step.blocks[index];
             for (pass, branch) in passes.iter_mut().zip(branches.iter_mut()) {
                 if pass.finished.is_some() {
@@ -417,6 +465,11 @@ impl Transformer {
             velocities.extend(batch::entries(&self.velocity(pass, step)?)?);
         }
         Ok(velocities)
+    }
+
+    /// Whether these go through the blocks together.
+    pub(super) fn goes_in_one_batch(&self, branches: &[Branch<'_>]) -> bool {
+        self.in_batches.load(Ordering::Relaxed) && batch::fit_together(branches)
     }
 
     /// Begins a pass of all `inputs` as one batch.
@@ -445,7 +498,7 @@ impl Transformer {
     }
 
     /// Checks the inputs' shapes and places their tokens; their grids are the same.
-    fn layout(&self, inputs: &[ModelInput<'_>]) -> Result<Arc<Layout>> {
+    pub(super) fn layout(&self, inputs: &[ModelInput<'_>]) -> Result<Arc<Layout>> {
         let mut text_tokens = 0;
         for input in inputs {
             text_tokens = text_tokens.max(self.check(input)?);
@@ -481,73 +534,6 @@ pub(super) fn ends_storage(storage: Storage) -> Storage {
     match storage {
         Storage::Q8_0 | Storage::Q4K => Storage::Compute,
         other => other,
-    }
-}
-
-/// A forward pass under way.
-struct Pass {
-    layout: Arc<Layout>,
-    streams: Streams,
-    /// Whether a block's input is given back after the block; a cache keeps views of some.
-    recycles: bool,
-    /// The tokens that are denoised after the first block, and what it added to them, where a cache
-    /// wants to know.
-    after_first: Option<[Tensor; 2]>,
-    /// The tokens that are denoised after the last block.
-    finished: Option<Tensor>,
-}
-
-impl Pass {
-    fn advance(&mut self, block: &Block, context: &BlockContext) -> Result<()> {
-        let after = block.forward(&self.streams, &self.layout, context)?;
-        let Streams { image, text } = std::mem::replace(&mut self.streams, after);
-        if self.recycles {
-            recycle([image, text])?;
-        }
-        Ok(())
-    }
-
-    /// The tokens that are denoised: `[b, n, dim]`.
-    fn target(&self) -> Result<Tensor> {
-        Ok(self.streams.image.narrow(1, 0, self.layout.target_tokens)?)
-    }
-
-    /// The first block, after which a cache may know what the others will add.
-    fn first(
-        &mut self,
-        block: &Block,
-        context: &BlockContext,
-        cache: Option<&mut BlockCache>,
-    ) -> Result<()> {
-        let Some(cache) = cache else { return self.advance(block, context) };
-        let before = self.target()?;
-        self.advance(block, context)?;
-        let after = self.target()?;
-        let added = (&after - before)?;
-        match cache.reuse(&added)? {
-            Some(rest) => self.finished = Some((after + rest)?),
-            None => self.after_first = Some([after, added]),
-        }
-        Ok(())
-    }
-
-    /// The last block.
-    fn end(
-        &mut self,
-        block: &Block,
-        context: &BlockContext,
-        outputs: Outputs,
-        cache: Option<&mut BlockCache>,
-    ) -> Result<()> {
-        if outputs == Outputs::All {
-            return self.advance(block, context);
-        }
-        let image = block.forward_target(&self.streams, &self.layout, context)?;
-        if let (Some(cache), Some([after, added])) = (cache, self.after_first.take()) {
-            cache.keep(added, (&image - after)?);
-        }
-        self.finished = Some(image);
-        Ok(())
     }
 }
 

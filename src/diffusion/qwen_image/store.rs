@@ -66,6 +66,11 @@ impl<T: Send + Sync> Store<T> {
         self.lock().iter().flatten().count()
     }
 
+    /// All parts, where all are in memory.
+    pub(super) fn whole(&self) -> Option<Vec<Arc<T>>> {
+        self.lock().iter().cloned().collect()
+    }
+
     /// Whether all parts that are to stay are in memory.
     pub(super) fn is_filled(&self) -> bool {
         let stay = self.stay.load(Ordering::Relaxed);
@@ -222,8 +227,10 @@ mod tests {
         let (store, alive, _) = counted(5, 5);
         store.fill(&CancelToken::new()).unwrap();
         assert_eq!(alive.load(Ordering::SeqCst), 5);
+        assert_eq!(store.whole().map(|parts| parts.len()), Some(5));
         store.set_stay(2);
         assert_eq!(alive.load(Ordering::SeqCst), 2);
+        assert!(store.whole().is_none());
         assert_eq!(used(&store).len(), 5);
         assert_eq!(alive.load(Ordering::SeqCst), 2);
     }

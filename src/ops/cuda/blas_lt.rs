@@ -130,6 +130,7 @@ impl Library {
     /// process to process, and with it the order of sums.
     pub(super) fn multiply(&self, inputs: &Inputs) -> Result<bool> {
         self.stream.context().bind_to_thread().w()?;
+        let _turn = super::recorded::turn();
         let [rows, depth, outs] = inputs.sizes;
         let marks = [inputs.bias.is_some(), inputs.gelu_tanh, inputs.scales.is_some()];
         let kind = ([rows, depth, outs, inputs.apart], marks);

@@ -1,9 +1,8 @@
 //! The border to the kernels: addresses of tensors, memory for what kernels write, and the launch
 //! itself. Nothing else in this crate starts kernels.
 //!
-//! A launch gets bare addresses, so whoever composes one answers for them: tensors must outlive it
-//! (memory is freed in the order of the stream, so on a device it is enough that they are alive when
-//! it is queued), and sizes must be those of the tensors.
+//! A launch gets bare addresses, so whoever composes one answers for them: tensors must outlive it (memory is freed
+//! in the order of the stream, so they need only be alive when it is queued), and sizes must be theirs.
 
 use std::{
     borrow::Cow,
@@ -47,11 +46,6 @@ pub(super) fn blocks_address(matrix: &QTensor) -> Result<u64> {
 
 fn host_address<T>(slice: &[T]) -> u64 {
     slice.as_ptr().addr() as u64
-}
-
-/// A copy without gaps, even of a tensor that is contiguous already.
-pub(super) fn copied(x: &Tensor) -> Result<Tensor> {
-    if x.is_contiguous() { x.copy() } else { x.contiguous() }
 }
 
 /// Memory that a kernel writes.
@@ -244,7 +238,13 @@ fn start(device: &Device, launch: &Launch, order: Order) -> Result<()> {
         return Ok(());
     }
     launch.check()?;
-    count_launches(1);
+    let _turn = super::recorded::turn();
+    let order = match order {
+        // What it follows may be no kernel, which it could not overlap with.
+        Order::Early if super::recorded::is_recording() => Order::InTurn,
+        order => order,
+    };
+    count_launches(usize::from(!super::recorded::is_recording()));
     match device {
         #[cfg(feature = "cuda-emulation")]
         Device::Cpu => emulation::launch(launch),
@@ -388,6 +388,7 @@ mod device {
     }
 
     pub(super) fn allocate(device: &CudaDevice, count: usize, dtype: DType) -> Result<CudaStorage> {
+        let _turn = super::super::recorded::turn();
         // SAFETY: the kernel that the memory is for writes every number before any is read.
         unsafe {
             match dtype {

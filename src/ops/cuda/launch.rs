@@ -174,7 +174,7 @@ impl Rows {
                 && (stride[2] == d || x.dims()[2] == 1)
                 && aligned.iter().all(|at| at.is_multiple_of(TOGETHER))
         };
-        let tensor = if fits(x) { x.clone() } else { ffi::copied(x)? };
+        let tensor = if fits(x) { x.clone() } else { x.force_contiguous()? };
         let (stride, batch_stride) = (tensor.stride()[1], tensor.stride()[0]);
         Ok(Self { tensor, rows, stride, batch_stride })
     }

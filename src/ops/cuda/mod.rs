@@ -21,6 +21,7 @@ mod linear;
 pub mod parity;
 mod pictures;
 mod queue;
+mod recorded;
 mod rows;
 mod runs;
 
@@ -45,6 +46,7 @@ pub(super) use latents::{pack_patches, timestep_embedding, unpack_patches};
 pub(super) use linear::row_by_each;
 pub use linear::{Format, StoredMatrix};
 pub(super) use pictures::Pixels;
+pub use recorded::{Recorded, Recording, records};
 pub(super) use rows::{
     Activation, activate, channel_rms_norm, gated_add, gated_add_norm, guided_step, layer_norm,
     rms_norm, rotate,

@@ -110,6 +110,9 @@ pub(super) enum Starts {
 }
 
 #[cfg(feature = "cuda")]
+pub(super) use device::Graph;
+
+#[cfg(feature = "cuda")]
 #[expect(unsafe_code, reason = "kernels get addresses")]
 mod device {
     use std::sync::Arc;
@@ -180,11 +183,16 @@ mod device {
     }
 
     /// Launches that were recorded and are started as a whole on a device's stream.
-    struct Graph {
+    #[derive(Debug)]
+    pub(in super::super) struct Graph {
         stream: Arc<CudaStream>,
         graph: sys::CUgraph,
         executable: sys::CUgraphExec,
     }
+
+    // SAFETY: the handles may be used from any thread, by one at a time: starting a graph is the only thing
+    // that is done through a shared reference, and its owner shares it with nobody.
+    unsafe impl Send for Graph {}
 
     /// A stream that nothing but a recording uses.
     struct RecordingStream(sys::CUstream);
@@ -212,22 +220,46 @@ mod device {
             let started = start(own.0);
             // SAFETY: as above; a recording that began is ended, whatever came of it.
             let graph = unsafe { result::stream::end_capture(own.0) }.w()?;
-            if graph.is_null() {
-                bail!("nothing was recorded");
-            }
-            let mut made =
-                Self { stream: Arc::clone(stream), graph, executable: std::ptr::null_mut() };
+            let mut made = Self::captured(stream, graph)?;
             started?;
-            // SAFETY: the graph is alive, and so is what it was made into.
-            unsafe {
-                made.executable =
-                    result::graph::instantiate(graph, sys::CUgraphInstantiate_flags(0)).w()?;
-                result::graph::upload(made.executable, stream.cu_stream()).w()?;
-            }
+            made.instantiate()?;
+            made.upload()?;
             Ok(made)
         }
 
-        fn launch(&self) -> Result<()> {
+        /// What was recorded, to be started on `stream`; the graph belongs to what is returned.
+        pub(in super::super) fn captured(
+            stream: &Arc<CudaStream>,
+            graph: sys::CUgraph,
+        ) -> Result<Self> {
+            if graph.is_null() {
+                bail!("nothing was recorded");
+            }
+            Ok(Self { stream: Arc::clone(stream), graph, executable: std::ptr::null_mut() })
+        }
+
+        pub(in super::super) fn handle(&self) -> sys::CUgraph {
+            self.graph
+        }
+
+        /// Makes it what can be started; once.
+        pub(in super::super) fn instantiate(&mut self) -> Result<()> {
+            self.stream.context().bind_to_thread().w()?;
+            let flags = sys::CUgraphInstantiate_flags(0);
+            // SAFETY: the graph is alive.
+            self.executable = unsafe { result::graph::instantiate(self.graph, flags) }.w()?;
+            Ok(())
+        }
+
+        /// Takes its memory, after it was [instantiated](Self::instantiate).
+        pub(in super::super) fn upload(&self) -> Result<()> {
+            self.stream.context().bind_to_thread().w()?;
+            // SAFETY: both are alive.
+            unsafe { result::graph::upload(self.executable, self.stream.cu_stream()) }.w()
+        }
+
+        /// Starts it, after it was [instantiated](Self::instantiate).
+        pub(in super::super) fn launch(&self) -> Result<()> {
             self.stream.context().bind_to_thread().w()?;
             // SAFETY: both are alive.
             unsafe { result::graph::launch(self.executable, self.stream.cu_stream()) }.w()

@@ -323,5 +323,5 @@ pub(super) fn aligned(x: &Tensor) -> Result<Tensor> {
     if x.is_contiguous() && x.layout().start_offset().is_multiple_of(TOGETHER) {
         return Ok(x.clone());
     }
-    super::ffi::copied(x)
+    x.force_contiguous()
 }

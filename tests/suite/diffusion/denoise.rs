@@ -6,7 +6,8 @@ use candle_core::Tensor;
 use pentimento::{
     CancelToken, Error, Event, RequestError, Stage,
     diffusion::{
-        Conditioning, Denoise, Denoised, DiffusionModel, GuidancePass, StepCache, Transformer,
+        Conditioning, Denoise, Denoised, DiffusionModel, GuidancePass, Residency, StepCache,
+        StepRecording, Transformer,
         noise::NoiseSource,
         qwen_image::{Branch, ModelInput, Outputs},
         schedule::ScheduleConfig,
@@ -131,13 +132,64 @@ fn preparing_steps_together_changes_nothing() {
     assert_close("together", &together, &latents, Tolerance::Relative(1e-5));
 }
 
+/// A CPU records nothing, but computes at the fixed places that a recording has: more steps than are prepared
+/// together, with other modulation in each.
+#[test]
+fn steps_at_fixed_places_are_the_same_bit_for_bit() {
+    for (checkpoint, tag, guidance) in [
+        ("tiny-qwen-2511", "pipe.two", GuidancePass::InTurn),
+        ("tiny-qwen-2511", "pipe.two", GuidancePass::OneBatch),
+        ("edit-23", "pipe.cfg", GuidancePass::InTurn),
+        ("edit-23", "pipe.cfg", GuidancePass::OneBatch),
+        ("tiny-qwen-plus", "pipe.nocfg", GuidancePass::InTurn),
+    ] {
+        let run = Run::open(checkpoint, tag);
+        let files = files(&run.reference);
+        let model = Transformer::load(&files, &Precision::reference()).unwrap();
+        model.set_guidance(guidance);
+        let (grids, cancel) = (run.grids(), CancelToken::new());
+        let (positive, negative) =
+            (run.conditioning("positive").unwrap(), run.conditioning("negative"));
+        let schedule = ScheduleConfig::load(&files).unwrap();
+        let denoised = |recording: StepRecording, steps: usize| {
+            model.set_step_recording(recording);
+            let denoise = Denoise {
+                noise: &run.inputs["noise"],
+                references: Some(&run.inputs["references"]),
+                grids: &grids,
+                positive: &positive,
+                negative: negative.as_ref(),
+                cfg_scale: 3.0,
+                schedule: &schedule.schedule(steps, grids[0].tokens()).unwrap(),
+            };
+            let mut after = Vec::new();
+            let mut record = |_, latents: &Tensor| after.push(latents.clone());
+            let done = denoise.run_cached(&model, None, &(), &cancel, &mut record).unwrap();
+            assert_eq!(done.host.len(), steps);
+            (after, done)
+        };
+        let steps = 10;
+        let (single, plain) = denoised(StepRecording::OnDevice, steps);
+        assert!(plain.recorded.is_none() && plain.unrecorded.is_some(), "on a CPU");
+        let (whole, rehearsed) = denoised(StepRecording::Rehearsed, steps);
+        let told = rehearsed.recorded.unwrap();
+        assert_eq!((told.steps, rehearsed.unrecorded), (steps - 1, None), "{}", run.name);
+        for (single, whole) in single.iter().zip(&whole) {
+            assert!(largest_difference(single, whole) == 0.0, "{}", run.name);
+        }
+        assert!(largest_difference(&rehearsed.latents, &plain.latents) == 0.0);
+        // One step more would not pay.
+        let (_, short) = denoised(StepRecording::Rehearsed, 2);
+        assert!(short.recorded.is_none() && short.unrecorded.is_some());
+    }
+}
+
 #[test]
 fn cancelling_stops_within_a_step() {
     let run = Run::open("tiny-qwen-2511", "pipe.two");
     let files = files(&run.reference);
     let model = Transformer::load(&files, &Precision::reference()).unwrap();
     let schedule = ScheduleConfig::load(&files).unwrap().schedule(20, 32).unwrap();
-    let cancel = CancelToken::new();
     let positive = run.conditioning("positive").unwrap();
     let denoise = Denoise {
         noise: &run.inputs["noise"],
@@ -148,16 +200,39 @@ fn cancelling_stops_within_a_step() {
         cfg_scale: 1.0,
         schedule: &schedule,
     };
-    // Cancelled as the third step begins: the step is not finished.
-    let observer = |event: &Event<'_>| {
-        if matches!(event, Event::Step { step: 2, .. }) {
-            cancel.cancel();
-        }
-    };
-    let mut finished = 0;
-    let error = denoise.run(&model, &observer, &cancel, &mut |_, _| finished += 1).unwrap_err();
-    assert!(matches!(error, Error::Cancelled), "{error}");
-    assert_eq!(finished, 2);
+    for recording in [StepRecording::Off, StepRecording::Rehearsed] {
+        model.set_step_recording(recording);
+        let cancel = CancelToken::new();
+        // Cancelled as the third step begins: the step is not finished.
+        let observer = |event: &Event<'_>| {
+            if matches!(event, Event::Step { step: 2, .. }) {
+                cancel.cancel();
+            }
+        };
+        let mut finished = 0;
+        let error = denoise.run(&model, &observer, &cancel, &mut |_, _| finished += 1).unwrap_err();
+        assert!(matches!(error, Error::Cancelled), "{recording:?}: {error}");
+        assert_eq!(finished, 2, "{recording:?}");
+    }
+}
+
+#[test]
+fn a_step_that_is_not_whole_is_not_recorded() {
+    let run = Run::open("tiny-qwen-2511", "pipe.two");
+    let model = Transformer::load(&files(&run.reference), &Precision::reference()).unwrap();
+    model.set_step_recording(StepRecording::Rehearsed);
+    let recorded = |cache| cached(&run, &model, 5, cache).recorded.is_some();
+    assert!(recorded(None));
+    let cache = Some(StepCache::new(0.1).unwrap());
+    assert!(!recorded(cache), "a cache decides in the middle of a step");
+    model.set_residency(Residency::Streamed { blocks: 1 });
+    assert!(!recorded(None), "blocks are read anew in each step");
+    // As many as there are, but not what modulates them.
+    model.set_residency(Residency::Streamed { blocks: model.config().layers });
+    assert!(!recorded(None), "projections are read between steps");
+    model.set_residency(Residency::Resident);
+    model.fill(&CancelToken::new()).unwrap();
+    assert!(recorded(None));
 }
 
 #[test]
