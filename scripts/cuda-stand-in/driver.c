@@ -39,7 +39,7 @@ void stand_in_count(counter *of) {
     stand_in_count(&of_this);            \
   } while (0)
 
-enum { SUCCESS = 0, INVALID = 1, OUT_OF_MEMORY = 2, UNSUPPORTED = 801 };
+enum { SUCCESS = 0, INVALID = 1, OUT_OF_MEMORY = 2, UNSUPPORTED = 801, NOT_RECORDED = 900, BROKEN = 901 };
 typedef uint64_t address;
 
 static void list(FILE *to, counter **all) {
@@ -106,15 +106,13 @@ int cuDeviceGetAttribute(int *value, int attribute, int device) {
 }
 
 static _Thread_local void *current;
-static char context, stream, event, module, pool, graph;
+static char context, stream, event, module, pool;
 
 int cuDevicePrimaryCtxRetain(void **to, int device) { COUNTED; *to = &context; return SUCCESS; }
 int cuCtxGetCurrent(void **to) { COUNTED; *to = current; return SUCCESS; }
 int cuCtxSetCurrent(void *of) { COUNTED; current = of; return SUCCESS; }
 int cuStreamCreate(void **to, unsigned flags) { COUNTED; *to = &stream; return SUCCESS; }
 int cuStreamCreateWithPriority(void **to, unsigned flags, int priority) { COUNTED; *to = &stream; return SUCCESS; }
-int cuStreamIsCapturing(void *of, int *status) { COUNTED; *status = 0; return SUCCESS; }
-int cuStreamBeginCapture_v2(void *of, int mode) { COUNTED; return UNSUPPORTED; }
 int cuEventCreate(void **to, unsigned flags) { COUNTED; *to = &event; return SUCCESS; }
 int cuEventElapsedTime(float *ms, void *from, void *to) { COUNTED; *ms = 1; return SUCCESS; }
 int cuEventElapsedTime_v2(float *ms, void *from, void *to) { COUNTED; *ms = 1; return SUCCESS; }
@@ -122,6 +120,90 @@ int cuGetProcAddress_v2(const char *name, void **to, int version, uint64_t flags
   COUNTED;
   return UNSUPPORTED;
 }
+
+// Recording: what is queued becomes nodes of a graph. Waits, questions and memory that is not in the order of the stream
+// break it, as in a driver.
+
+enum { KERNEL = 0, COPY = 1, FILL = 2, TAKE = 10, GIVE_BACK = 11 };
+enum { HOST = 1, DEVICE = 2 };
+typedef struct node {
+  int kind, from, to, free;
+  address at;
+  size_t bytes;
+} node;
+typedef struct {
+  node *nodes;
+  size_t count, room;
+  int ready;
+} graph;
+static graph *recording;
+static int broken;
+
+// Whether this is the call that FAILS names.
+static int fails(const char *name) {
+  const char *failing = getenv("FAILS");
+  return failing && !strcmp(failing, name);
+}
+
+// Adds a node where something is recorded; whether it is.
+static int recorded(node added) {
+  if (!recording) return 0;
+  if (recording->count == recording->room) {
+    recording->room = 2 * recording->room + 64;
+    recording->nodes = realloc(recording->nodes, recording->room * sizeof(node));
+  }
+  recording->nodes[recording->count++] = added;
+  return 1;
+}
+
+static int waits(void) {
+  if (!recording) return SUCCESS;
+  broken = 1;
+  return NOT_RECORDED;
+}
+
+int cuStreamBeginCapture_v2(void *of, int mode) {
+  COUNTED;
+  if (recording || fails(__func__)) return NOT_RECORDED;
+  recording = calloc(1, sizeof(graph));
+  broken = 0;
+  return SUCCESS;
+}
+int cuStreamEndCapture(void *of, graph **to) {
+  COUNTED;
+  broken |= fails(__func__);
+  *to = broken ? 0 : recording;
+  recording = 0;
+  return broken ? BROKEN : SUCCESS;
+}
+int cuStreamIsCapturing(void *of, int *status) { COUNTED; *status = recording != 0; return SUCCESS; }
+int cuStreamSynchronize(void *of) { COUNTED; return waits(); }
+int cuStreamQuery(void *of) { COUNTED; return waits(); }
+int cuCtxSynchronize(void) { COUNTED; return waits(); }
+int cuEventSynchronize(void *of) { COUNTED; return waits(); }
+int cuEventQuery(void *of) { COUNTED; return waits(); }
+int cuGraphGetNodes(graph *of, node **to, size_t *count) {
+  COUNTED;
+  for (size_t i = 0; to && i < of->count && i < *count; i++) to[i] = of->nodes + i;
+  *count = of->count;
+  return SUCCESS;
+}
+int cuGraphNodeGetType(const node *of, int *kind) { COUNTED; *kind = of->kind; return SUCCESS; }
+int cuGraphMemFreeNodeGetParams(const node *of, address *at) { COUNTED; *at = of->at; return SUCCESS; }
+// As the header has them: properties of a pool, who has access, then size and place; offsets, level and kind of memory.
+int cuGraphMemAllocNodeGetParams(const node *of, uint64_t *to) { COUNTED; to[13] = of->bytes; to[14] = of->at; return SUCCESS; }
+int cuGraphMemcpyNodeGetParams(const node *of, uint32_t *to) { COUNTED; to[8] = of->from; to[30] = of->to; return SUCCESS; }
+int cuGraphInstantiateWithFlags(graph **to, graph *of, uint64_t flags) {
+  COUNTED;
+  if (fails(__func__)) return OUT_OF_MEMORY;
+  of->ready = 1;
+  *to = of;
+  return SUCCESS;
+}
+int cuGraphUpload(graph *of, void *on) { COUNTED; return !of->ready ? INVALID : fails(__func__) ? OUT_OF_MEMORY : SUCCESS; }
+int cuGraphLaunch(graph *of, void *on) { COUNTED; return !of->ready ? INVALID : fails(__func__) ? OUT_OF_MEMORY : SUCCESS; }
+int cuGraphDestroy(graph *of) { COUNTED; free(of->nodes); free(of); return SUCCESS; }
+int cuDeviceGetGraphMemAttribute(int device, int attribute, uint64_t *to) { COUNTED; *to = 0; return SUCCESS; }
 
 // Memory: each allocation has addresses of its own, which the system backs where they are written.
 
@@ -141,8 +223,38 @@ static int take(address *to, size_t bytes) {
   return at + bytes > ROOM ? OUT_OF_MEMORY : SUCCESS;
 }
 
-int cuMemAllocAsync(address *to, size_t bytes, void *on) { COUNTED; return take(to, bytes); }
-int cuMemAlloc_v2(address *to, size_t bytes) { COUNTED; return take(to, bytes); }
+int cuMemAllocAsync(address *to, size_t bytes, void *on) {
+  COUNTED;
+  // What a recording gave back it takes again.
+  for (size_t i = 0; recording && i < recording->count; i++)
+    if (recording->nodes[i].free && recording->nodes[i].bytes == bytes) {
+      recording->nodes[i].free = 0;
+      *to = recording->nodes[i].at;
+      recorded((node){TAKE, .at = *to, .bytes = bytes});
+      return SUCCESS;
+    }
+  int taken = take(to, bytes);
+  if (!taken) recorded((node){TAKE, .at = *to, .bytes = bytes});
+  return taken;
+}
+int cuMemFreeAsync(address at, void *on) {
+  COUNTED;
+  for (size_t i = 0; recording && i < recording->count; i++)
+    if (recording->nodes[i].kind == TAKE && recording->nodes[i].at == at) {
+      recorded((node){GIVE_BACK, .free = 1, .at = at, .bytes = recording->nodes[i].bytes});
+      return SUCCESS;
+    }
+  // What was taken before cannot be given back within a recording.
+  if (recording) broken = 1;
+  return recording ? INVALID : SUCCESS;
+}
+int cuMemAlloc_v2(address *to, size_t bytes) { COUNTED; return waits() ?: take(to, bytes); }
+int cuMemsetD8Async(address to, int value, size_t count, void *on) { COUNTED; recorded((node){FILL}); return SUCCESS; }
+int cuMemcpyDtoDAsync_v2(address to, address from, size_t bytes, void *on) {
+  COUNTED;
+  recorded((node){COPY, DEVICE, DEVICE});
+  return SUCCESS;
+}
 int cuMemHostAlloc(void **to, size_t bytes, unsigned flags) { COUNTED; *to = calloc(1, bytes); return SUCCESS; }
 int cuMemFreeHost(void *at) { COUNTED; free(at); return SUCCESS; }
 int cuMemGetInfo_v2(size_t *free, size_t *all) { COUNTED; *free = *all = (size_t)80 << 30; return SUCCESS; }
@@ -156,9 +268,15 @@ static int copied(void *to, const void *from, size_t bytes) {
 }
 
 int cuMemcpyHtoD_v2(void *to, const void *from, size_t bytes) { COUNTED; return copied(to, from, bytes); }
-int cuMemcpyHtoDAsync_v2(void *to, const void *from, size_t bytes, void *on) { COUNTED; return copied(to, from, bytes); }
-int cuMemcpyDtoH_v2(void *to, const void *from, size_t bytes) { COUNTED; return copied(to, from, bytes); }
-int cuMemcpyDtoHAsync_v2(void *to, const void *from, size_t bytes, void *on) { COUNTED; return copied(to, from, bytes); }
+int cuMemcpyHtoDAsync_v2(void *to, const void *from, size_t bytes, void *on) {
+  COUNTED;
+  return recorded((node){COPY, HOST, DEVICE}) ? SUCCESS : copied(to, from, bytes);
+}
+int cuMemcpyDtoH_v2(void *to, const void *from, size_t bytes) { COUNTED; return waits() ?: copied(to, from, bytes); }
+int cuMemcpyDtoHAsync_v2(void *to, const void *from, size_t bytes, void *on) {
+  COUNTED;
+  return recorded((node){COPY, DEVICE, HOST}) ? SUCCESS : copied(to, from, bytes);
+}
 
 // Kernels: a function is the counter of its starts.
 
@@ -212,6 +330,7 @@ static void run_float8_rows(const struct float8_rows *of) {
 }
 
 static int start(counter *kernel) {
+  if (recorded((node){KERNEL})) return SUCCESS;
   if (counting && !kernel->count++) {
     kernel->next = kernels;
     kernels = kernel;
@@ -222,7 +341,7 @@ static int start(counter *kernel) {
 int cuLaunchKernel(void *kernel) { COUNTED; return start(kernel); }
 int cuLaunchKernelEx(const void *config, void *kernel, void **arguments) {
   COUNTED;
-  if (!strncmp(((counter *)kernel)->name, "float8_rows", 11)) run_float8_rows(arguments[0]);
+  if (!recording && !strncmp(((counter *)kernel)->name, "float8_rows", 11)) run_float8_rows(arguments[0]);
   return start(kernel);
 }
 

@@ -12,6 +12,7 @@ mod language;
 mod large;
 mod models;
 mod pool;
+mod recorded;
 pub mod report;
 mod times;
 mod weights;
@@ -60,7 +61,7 @@ pub struct Part {
 }
 
 /// Correctness.
-const CHECKS: [Part; 12] = [
+const CHECKS: [Part; 13] = [
     check("joint attention", |device, _| group(device, 0)),
     check("attention", |device, _| group(device, 1)),
     check("elementwise", |device, _| group(device, 2)),
@@ -77,6 +78,7 @@ const CHECKS: [Part; 12] = [
     }),
     check("large", |device, options| on_kernels(device, || large::check(device, options.shrink))),
     check("memory", |device, _| pool::check(device)),
+    check("recorded", recorded::check),
     check("accuracy", |device, options| on_kernels(device, || accuracy::check(device, options))),
 ];
 

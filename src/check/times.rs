@@ -10,7 +10,7 @@ use std::{
 use candle_core::{DType, Device, Tensor, quantized::GgmlDType};
 
 use super::{
-    Options, Part, autoencoder, host, language, on_kernels,
+    Options, Part, autoencoder, host, language, on_kernels, recorded,
     report::{Finding, Row},
     weights::{self, Dimensions, Matrices},
 };
@@ -55,6 +55,7 @@ pub(super) const PARTS: &[Part] = &[
         autoencoder::times(device, &options.scratch, options.shrink)
     }),
     timed("time of the host", host::steps),
+    timed("time of recorded steps", recorded::large),
     timed("time of the language model", |device, options| {
         on_kernels(device, || language::times(device, options.shrink))
     }),

@@ -61,6 +61,7 @@ fn the_check_of_a_gpu_passes_in_the_emulation() {
         "transformer",
         "hopper",
         "autoencoder",
+        "recorded",
     ] {
         assert!(report.rows.iter().any(|row| row.part == part), "no {part}: {lines:#?}");
     }
