@@ -59,6 +59,7 @@ use qwen_image::pack::{latents_from_tokens, tokens_from_latents};
 use schedule::ScheduleConfig;
 use vae::{Autoencoder, Tiling};
 
+pub use crate::ops::cuda::{AtWork, at_work};
 pub use denoise::{Denoise, Denoised};
 pub(crate) use finite::require_finite;
 pub use qwen_image::{

@@ -7,6 +7,7 @@ use serde::Serialize;
 
 use super::{Engine, checked::Checked, pass::resized};
 use crate::{
+    diffusion::at_work,
     error::{Error, Result},
     memory,
     pixels::{Picture, Size},
@@ -101,6 +102,7 @@ impl Engine {
     /// # Errors
     /// A size or a number of steps that the model cannot do, not enough memory, or cancellation.
     pub fn bench(&self, request: &BenchRequest, observer: &dyn Observer) -> Result<BenchReport> {
+        let _at_work = at_work();
         self.forget();
         if request.answer_tokens == 0 {
             return Err(Error::field("answer tokens", 0, "at least 1"));

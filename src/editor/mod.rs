@@ -48,7 +48,7 @@ use self::{
     stages::Stages,
 };
 use crate::{
-    diffusion::{DiffusionModel, schedule::ScheduleConfig},
+    diffusion::{DiffusionModel, StepRecording, at_work, schedule::ScheduleConfig},
     error::{Error, Result},
     memory::{self, Budget, Device, DeviceMemory, Holding},
     pixels::Size,
@@ -173,6 +173,7 @@ impl Engine {
         request: &EditRequest,
         observer: &dyn Observer,
     ) -> Result<MemoryPlan> {
+        let _at_work = at_work();
         let files = source.files()?;
         let loras = Loras::open(&options.loras, !options.no_lightning_defaults)?;
         let precision = options.precision(observer)?;
@@ -185,6 +186,7 @@ impl Engine {
         request: Option<&EditRequest>,
         observer: &dyn Observer,
     ) -> Result<Self> {
+        let _at_work = at_work();
         let files = source.files()?;
         let loras = Loras::open(&options.loras, !options.no_lightning_defaults)?;
         let precision = options.precision(observer)?;
@@ -218,6 +220,7 @@ impl Engine {
             let residency = placement.transformer;
             let diffusion = DiffusionModel::open(&files, schedule, precision, changes, residency)?;
             diffusion.transformer().set_memory_limit(options.budget.vram);
+            diffusion.transformer().set_step_recording(StepRecording::OnDevice);
             // What has the first turn; the others follow when it is over.
             if own.is_none() || !placement.take_turns {
                 residence.hold(ENCODER, vlm.weight_bytes(precision, true))?;
@@ -288,6 +291,7 @@ impl Engine {
     /// Drops what is kept of earlier requests: tokens and latents of their pictures, and their
     /// prompts as the editor reads them. Results do not change, only the time of the next request.
     pub fn forget(&self) {
+        let _at_work = at_work();
         self.memo.clear();
         self.diffusion.transformer().forget();
     }
@@ -298,6 +302,7 @@ impl Engine {
     /// A request the model cannot carry out, not enough memory, cancellation, or values that are
     /// not finite.
     pub fn edit(&self, request: &EditRequest, observer: &dyn Observer) -> Result<EditOutcome> {
+        let _at_work = at_work();
         edit::run(self, request, observer)
     }
 
@@ -308,6 +313,7 @@ impl Engine {
     /// A request without text or pictures, a reply that is not finished at the limit of tokens, or
     /// cancellation.
     pub fn decompose(&self, request: &PlanRequest, observer: &dyn Observer) -> Result<String> {
+        let _at_work = at_work();
         let pictures = plan_pictures(&self.opened.pipeline, request)?;
         let seen = self.opened.vlm.look_unless(&pictures, &request.cancel)?;
         let work = PlanWork::of(request, &pictures, &seen);
@@ -321,6 +327,7 @@ impl Engine {
     /// # Errors
     /// A question that is empty or too long, or cancellation.
     pub fn ask(&self, request: &AskRequest, observer: &dyn Observer) -> Result<AskOutcome> {
+        let _at_work = at_work();
         self.before_reading(true)?;
         ask::run(&self.opened.vlm, request, observer)
     }
@@ -357,6 +364,7 @@ impl Assistant {
         options: &EngineOptions,
         observer: &dyn Observer,
     ) -> Result<Self> {
+        let _at_work = at_work();
         let files = source.files()?;
         let pipeline = Pipeline::read(&files)?;
         let precision = options.precision(observer)?;
@@ -382,6 +390,7 @@ impl Assistant {
         request: &PlanRequest,
         observer: &dyn Observer,
     ) -> Result<MemoryPlan> {
+        let _at_work = at_work();
         let files = source.files()?;
         let pipeline = Pipeline::read(&files)?;
         let precision = options.precision(observer)?;
@@ -396,6 +405,7 @@ impl Assistant {
     /// # Errors
     /// A question that is empty or too long, or cancellation.
     pub fn ask(&self, request: &AskRequest, observer: &dyn Observer) -> Result<AskOutcome> {
+        let _at_work = at_work();
         ask::run(&self.vlm, request, observer)
     }
 
@@ -416,6 +426,7 @@ impl Assistant {
     /// A request without text or pictures, a reply that is not finished at the limit of tokens, or
     /// cancellation.
     pub fn plan(&self, request: &PlanRequest, observer: &dyn Observer) -> Result<PlanOutcome> {
+        let _at_work = at_work();
         let pictures = plan_pictures(&self.pipeline, request)?;
         let seen = self.vlm.look_unless(&pictures, &request.cancel)?;
         let work = PlanWork::of(request, &pictures, &seen);

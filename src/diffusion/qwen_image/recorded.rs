@@ -38,9 +38,11 @@ const BETWEEN_BYTES: u64 = 64 << 20;
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub enum StepRecording {
     /// Never.
-    Off,
-    /// Where the device records, all weights are in memory, no cache leaves out steps, and a step is short.
     #[default]
+    Off,
+    /// Where the device records, all weights are in memory, no cache leaves out steps, and a step is short. Other
+    /// threads must not queue work on the device meanwhile, unless they [said so](crate::diffusion::at_work), as an
+    /// [`Engine`](crate::Engine) does.
     OnDevice,
     /// As `OnDevice`, and a device that does not record computes at the fixed places that a recording would have:
     /// for tests.

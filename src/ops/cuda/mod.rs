@@ -46,7 +46,7 @@ pub(super) use latents::{pack_patches, timestep_embedding, unpack_patches};
 pub(super) use linear::row_by_each;
 pub use linear::{Format, StoredMatrix};
 pub(super) use pictures::Pixels;
-pub use recorded::{Recorded, Recording, records};
+pub use recorded::{AtWork, Recorded, Recording, at_work, records};
 pub(super) use rows::{
     Activation, activate, channel_rms_norm, gated_add, gated_add_norm, guided_step, layer_norm,
     rms_norm, rotate,

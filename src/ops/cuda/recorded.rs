@@ -1,9 +1,10 @@
 //! A stretch of work that one thread queues on a device, recorded once and started again as a whole.
 //!
 //! Operations queue on the device's own stream and nowhere else, so that is what is recorded: whatever another
-//! thread queues there meanwhile would be recorded with it. Kernels, their memory and products of other threads
-//! therefore wait until a recording has ended. Who records sees to the rest: no weights are read, and no tensor
-//! that was made before is dropped.
+//! thread queues there meanwhile would be recorded with it. So nothing is recorded while another thread is
+//! [at work](at_work), and such threads do not begin meanwhile; kernels, their memory and products of any other
+//! thread wait until a recording has ended. Who records sees to the rest: no weights are read, and no tensor that
+//! was made before is dropped.
 //!
 //! What is allocated while it is recorded becomes nodes of the graph: addresses that stay, in memory of a pool
 //! beside the default one. Reference:
@@ -11,7 +12,11 @@
 
 use std::{
     cell::Cell,
-    sync::{PoisonError, RwLock, RwLockReadGuard},
+    marker::PhantomData,
+    sync::{
+        PoisonError, RwLock, RwLockReadGuard,
+        atomic::{AtomicUsize, Ordering},
+    },
 };
 
 use candle_core::{Device, Result};
@@ -19,8 +24,43 @@ use candle_core::{Device, Result};
 /// Held to write by a thread that records, and to read by those that queue.
 static TURNS: RwLock<()> = RwLock::new(());
 
+/// Threads that are at work.
+static AT_WORK: AtomicUsize = AtomicUsize::new(0);
+
 thread_local! {
     static RECORDS: Cell<bool> = const { Cell::new(false) };
+    /// How often this thread said that it is at work.
+    static DEPTH: Cell<usize> = const { Cell::new(0) };
+}
+
+/// As long as it lives, its thread queues work on devices.
+#[derive(Debug)]
+pub struct AtWork(PhantomData<*const ()>);
+
+/// Says that this thread is going to queue work on devices, by any operation: waits until no other thread records,
+/// and keeps others from beginning. A thread may say it again.
+#[must_use]
+pub fn at_work() -> AtWork {
+    if DEPTH.get() == 0 {
+        let _nobody_records = TURNS.read().unwrap_or_else(PoisonError::into_inner);
+        AT_WORK.fetch_add(1, Ordering::SeqCst);
+    }
+    DEPTH.set(DEPTH.get() + 1);
+    AtWork(PhantomData)
+}
+
+impl Drop for AtWork {
+    fn drop(&mut self) {
+        DEPTH.set(DEPTH.get().saturating_sub(1));
+        if DEPTH.get() == 0 {
+            AT_WORK.fetch_sub(1, Ordering::SeqCst);
+        }
+    }
+}
+
+/// Whether another thread is at work.
+fn others_at_work() -> bool {
+    AT_WORK.load(Ordering::SeqCst) > usize::from(DEPTH.get() > 0)
 }
 
 /// Whether what this thread queues is recorded and not run.
@@ -34,9 +74,9 @@ pub(super) fn turn() -> Option<RwLockReadGuard<'static, ()>> {
     (!is_recording()).then(|| TURNS.read().unwrap_or_else(PoisonError::into_inner))
 }
 
-/// Runs `work` as the only one that queues.
+/// Runs `work` as the only one that queues; `None` where others are at work.
 #[cfg_attr(not(any(feature = "cuda", test)), expect(dead_code, reason = "nothing records"))]
-fn alone<T>(work: impl FnOnce() -> T) -> T {
+fn alone<T>(work: impl FnOnce() -> T) -> Option<T> {
     struct Reset;
     impl Drop for Reset {
         fn drop(&mut self) {
@@ -44,9 +84,12 @@ fn alone<T>(work: impl FnOnce() -> T) -> T {
         }
     }
     let _others_wait = TURNS.write().unwrap_or_else(PoisonError::into_inner);
+    if others_at_work() {
+        return None;
+    }
     RECORDS.set(true);
     let _reset = Reset;
-    work()
+    Some(work())
 }
 
 /// What was recorded.
@@ -85,12 +128,15 @@ impl Recording {
     /// all the memory that it takes and none that was taken before, and must not wait for the device.
     ///
     /// # Errors
-    /// A device that does not record, what `work` fails with, work that cannot be repeated, such as a copy
+    /// A device that does not record, other threads at work, what `work` fails with, work that cannot be repeated, such as a copy
     /// from the host, or a failure of the device. What is queued later is not recorded in any case.
     pub fn of(device: &Device, work: impl FnOnce() -> Result<()>) -> Result<Self> {
         #[cfg(feature = "cuda")]
         if let Device::Cuda(cuda) = device {
-            let graph = alone(|| device::record(cuda, work))?;
+            let Some(graph) = alone(|| device::record(cuda, work)) else {
+                candle_core::bail!("another thread is at work")
+            };
+            let graph = graph?;
             let what = device::repeatable(&graph)?;
             return Ok(Self { what, graph: Some(graph), device: device.clone() });
         }
@@ -332,21 +378,27 @@ mod device {
 #[cfg(test)]
 mod tests {
     use std::{
-        sync::atomic::{AtomicBool, Ordering},
+        sync::{Barrier, Mutex, atomic::AtomicBool},
         thread,
         time::Duration,
     };
 
     use super::*;
 
+    /// What is tested is one for the process.
+    static TESTS: Mutex<()> = Mutex::new(());
+
     #[test]
     fn others_wait_while_one_records() {
+        let _one_test_at_a_time = TESTS.lock().unwrap_or_else(PoisonError::into_inner);
         let ended = AtomicBool::new(false);
         thread::scope(|scope| {
+            let _own = [at_work(), at_work()];
             let other = alone(|| {
                 assert!(is_recording() && turn().is_none());
                 let other = scope.spawn(|| {
                     assert!(!is_recording());
+                    let _at_work = at_work();
                     let turn = turn();
                     assert!(ended.load(Ordering::SeqCst), "in the middle of a recording");
                     turn.is_some()
@@ -355,8 +407,27 @@ mod tests {
                 ended.store(true, Ordering::SeqCst);
                 other
             });
-            assert!(!is_recording() && other.join().unwrap());
+            assert!(!is_recording() && other.unwrap().join().unwrap());
         });
+    }
+
+    #[test]
+    fn nobody_records_while_others_are_at_work() {
+        let _one_test_at_a_time = TESTS.lock().unwrap_or_else(PoisonError::into_inner);
+        let (begun, over) = (Barrier::new(2), Barrier::new(2));
+        thread::scope(|scope| {
+            scope.spawn(|| {
+                let _at_work = at_work();
+                begun.wait();
+                over.wait();
+            });
+            begun.wait();
+            assert!(alone(|| ()).is_none());
+            let _own = at_work();
+            assert!(alone(|| ()).is_none());
+            over.wait();
+        });
+        assert!(alone(|| ()).is_some());
     }
 
     #[test]
