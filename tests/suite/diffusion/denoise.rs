@@ -19,15 +19,18 @@ use pentimento::{
 use super::{Run, files, largest_difference};
 use crate::common::{Tolerance, assert_close};
 
+/// Checkpoints, pipelines that their reference has, and how guidance goes through the blocks.
+const PIPELINES: [(&str, &str, GuidancePass); 5] = [
+    ("tiny-qwen-2511", "pipe.two", GuidancePass::InTurn),
+    ("tiny-qwen-2511", "pipe.two", GuidancePass::OneBatch),
+    ("edit-23", "pipe.cfg", GuidancePass::InTurn),
+    ("edit-23", "pipe.cfg", GuidancePass::OneBatch),
+    ("tiny-qwen-plus", "pipe.nocfg", GuidancePass::InTurn),
+];
+
 #[test]
 fn the_loop_equals_the_pipeline() {
-    for (checkpoint, tag, guidance) in [
-        ("tiny-qwen-2511", "pipe.two", GuidancePass::InTurn),
-        ("tiny-qwen-2511", "pipe.two", GuidancePass::OneBatch),
-        ("edit-23", "pipe.cfg", GuidancePass::InTurn),
-        ("edit-23", "pipe.cfg", GuidancePass::OneBatch),
-        ("tiny-qwen-plus", "pipe.nocfg", GuidancePass::InTurn),
-    ] {
+    for (checkpoint, tag, guidance) in PIPELINES {
         let run = Run::open(checkpoint, tag);
         let model = DiffusionModel::load(&files(&run.reference), &Precision::reference()).unwrap();
         model.transformer().set_guidance(guidance);
@@ -136,13 +139,7 @@ fn preparing_steps_together_changes_nothing() {
 /// together, with other modulation in each.
 #[test]
 fn steps_at_fixed_places_are_the_same_bit_for_bit() {
-    for (checkpoint, tag, guidance) in [
-        ("tiny-qwen-2511", "pipe.two", GuidancePass::InTurn),
-        ("tiny-qwen-2511", "pipe.two", GuidancePass::OneBatch),
-        ("edit-23", "pipe.cfg", GuidancePass::InTurn),
-        ("edit-23", "pipe.cfg", GuidancePass::OneBatch),
-        ("tiny-qwen-plus", "pipe.nocfg", GuidancePass::InTurn),
-    ] {
+    for (checkpoint, tag, guidance) in PIPELINES {
         let run = Run::open(checkpoint, tag);
         let files = files(&run.reference);
         let model = Transformer::load(&files, &Precision::reference()).unwrap();
