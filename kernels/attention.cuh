@@ -245,6 +245,11 @@ struct AttentionSums {
   }
 };
 
+// What sums with a largest score `maximum` count for in sums with `largest`.
+DEVICE float part_of(float maximum, float largest, float factor) {
+  return exp2_fast(maximum * factor - (largest == -INFINITY ? 0.0f : largest * factor));
+}
+
 // The weights of keys 16 * k .. 16 * k + 16 as the left operand of a product.
 template <int KEYS>
 DEVICE void weights_operand(uint32_t (&to)[4], const float (&scores)[KEYS / 8][4], int k) {

@@ -415,11 +415,6 @@ struct DecodeAttention {
     if (shares > 1 && is_last(shares)) join_shares(shares, factor);
   }
 
-  // What the share of a largest score is in sums to `largest`.
-  DEVICE static float part(float maximum, float largest, float factor) {
-    return exp2_fast(maximum * factor - (largest == -INFINITY ? 0.0f : largest * factor));
-  }
-
   DEVICE void write(int item, const float (&out)[4], float by) const {
     const uint64_t low = pack_bf16(out[0] * by, out[1] * by), high = pack_bf16(out[2] * by, out[3] * by);
     *reinterpret_cast<uint64_t*>(args.out + block_y() * args.group * D + 4 * item) = low | high << 32;
@@ -435,7 +430,7 @@ struct DecodeAttention {
       for (int i = 0; i < WARPS; ++i) largest = fmaxf(largest, stats[2 * (16 * i + row)]);
       UNROLL
       for (int i = 0; i < WARPS; ++i) {
-        const float share = part(stats[2 * (16 * i + row)], largest, factor);
+        const float share = part_of(stats[2 * (16 * i + row)], largest, factor);
         const Words four = load_words(sums + (16 * i + row) * D + column);
         total += share * stats[2 * (16 * i + row) + 1];
         UNROLL
@@ -480,7 +475,7 @@ struct DecodeAttention {
       const bool there = lane() < shares;
       const float* own = args.stats + 2 * (first + ROWS * (there ? lane() : 0) + row);
       const float maximum = there ? load_fresh(own) : -INFINITY, sum = there ? load_fresh(own + 1) : 0.0f;
-      const float share = part(maximum, max_lanes(maximum, 32), factor);  // 0 beyond the shares
+      const float share = part_of(maximum, max_lanes(maximum, 32), factor);  // 0 beyond the shares
       parts[row * SHARES + lane()] = share / sum_lanes(share * sum, 32);
     }
     block_barrier();

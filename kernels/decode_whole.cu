@@ -74,12 +74,13 @@ struct Whole {
     if (block < matrix.blocks) share = ::share_of(matrix.outs, block, matrix.blocks);
     to.first = share.first;
     to.outs = share.outs;
+    int units = 1;
     with_whole_format(to.format, [&](auto format) {
       using Format = decltype(format);
       to.blocks = int(product.depth / 256);
       to.row_bytes = uint32_t(to.blocks) * Format::Row::BYTES;
       to.unit_bytes = Format::STEP;
-      to.units = (to.blocks + Format::BLOCKS - 1) / Format::BLOCKS;
+      units = (to.blocks + Format::BLOCKS - 1) / Format::BLOCKS;
       to.copied = Format::COPIED;
       to.last_copied = to.blocks % Format::BLOCKS ? Format::LAST : Format::COPIED;
       to.second_at = Format::SECOND;
@@ -87,13 +88,7 @@ struct Whole {
     });
     to.rows = matrix.bytes;
     to.second = product.kind == WHOLE_QKV ? matrix.bytes + uint64_t(D / 2) * to.row_bytes : matrix.second;
-    const int most = to.pairs ? 8 : 16;
-    to.tiles = (to.outs + most - 1) / most;
-    // Tiles of about the same size, so that the warps read about as much.
-    to.tile_outs = to.tiles ? (to.outs + to.tiles - 1) / to.tiles : 1;
-    to.per_warp = (to.tiles * to.units + WHOLE_WARPS - 1) / WHOLE_WARPS;
-    if (to.per_warp == 0) to.per_warp = 1;
-    to.sharers = (to.units + to.per_warp - 2) / to.per_warp + 1;
+    static_cast<UnitPlan&>(to) = UnitPlan(to.outs, to.pairs ? 8 : 16, units, WHOLE_WARPS);
     to.by_tile_outs = reciprocal(to.tile_outs);
     to.by_per_warp = reciprocal(to.per_warp);
     return to;
@@ -227,7 +222,7 @@ struct Whole {
     }
     UNROLL
     for (int i = 0; i < SHARES; ++i) {
-      maximum[i] = Attention::part(maximum[i], largest, factor);
+      maximum[i] = part_of(maximum[i], largest, factor);
       total += maximum[i] * sum[i];
     }
     UNROLL
@@ -322,43 +317,44 @@ struct Whole {
     return inverse_root(sum / float(args.width) + float(args.eps));
   }
 
+  // Ends each output of this thread with its sums.
+  template <class End>
+  DEVICE void finish(const WholeShare& share, const End& end) const {
+    for (int out = thread_index(); out < share.outs; out += WHOLE_THREADS) {
+      float sum, second;
+      output(share, out, sum, second);
+      end(out, sum, second);
+    }
+  }
+
   DEVICE void finish_qkv(const WholeShare& share, const Aid& held) const {
     const float by = norm_factor();
     bf16* to = share.to + (share.which == 0 ? 0 : args.state->past * 2 * share.all);
-    for (int out = thread_index(); out < share.outs; out += WHOLE_THREADS) {
+    finish(share, [&](int out, float sum, float second) {
       const Aid aid = out == thread_index() ? held : aid_of(share, out);
-      float sum, second;
-      output(share, out, sum, second);
       const float a = sum * by + aid.bias[0], b = second * by + aid.bias[1];
       to[aid.row] = from_float<bf16>(a * aid.cos - b * aid.sin);
       to[aid.row + D / 2] = from_float<bf16>(b * aid.cos + a * aid.sin);
-    }
+    });
   }
   DEVICE void finish_add(const WholeShare& share, float held) const {
     float* x = args.x + share.first;
-    for (int out = thread_index(); out < share.outs; out += WHOLE_THREADS) {
-      float sum, second;
-      output(share, out, sum, second);
+    finish(share, [&](int out, float sum, float) {
       x[out] = (out == thread_index() ? held : load_fresh(x + out)) + sum;
-    }
+    });
   }
   DEVICE void finish_gate_up(const WholeShare& share) const {
     const float by = norm_factor();
     bf16* to = share.to + share.first;
-    for (int out = thread_index(); out < share.outs; out += WHOLE_THREADS) {
-      float gate, up;
-      output(share, out, gate, up);
-      gate *= by;
+    finish(share, [&](int out, float sum, float up) {
+      const float gate = sum * by;
       to[out] = from_float<bf16>(gate * sigmoid(gate) * (up * by));
-    }
+    });
   }
   DEVICE void finish_logits(const WholeShare& share) const {
     const float by = norm_factor();
-    for (int out = thread_index(); out < share.outs; out += WHOLE_THREADS) {
-      float sum, second;
-      output(share, out, sum, second);
-      args.logits[share.first + out] = sum * by;
-    }
+    float* to = args.logits + share.first;
+    finish(share, [&](int out, float sum, float) { to[out] = sum * by; });
   }
 
   template <class Format>

@@ -58,7 +58,7 @@ DEVICE uint32_t reciprocal(int d) { return (0x80000000u + uint32_t(d) - 1) / uin
 DEVICE int quotient(int x, uint32_t reciprocal) { return int(uint64_t(uint32_t(x)) * reciprocal >> 31); }
 
 // A block's share of a product; computed once.
-struct WholeShare {
+struct WholeShare : UnitPlan {
   const uint8_t *rows, *second;  // rows of outputs, and of pairs the other ones
   const void* norm;
   const bf16 *row, *bias;
@@ -67,7 +67,7 @@ struct WholeShare {
   int copied, last_copied, second_at, pair;  // bytes of a row of a unit, and of the last one of a tile; see the formats
   int first, outs, head_mask, all;  // all: outputs of the matrix
   int kind, format, which, pairs, norm_is_float;
-  int blocks, units, tiles, tile_outs, per_warp, sharers;  // blocks of a row, units of a tile
+  int blocks;  // of a row
 
   // Which row of the matrix an output of the block is. Of pairs of a head the first half are rows.
   DEVICE int row_of(int out) const {
@@ -208,7 +208,7 @@ DEVICE void bring_unit(const WholeShare& share, unsigned char* to, CountingBarri
   barrier_arrive_expecting(came, 16 * bytes);
   UNROLL
   for (int at = 0; at < 16; ++at) {
-    // A tile's rows beyond the outputs repeat the last one.
+    // As WholeShare::weights, which would take nearly twice as many instructions here.
     const int own = pairs ? at & 7 : at, out = first + (own < last ? own : last);
     const uint8_t* row = rows[at / 8] + uint64_t(uint32_t(out + (out & mask))) * row_bytes;
     row -= reinterpret_cast<uintptr_t>(row) & 15;

@@ -98,10 +98,6 @@ struct WholeAttention {
       stats()[2 * row + 1] = own.sum[0];
     }
   }
-  // What the share of a largest score is in sums to `largest`.
-  DEVICE static float part(float maximum, float largest, float factor) {
-    return exp2_fast(maximum * factor - (largest == -INFINITY ? 0.0f : largest * factor));
-  }
   // Joins what the warps have left.
   DEVICE void join(int share, float factor) const {
     const int64_t place = (int64_t(head) * SHARES + share) * WHOLE_GROUP;
@@ -113,7 +109,7 @@ struct WholeAttention {
       UNROLL
       for (int i = 0; i < WHOLE_WARPS; ++i) {
         const int at = WHOLE_GROUP * i + row;
-        const float by = part(stats()[2 * at], largest, factor);
+        const float by = part_of(stats()[2 * at], largest, factor);
         const Words four = load_words(sums() + at * D + column);
         total += by * stats()[2 * at + 1];
         UNROLL

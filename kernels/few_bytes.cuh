@@ -358,25 +358,26 @@ struct PlainRows {
   }
 };
 
+// How a block's outputs, in tiles of at most so many, are shared among its warps. `sums_bytes` of `ops/cuda/few.rs`
+// computes the same.
+struct UnitPlan {
+  int units, tiles, tile_outs, per_warp, sharers;  // units: of a tile
+  UnitPlan() = default;
+  DEVICE UnitPlan(int outs, int tile_most, int units, int warps) : units(units) {
+    tiles = (outs + tile_most - 1) / tile_most;
+    // Tiles of about the same size, so that the warps read about as much.
+    tile_outs = tiles ? (outs + tiles - 1) / tiles : 1;
+    per_warp = (tiles * units + warps - 1) / warps;
+    if (per_warp == 0) per_warp = 1;
+    sharers = (units + per_warp - 2) / per_warp + 1;
+  }
+};
+
 // `AHEAD`: units that are under way while one is computed. With PAIRS an output is two rows of weights.
 template <class Format, int ROWS, int AHEAD, bool PAIRS = false>
 struct FewBytes {
   static constexpr int STAGE_STRIDE = 16 * Format::PIECES, STAGE_BYTES = 16 * STAGE_STRIDE;
   static constexpr int STAGES = AHEAD + 1, TILE_OUTS = PAIRS ? 8 : 16;
-
-  // How a block's outputs are shared among its warps. `ops/cuda/few.rs` computes the same.
-  struct Plan {
-    int units_per_tile, tiles, tile_outs, per_warp, sharers;
-    DEVICE Plan(int outs, int64_t depth, int warps) {
-      units_per_tile = int(depth / 256) / Format::UNIT;
-      tiles = (outs + TILE_OUTS - 1) / TILE_OUTS;
-      // Tiles of about the same size, so that the warps read about as much.
-      tile_outs = tiles ? (outs + tiles - 1) / tiles : 1;
-      per_warp = (tiles * units_per_tile + warps - 1) / warps;
-      if (per_warp == 0) per_warp = 1;
-      sharers = (units_per_tile + per_warp - 2) / per_warp + 1;
-    }
-  };
 
   struct Cursor {
     int left, block, tile;
@@ -390,16 +391,16 @@ struct FewBytes {
   DEVICE static void multiply(int64_t depth, int outs, const Weights& weights, Source& source, const Finish& finish) {
     const int g = lane() >> 2, t = lane() & 3, warps = block_threads() / 32;
     const int count = int(depth / 256);
-    const Plan plan(outs, depth, warps);
+    const UnitPlan plan(outs, TILE_OUTS, count / Format::UNIT, warps);
     const int row_stride = count * Format::X_BYTES;
     unsigned char* x = shared_memory();
     float* shares = reinterpret_cast<float*>(x + ROWS * row_stride);
 
     const int from = warp() * plan.per_warp;
-    const int units = int(min64(from + plan.per_warp, plan.tiles * plan.units_per_tile)) - from;
+    const int units = int(min64(from + plan.per_warp, plan.tiles * plan.units)) - from;
     Cursor loads{units, 0, 0};
-    loads.tile = from / plan.units_per_tile;
-    loads.block = (from - loads.tile * plan.units_per_tile) * Format::UNIT;
+    loads.tile = from / plan.units;
+    loads.block = (from - loads.tile * plan.units) * Format::UNIT;
     Cursor now = loads;
     auto step = [&](Cursor& cursor) {
       --cursor.left;
@@ -446,7 +447,7 @@ struct FewBytes {
       for (int r = 0; r < ROWS; ++r) sums[r][0] = sums[r][1] = 0.0f;
     };
     auto flush = [&](int tile) {
-      const int sharer = warp() - tile * plan.units_per_tile / plan.per_warp;
+      const int sharer = warp() - tile * plan.units / plan.per_warp;
       UNROLL
       for (int r = 0; r < ROWS; ++r) {
         UNROLL
@@ -543,7 +544,7 @@ struct FewBytes {
     block_barrier();
     for (int i = thread_index(); i < outs * ROWS; i += block_threads()) {
       const int out = i % outs, row = i / outs, tile = out / plan.tile_outs, at = out % plan.tile_outs;
-      const int begin = tile * plan.units_per_tile, end = begin + plan.units_per_tile;
+      const int begin = tile * plan.units, end = begin + plan.units;
       const int sharers = (end - 1) / plan.per_warp - begin / plan.per_warp + 1;
       float sum = 0.0f, second = 0.0f;
       for (int share = 0; share < sharers; ++share) {

@@ -322,6 +322,12 @@ impl Sizes {
         KEYS * self.capacity.div_ceil(KEYS).div_ceil(SHARES_MAX).max(1)
     }
 
+    /// Of scores.
+    fn scale(&self) -> f64 {
+        #[expect(clippy::cast_precision_loss, reason = "a head is narrow")]
+        (self.head_dim as f64).sqrt().recip()
+    }
+
     fn shares(&self) -> usize {
         self.capacity.div_ceil(self.keys_each())
     }

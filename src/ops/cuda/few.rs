@@ -108,11 +108,11 @@ impl Shape {
 
 /// How a format lies for the kernels with rows of bytes.
 #[derive(Debug, Clone, Copy)]
-struct Bytes {
+pub(super) struct Bytes {
     /// Pieces of a unit of weights.
     unit: usize,
     /// Bytes that hold a piece of a row.
-    x_bytes: usize,
+    pub(super) x_bytes: usize,
     /// Bytes of a warp's ring of units.
     ring: usize,
     /// The most warps of a block.
@@ -120,7 +120,7 @@ struct Bytes {
 }
 
 impl Bytes {
-    fn of(format: Format, one: bool, depth: usize) -> Option<Self> {
+    pub(super) fn of(format: Format, one: bool, depth: usize) -> Option<Self> {
         let (unit, x_bytes, ring, warps) = match format {
             Format::Q4K => (1, 576, 0, if one { 20 } else { 12 }),
             Format::Q6K => (2, 640, 2 * 16 * 27 * 16, if one && depth > DEEP { 12 } else { 8 }),
@@ -131,7 +131,7 @@ impl Bytes {
     }
 
     /// Whether `blocks` may share the matrix.
-    fn take(self, weights: &Weights, blocks: usize, limits: Limits) -> bool {
+    pub(super) fn take(self, weights: &Weights, blocks: usize, limits: Limits) -> bool {
         weights.depth > 0
             && weights.depth.is_multiple_of(self.unit * PIECE)
             && weights.address.is_multiple_of(16)
@@ -155,18 +155,28 @@ impl Bytes {
         [warps, tile]: [usize; 2],
     ) -> usize {
         let units = weights.depth.div_euclid(self.unit * PIECE);
-        let sums = |outs: usize| {
-            let tiles = outs.div_ceil(tile);
-            let per_warp = (tiles * units).div_ceil(warps).max(1);
-            let sharers = (units + per_warp).saturating_sub(2).div_euclid(per_warp) + 1;
-            tiles * sharers * TILE * held * 4
-        };
-        // Blocks have as many outputs, or one less.
-        let most = weights.outs.div_ceil(blocks);
-        let sums = sums(most).max(sums(most.saturating_sub(1)));
+        let sums = held * sums_bytes([weights.outs, blocks], [tile, units], warps);
         let rings = if self.ring == 0 { 0 } else { 128 + warps * (64 + self.ring) };
         held * weights.depth.div_euclid(PIECE) * self.x_bytes + sums + rings
     }
+}
+
+/// Shared memory of the sums that warps leave of the largest share of outputs that blocks share, in tiles of so
+/// many outputs and units of weights.
+pub(super) fn sums_bytes(
+    [outs, blocks]: [usize; 2],
+    [tile, units]: [usize; 2],
+    warps: usize,
+) -> usize {
+    let of_share = |outs: usize| {
+        let tiles = outs.div_ceil(tile);
+        let per_warp = (tiles * units).div_ceil(warps).max(1);
+        let sharers = (units + per_warp).saturating_sub(2).div_euclid(per_warp) + 1;
+        tiles * sharers * TILE * size_of::<f32>()
+    };
+    // Blocks have as many outputs, or one less.
+    let most = outs.div_ceil(blocks);
+    of_share(most).max(of_share(most.saturating_sub(1)))
 }
 
 /// `kernels/few_bytes.cuh`.

@@ -323,6 +323,27 @@ impl Builder {
         (stored.outs == outs && stored.depth == depth).then_some(stored)
     }
 
+    /// Of queries, keys and values.
+    pub(super) fn qkv_matrices(&mut self, layer: &DecodeLayer<'_>) -> Option<[Stored; 3]> {
+        let Sizes { width, heads, kv_heads, head_dim, .. } = self.sizes;
+        let [q, k, v] = layer.qkv;
+        let kv_width = kv_heads * head_dim;
+        Some([
+            self.stored(q, heads * head_dim, width)?,
+            self.stored(k, kv_width, width)?,
+            self.stored(v, kv_width, width)?,
+        ])
+    }
+
+    /// A gate and what it multiplies, of one type and without biases.
+    pub(super) fn gate_up_matrices(&mut self, layer: &DecodeLayer<'_>) -> Option<[Stored; 2]> {
+        let Sizes { width, inner, .. } = self.sizes;
+        let [gate, up] = layer.gate_up;
+        let (gate, up) = (self.stored(gate, inner, width)?, self.stored(up, inner, width)?);
+        let fits = gate.format == up.format && gate.bias.is_none() && up.bias.is_none();
+        fits.then_some([gate, up])
+    }
+
     pub(super) fn norm(&mut self, weight: &Tensor) -> Option<Input> {
         let fits = matches!(weight.dtype(), DType::BF16 | DType::F32)
             && weight.dims() == [self.sizes.width]
@@ -358,13 +379,7 @@ impl Builder {
 
     fn qkv(&mut self, layer: &DecodeLayer<'_>) -> Option<()> {
         let Sizes { width, heads, kv_heads, head_dim, .. } = self.sizes;
-        let [q, k, v] = layer.qkv;
-        let kv_width = kv_heads * head_dim;
-        let matrices = [
-            self.stored(q, heads * head_dim, width)?,
-            self.stored(k, kv_width, width)?,
-            self.stored(v, kv_width, width)?,
-        ];
+        let matrices = self.qkv_matrices(layer)?;
         let bytes = matrices.iter().map(Stored::size).sum();
         self.tensors.extend(layer.cache.map(Tensor::clone));
         let pairs = matrices.each_ref().map(|matrix| matrix.weights(2));
@@ -425,8 +440,7 @@ impl Builder {
         }
         let group = heads.checked_div(kv_heads)?;
         args.counts([group, kv_heads, self.sizes.keys_each()]);
-        #[expect(clippy::cast_precision_loss, reason = "a head is narrow")]
-        args.number((head_dim as f64).sqrt().recip());
+        args.number(self.sizes.scale());
         let row_bytes = head_dim.max(64) * 2;
         let warps = ATTENTION_THREADS.div_ceil(WARP);
         self.push(
@@ -469,11 +483,7 @@ impl Builder {
 
     fn gate_up(&mut self, layer: &DecodeLayer<'_>) -> Option<()> {
         let Sizes { width, inner, .. } = self.sizes;
-        let [gate, up] = layer.gate_up;
-        let (gate, up) = (self.stored(gate, inner, width)?, self.stored(up, inner, width)?);
-        if gate.format != up.format || gate.bias.is_some() || up.bias.is_some() {
-            return None;
-        }
+        let [gate, up] = self.gate_up_matrices(layer)?;
         // An output is a row of each.
         let weights = gate.weights(1);
         if let Some(split) = Split::of(&[&weights], true, self.limits) {

@@ -5,7 +5,7 @@ use candle_core::{DType, Result, Tensor};
 
 use super::{
     super::{
-        few::Split,
+        few::{Bytes, Split, sums_bytes},
         ffi::{Limits, Output, address},
         launch::{Args, Launch},
         linear::Format,
@@ -49,19 +49,17 @@ struct Unit {
     blocks: usize,
     /// Bytes of it in a ring.
     bytes: usize,
-    /// Bytes that hold 256 numbers of the row that is multiplied.
-    x_bytes: usize,
 }
 
 impl Unit {
     fn of(format: Format) -> Option<Self> {
-        let (blocks, bytes, x_bytes) = match format {
-            Format::Q4K => (2, 8 * 608, 576),
-            Format::Q6K => (1, TILE * 224, 640),
-            Format::Q8_0 => (1, TILE * 272, 576),
+        let (blocks, bytes) = match format {
+            Format::Q4K => (2, 8 * 608),
+            Format::Q6K => (1, TILE * 224),
+            Format::Q8_0 => (1, TILE * 272),
             Format::Q5K | Format::F8E4M3 | Format::Bf16 => return None,
         };
-        Some(Self { blocks, bytes, x_bytes })
+        Some(Self { blocks, bytes })
     }
 }
 
@@ -109,18 +107,15 @@ impl Product<'_> {
     }
 
     /// Whether the kernel takes it.
-    fn fits(&self, width: usize) -> bool {
+    fn fits(&self, width: usize, limits: Limits) -> bool {
         let depth = self.depth();
         let suits = |part: &Part| {
-            // Rows of Q6_K start at multiples of four bytes.
-            let whole = if part.stored.format == Format::Q6K { 2 * PIECE } else { PIECE };
+            let weights = part.stored.weights(if self.kind == Kind::Qkv { 2 } else { 1 });
             let biased = part.stored.bias.is_some();
-            Unit::of(part.stored.format).is_some()
-                && part.stored.depth == depth
-                && depth.is_multiple_of(whole)
+            Bytes::of(weights.format, true, depth)
+                .is_some_and(|bytes| bytes.take(&weights, part.blocks, limits))
+                && weights.depth == depth
                 && (!biased || self.kind == Kind::Qkv)
-                && part.blocks > 0
-                && u32::try_from((part.blocks + 1) * part.outs).is_ok()
                 && u32::try_from(part.stored.size()).is_ok()
         };
         let normed = matches!(self.row, Row::Normed(_));
@@ -134,15 +129,7 @@ impl Product<'_> {
             let tile = if pairs { TILE >> 1 } else { TILE };
             let blocks = Unit::of(part.stored.format).map_or(1, |unit| unit.blocks);
             let units = self.depth().div_ceil(PIECE).div_ceil(blocks);
-            let of_outs = |outs: usize| {
-                let tiles = outs.div_ceil(tile);
-                let per_warp = (tiles * units).div_ceil(WARPS).max(1);
-                let sharers = (units + per_warp).saturating_sub(2).div_euclid(per_warp) + 1;
-                tiles * sharers * TILE * size_of::<f32>()
-            };
-            // Blocks have as many outputs, or one less.
-            let most = part.outs.div_ceil(part.blocks);
-            of_outs(most).max(of_outs(most.saturating_sub(1)))
+            sums_bytes([part.outs, part.blocks], [tile, units], WARPS)
         };
         self.parts.iter().map(of).max().unwrap_or(0)
     }
@@ -196,12 +183,14 @@ impl Places {
         heads: usize,
         limits: Limits,
     ) -> Option<Self> {
-        let units = || {
-            let parts = products.iter().flat_map(|product| &product.parts);
-            parts.filter_map(|part| Some((part.stored.depth, Unit::of(part.stored.format)?)))
+        let parts = || products.iter().flat_map(|product| &product.parts);
+        let x_bytes = |part: &Part| {
+            let depth = part.stored.depth;
+            Some(depth.div_ceil(PIECE) * Bytes::of(part.stored.format, true, depth)?.x_bytes)
         };
-        let row = units().map(|(depth, unit)| depth.div_ceil(PIECE) * unit.x_bytes).max()?;
-        let slot_bytes = units().map(|(_, unit)| unit.bytes).max()?;
+        let row = parts().filter_map(x_bytes).max()?;
+        let slot_bytes =
+            parts().filter_map(|part| Some(Unit::of(part.stored.format)?.bytes)).max()?;
         let scratch = row.max(attention_bytes).next_multiple_of(ALIGNMENT);
         let sums = scratch + SCRATCH;
         let shares = sums
@@ -271,8 +260,7 @@ impl Builder {
         let stats = Output::new(&self.device, &[shares.iter().product::<usize>() * 2], DType::F32)?;
         args.address(self.query.address()).address(partial.address()).address(stats.address());
         args.counts([heads.checked_div(kv_heads).unwrap_or(0), kv_heads]);
-        #[expect(clippy::cast_precision_loss, reason = "a head is narrow")]
-        args.number((head_dim as f64).sqrt().recip());
+        args.number(self.sizes.scale());
         let Places { scratch, sums, shares, barriers, rings, .. } = places;
         args.counts([scratch, sums, shares, barriers, rings]);
         args.counts([places.slot_bytes, places.slots]);
@@ -305,7 +293,8 @@ impl Builder {
         self.norm(model.norm)?;
         let row = Row::Normed(model.norm);
         products.push(Product { kind: Kind::Logits, row, parts: vec![head] });
-        products.iter().all(|product| product.fits(width)).then_some(products)
+        let limits = self.limits;
+        products.iter().all(|product| product.fits(width, limits)).then_some(products)
     }
 
     fn products_of<'a>(&mut self, layer: &DecodeLayer<'a>) -> Option<[Product<'a>; 4]> {
@@ -315,12 +304,8 @@ impl Builder {
         self.norm(layer.mlp_norm)?;
         let qkv = self.qkv_parts(layer)?;
         let out = self.part(layer.out, [width, queries], self.x.address())?;
-        let mut gate = self.part(layer.gate_up[0], [inner, width], self.inner.address())?;
-        let up = self.stored(layer.gate_up[1], inner, width)?;
-        if gate.stored.format != up.format || up.bias.is_some() {
-            return None;
-        }
-        gate.second = up.bytes;
+        let [gate, up] = self.gate_up_matrices(layer)?;
+        let gate = Part { second: up.bytes, ..self.shared(gate, self.inner.address()) };
         let down = self.part(layer.down, [width, inner], self.x.address())?;
         let gated = self.inner.address();
         let product = |kind, row, parts| Product { kind, row, parts };
@@ -335,21 +320,20 @@ impl Builder {
     /// A matrix that all blocks share.
     fn part(&mut self, linear: &PackedLinear, [outs, depth]: [usize; 2], to: u64) -> Option<Part> {
         let stored = self.stored(linear, outs, depth)?;
-        let blocks = self.limits.multiprocessors.min(outs);
-        Some(Part { stored, second: 0, to, outs, blocks })
+        Some(self.shared(stored, to))
+    }
+
+    fn shared(&self, stored: Stored, to: u64) -> Part {
+        let outs = stored.outs;
+        Part { blocks: self.limits.multiprocessors.min(outs), stored, second: 0, to, outs }
     }
 
     /// Queries, keys and values, each with blocks of its own.
     fn qkv_parts(&mut self, layer: &DecodeLayer<'_>) -> Option<Vec<Part>> {
-        let width = self.sizes.width;
-        let kv_width = self.sizes.kv_heads * self.sizes.head_dim;
-        let outs = [self.sizes.heads * self.sizes.head_dim, kv_width, kv_width];
         let cache = [self.cache(layer.cache[0])?, self.cache(layer.cache[1])?];
         let to = [self.query.address(), address(cache[0]).ok()?, address(cache[1]).ok()?];
         self.tensors.extend(layer.cache.map(Tensor::clone));
-        let stored =
-            layer.qkv.iter().zip(outs).map(|(linear, outs)| self.stored(linear, outs, width));
-        let stored = stored.collect::<Option<Vec<_>>>()?;
+        let stored = self.qkv_matrices(layer)?;
         let pairs: Vec<_> = stored.iter().map(|stored| stored.weights(2)).collect();
         let split = Split::of(&pairs.iter().collect::<Vec<_>>(), true, self.limits)?;
         let mut blocks = split.blocks;
