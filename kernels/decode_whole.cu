@@ -83,12 +83,14 @@ struct Whole {
       units = (to.blocks + Format::BLOCKS - 1) / Format::BLOCKS;
       to.copied = Format::COPIED;
       to.last_copied = to.blocks % Format::BLOCKS ? Format::LAST : Format::COPIED;
-      to.second_at = Format::SECOND;
-      to.pair = Format::PAIR;
     });
     to.rows = matrix.bytes;
     to.second = product.kind == WHOLE_QKV ? matrix.bytes + uint64_t(D / 2) * to.row_bytes : matrix.second;
-    static_cast<UnitPlan&>(to) = UnitPlan(to.outs, to.pairs ? 8 : 16, units, WHOLE_WARPS);
+    to.map = matrix.map;
+    to.second_map = matrix.second_map;
+    map_ready(to.map);
+    map_ready(to.second_map);
+    static_cast<UnitPlan&>(to) = UnitPlan::of_tiles(to.outs, int(matrix.tile_outs), units, WHOLE_WARPS);
     to.by_tile_outs = reciprocal(to.tile_outs);
     to.by_per_warp = reciprocal(to.per_warp);
     return to;
@@ -253,7 +255,7 @@ struct Whole {
       const uint8_t* rows[2];
       UNROLL
       for (int i = 0; i < 2; ++i) {
-        rows[i] = slot + (4 * i + g / 2) * Format::PAIR + g % 2 * Format::SECOND;
+        rows[i] = slot + (8 * i + Format::row(g)) * Format::COPIED;
         if (Format::STEP % 16) rows[i] += (offset[i] + uint32_t(unit * Format::STEP)) & 15;
       }
       const int block = unit * Format::BLOCKS;
@@ -266,7 +268,7 @@ struct Whole {
       UNROLL
       for (int half = 0; half < 2; ++half) {
         const float sum = sum_lanes(sums[0][half], 4);
-        if (t == 0) sums_at[(tile * share.sharers + sharer) * 16 + 8 * half + g] = sum;
+        if (t == 0) sums_at[(tile * share.sharers + sharer) * 16 + 8 * half + Format::row(g)] = sum;
         sums[0][half] = 0.0f;
       }
       unit = 0;

@@ -13,6 +13,9 @@ struct WholeMatrix {
   int64_t outs;           // outputs; of queries, keys and values pairs of them
   int64_t format;         // 0 q4_k, 1 q6_k, 2 q8_0
   int64_t blocks;         // that share it
+  int64_t tile_outs;      // outputs of a tile
+  const BoxMap* map;      // boxes of a tile's rows and a unit's columns; null: rows are copied one by one
+  const BoxMap* second_map;  // of `second`
 };
 
 // What is multiplied, and what follows: queries, keys and values; attention, added to the residual stream; gate and up;
@@ -60,11 +63,12 @@ DEVICE int quotient(int x, uint32_t reciprocal) { return int(uint64_t(uint32_t(x
 // A block's share of a product; computed once.
 struct WholeShare : UnitPlan {
   const uint8_t *rows, *second;  // rows of outputs, and of pairs the other ones
+  const BoxMap *map, *second_map;
   const void* norm;
   const bf16 *row, *bias;
   bf16 *to, *cache[2];
   uint32_t row_bytes, unit_bytes, by_tile_outs, by_per_warp;
-  int copied, last_copied, second_at, pair;  // bytes of a row of a unit, and of the last one of a tile; see the formats
+  int copied, last_copied;  // bytes of a row of a unit, and of the last one of a tile; see the formats
   int first, outs, head_mask, all;  // all: outputs of the matrix
   int kind, format, which, pairs, norm_is_float;
   int blocks;  // of a row
@@ -89,15 +93,15 @@ struct WholeShare : UnitPlan {
   }
 };
 // `ops/cuda/decode/whole.rs` leaves room for as many bytes.
-static_assert(sizeof(WholeShare) == 160, "a share has another size");
+static_assert(sizeof(WholeShare) == 168, "a share has another size");
 
 // Formats. BLOCKS: of 256 numbers that a unit of 16 rows is deep. COPIED: bytes of a row of it, LAST: of the last one of
-// a tile where it has one block less, STEP: from unit to unit. Rows lie in pairs, PAIR bytes from one to the next, the
-// second SECOND bytes after the first.
+// a tile where it has one block less, STEP: from unit to unit. `row`: which of eight rows the lanes of a group multiply.
 struct WholeQ4K {
   using Row = BytesQ4K;
+  static constexpr int BLOCKS = 2, COPIED = 288, LAST = 144, STEP = 288;
   // So eight lanes that load 16 bytes each of two rows find them in different banks.
-  static constexpr int BLOCKS = 2, COPIED = 288, LAST = 144, STEP = 288, SECOND = 320, PAIR = 608;
+  DEVICE static int row(int g) { return (g & 4) | (g & 1) << 1 | (g >> 1 & 1); }
   DEVICE static void multiply(float (&sums)[1][2], const uint8_t* const (&rows)[2], const unsigned char* x,
                               const Row::Columns& columns, int block, int count, int t) {
     Row::Raw raw[BLOCKS];
@@ -122,7 +126,8 @@ struct WholeQ4K {
 struct WholeQ6K {
   using Row = BytesQ6K;
   // From the 16 bytes on in which a block begins.
-  static constexpr int BLOCKS = 1, COPIED = 224, LAST = 224, STEP = 210, SECOND = 224, PAIR = 448;
+  static constexpr int BLOCKS = 1, COPIED = 224, LAST = 224, STEP = 210;
+  DEVICE static int row(int g) { return g; }
   DEVICE static void multiply(float (&sums)[1][2], const uint8_t* const (&rows)[2], const unsigned char* x,
                               const Row::Columns& columns, int block, int, int t) {
     if (block & 1) return Row::one<true, 1>(sums, rows, x, columns, block, 0, t);
@@ -131,7 +136,8 @@ struct WholeQ6K {
 };
 struct WholeQ8_0 {
   using Row = BytesQ8_0;
-  static constexpr int BLOCKS = 1, COPIED = 272, LAST = 272, STEP = 272, SECOND = 272, PAIR = 544;
+  static constexpr int BLOCKS = 1, COPIED = 272, LAST = 272, STEP = 272;
+  DEVICE static int row(int g) { return g; }
   DEVICE static void multiply(float (&sums)[1][2], const uint8_t* const (&rows)[2], const unsigned char* x,
                               const Row::Columns& columns, int block, int, int t) {
     Row::multiply<1>(sums, rows, x, columns, block, 0, t);
@@ -196,13 +202,21 @@ DEVICE void bring_keys(const WholeArgs& args, const WholeShare& qkv, int which) 
   }
 }
 
-// Brings a unit's rows to `to`; for one thread, of which the compiler knows that it is one: for several lanes it makes a loop over them
+// Brings a unit to `to`; for one thread, of which the compiler knows that it is one: for several lanes it makes a loop over them
 // of each copy.
 DEVICE void bring_unit(const WholeShare& share, unsigned char* to, CountingBarrier* came, int tile, int unit) {
-  const int bytes = unit + 1 < share.units ? share.copied : share.last_copied;
-  const int pair = share.pair, second_at = share.second_at, mask = share.head_mask, pairs = share.pairs;
+  const int mask = share.head_mask, pairs = share.pairs;
   const int outs_left = share.outs - tile * share.tile_outs, first = share.first + tile * share.tile_outs;
   const int last = (outs_left < share.tile_outs ? outs_left : share.tile_outs) - 1;
+  // Rows of two heads are not neighbours.
+  if (share.map && ((first ^ (first + last)) & mask) == 0) {
+    const int column = unit * int(share.unit_bytes / sizeof(uint32_t)), row = first + (first & mask);
+    barrier_arrive_expecting(came, (pairs ? 2 : 1) * share.tile_outs * share.copied);
+    copy_box(to, share.map, column, row, came);
+    if (pairs) copy_box(to + 8 * share.copied, share.second_map, column, row - mask, came);  // of a pair in a head: its half later
+    return;
+  }
+  const int bytes = unit + 1 < share.units ? share.copied : share.last_copied;
   const uint32_t row_bytes = share.row_bytes, start = uint32_t(unit) * share.unit_bytes;
   const uint8_t* rows[2] = {share.rows + start, (pairs ? share.second : share.rows) + start};
   barrier_arrive_expecting(came, 16 * bytes);
@@ -212,7 +226,7 @@ DEVICE void bring_unit(const WholeShare& share, unsigned char* to, CountingBarri
     const int own = pairs ? at & 7 : at, out = first + (own < last ? own : last);
     const uint8_t* row = rows[at / 8] + uint64_t(uint32_t(out + (out & mask))) * row_bytes;
     row -= reinterpret_cast<uintptr_t>(row) & 15;
-    copy_row(to + at / 2 * pair + at % 2 * second_at, row, bytes, came);
+    copy_row(to + at * share.copied, row, bytes, came);
   }
 }
 
@@ -222,6 +236,10 @@ DEVICE void bring_weights(const WholeArgs& args, const WholeShare* shares, int f
   WholeRing ring(args, for_warp);
   for (int product = 0; product < args.count; ++product) {
     const WholeShare& share = shares[product];
+    if (for_warp == 0 && product + 1 < args.count && elected()) {
+      prefetch_map(shares[product + 1].map);
+      prefetch_map(shares[product + 1].second_map);
+    }
     const int units = share.units, left = share.left(for_warp);
     int tile = share.from(for_warp) / units, unit = share.from(for_warp) - tile * units;
     for (int i = 0; i < left; ++i) {

@@ -279,6 +279,27 @@ DEVICE void barrier_wait(CountingBarrier* at, int parity) {
       : "memory");
 }
 
+// How a matrix lies in memory and which boxes of it are copied, what cuTensorMapEncodeTiled made of words of 4 bytes: in global memory,
+// at a multiple of 64.
+struct alignas(64) BoxMap {
+  uint64_t opaque[16];
+};
+// For one thread of each block before a barrier of the block, after which its threads copy.
+DEVICE void map_ready(const BoxMap* map) {
+  if (map) asm volatile("fence.proxy.tensormap::generic.acquire.gpu [%0], 128;" ::"l"(map) : "memory");
+}
+DEVICE void prefetch_map(const BoxMap* map) {
+  if (map) asm volatile("prefetch.tensormap [%0];" ::"l"(map) : "memory");
+}
+// Copies a box from a word of a row on, zeros where the matrix has nothing; the barrier learns of the bytes.
+DEVICE void copy_box(void* to_shared, const BoxMap* map, int word, int row, CountingBarrier* arrived) {
+  asm volatile(
+      "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%3, %4}], "
+      "[%2];" ::"r"(shared_address(to_shared)),
+      "l"(map), "r"(shared_address(arrived)), "r"(word), "r"(row)
+      : "memory");
+}
+
 // Whether waiting would take no time.
 DEVICE bool barrier_ready(CountingBarrier* at, int parity) {
   uint32_t ready;

@@ -363,13 +363,22 @@ struct PlainRows {
 struct UnitPlan {
   int units, tiles, tile_outs, per_warp, sharers;  // units: of a tile
   UnitPlan() = default;
-  DEVICE UnitPlan(int outs, int tile_most, int units, int warps) : units(units) {
-    tiles = (outs + tile_most - 1) / tile_most;
-    // Tiles of about the same size, so that the warps read about as much.
-    tile_outs = tiles ? (outs + tiles - 1) / tiles : 1;
-    per_warp = (tiles * units + warps - 1) / warps;
-    if (per_warp == 0) per_warp = 1;
-    sharers = (units + per_warp - 2) / per_warp + 1;
+  // Tiles of about the same size, so that the warps read about as much.
+  DEVICE UnitPlan(int outs, int tile_most, int units, int warps)
+      : UnitPlan(of_tiles(outs, even_tile(outs, tile_most), units, warps)) {}
+  DEVICE static UnitPlan of_tiles(int outs, int tile_outs, int units, int warps) {
+    UnitPlan plan;
+    plan.units = units;
+    plan.tile_outs = tile_outs;
+    plan.tiles = (outs + tile_outs - 1) / tile_outs;
+    plan.per_warp = (plan.tiles * units + warps - 1) / warps;
+    if (plan.per_warp == 0) plan.per_warp = 1;
+    plan.sharers = (units + plan.per_warp - 2) / plan.per_warp + 1;
+    return plan;
+  }
+  DEVICE static int even_tile(int outs, int tile_most) {
+    const int tiles = (outs + tile_most - 1) / tile_most;
+    return tiles ? (outs + tiles - 1) / tiles : 1;
   }
 };
 

@@ -189,7 +189,11 @@ static void end_phase(PhaseBarrier& barrier) {
     barrier.bytes -= copy.map->box_rows * copy.map->box_pieces * 128;
   }
   for (const Copy& copy : barrier.rows) {
-    memcpy(copy.to, copy.from, size_t(copy.bytes));
+    if (copy.from) {
+      memcpy(copy.to, copy.from, size_t(copy.bytes));
+    } else {
+      memset(copy.to, 0, size_t(copy.bytes));
+    }
     barrier.bytes -= copy.bytes;
   }
   barrier.copies.clear();
@@ -244,6 +248,27 @@ void copy_row(void* to, const void* from, int bytes, CountingBarrier* arrived) {
   memset(to, 0xff, size_t(bytes));
   PhaseBarrier& barrier = barrier_at(arrived);
   barrier.rows.push_back({to, from, bytes});
+  end_phase(barrier);
+}
+
+void copy_box(void* to, const BoxMap* map, CountingBarrier* arrived, int word, int row) {
+  if (reinterpret_cast<uintptr_t>(to) % 128) fail("a box's place is not aligned to 128 bytes");
+  if (reinterpret_cast<uintptr_t>(map->base) % 16 || map->row_stride % 16) {
+    fail("a box's matrix is not aligned to 16 bytes");
+  }
+  if (map->box_rows < 1 || map->box_rows > 256 || map->box_words < 4 || map->box_words > 256 || map->box_words % 4) {
+    fail("a box has 1 to 256 rows of 4 to 256 words, a multiple of four");
+  }
+  const int64_t bytes = 4 * map->box_words, left = 4 * (map->words - word);
+  const int64_t there = word < 0 || left < 0 ? 0 : left < bytes ? left : bytes;
+  memset(to, 0xff, size_t(map->box_rows * bytes));
+  PhaseBarrier& barrier = barrier_at(arrived);
+  for (int64_t i = 0; i < map->box_rows; ++i) {
+    unsigned char* place = static_cast<unsigned char*>(to) + i * bytes;
+    const int64_t own = row + i < 0 || row + i >= map->rows ? 0 : there;
+    if (own > 0) barrier.rows.push_back({place, map->base + (row + i) * map->row_stride + 4 * word, int(own)});
+    if (own < bytes) barrier.rows.push_back({place + own, nullptr, int(bytes - own)});
+  }
   end_phase(barrier);
 }
 

@@ -11,6 +11,14 @@ struct alignas(64) TileMap {
   uint64_t unused[7];
 };
 
+// The same of a matrix of rows of words; strides in bytes.
+struct alignas(64) BoxMap {
+  const unsigned char* base;
+  int64_t words, rows, row_stride;
+  int64_t box_words, box_rows;
+  uint64_t unused[10];
+};
+
 namespace emulation {
 
 struct SharedOperand {
@@ -32,6 +40,7 @@ void finish_products(void* const* pending);
 void named_barrier(int number, int threads, bool wait);
 bool phase_ended(CountingBarrier* at, int parity);
 void copy_tile(void* to, const TileMap& map, CountingBarrier* arrived, int row, int piece, int batch);
+void copy_box(void* to, const BoxMap* map, CountingBarrier* arrived, int word, int row);
 
 }  // namespace emulation
 
@@ -60,6 +69,12 @@ inline bool barrier_ready(CountingBarrier* at, int parity) { return emulation::p
 inline void copy_tile(void* to_shared, const TileMap& map, CountingBarrier* arrived, int row, int piece,
                       int batch) {
   emulation::copy_tile(to_shared, map, arrived, row, piece, batch);
+}
+
+inline void map_ready(const BoxMap*) {}
+inline void prefetch_map(const BoxMap*) {}
+inline void copy_box(void* to_shared, const BoxMap* map, int word, int row, CountingBarrier* arrived) {
+  emulation::copy_box(to_shared, map, arrived, word, row);
 }
 
 using SharedOperand = emulation::SharedOperand;

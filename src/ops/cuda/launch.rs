@@ -55,6 +55,12 @@ impl Args {
         Ok(self)
     }
 
+    /// A `BoxMap` of `boxes`.
+    pub(super) fn boxes(&mut self, device: &Device, boxes: &Boxes) -> Result<()> {
+        self.0.extend(ffi::box_map(device, boxes)?);
+        Ok(())
+    }
+
     /// Fills up to a multiple of 64 bytes, as structs end that hold a `TileMap`.
     pub(super) fn aligned(&mut self) -> &mut Self {
         self.0.resize(self.0.len().next_multiple_of(8), 0);
@@ -94,6 +100,36 @@ impl Tiles {
         let strides = [self.stride, self.batch_stride];
         self.address.is_multiple_of(16)
             && strides.iter().all(|at| (1..STRIDE_END).contains(at) && at.is_multiple_of(8))
+    }
+}
+
+/// A matrix of which a kernel copies boxes: neighbouring rows, and of each the same bytes.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Boxes {
+    pub(super) address: u64,
+    pub(super) rows: usize,
+    /// Bytes of a row, which is where the next one begins.
+    pub(super) row_bytes: usize,
+    pub(super) box_rows: usize,
+    pub(super) box_bytes: usize,
+}
+
+impl Boxes {
+    /// Bytes that columns are counted in.
+    pub(super) const WORD: usize = 4;
+
+    /// Whether the hardware can copy from there: places and distances are multiples of 16 bytes, and a box has at
+    /// most 256 rows and words.
+    pub(super) fn fit(&self) -> bool {
+        const SIDE: usize = 256;
+        const END: usize = 1 << 31;
+        self.address.is_multiple_of(16)
+            && self.row_bytes.is_multiple_of(16)
+            && (1..END).contains(&self.rows)
+            && (1..END).contains(&self.row_bytes)
+            && self.box_bytes.is_multiple_of(16)
+            && (1..=SIDE).contains(&self.box_rows)
+            && (1..=SIDE * Self::WORD).contains(&self.box_bytes)
     }
 }
 

@@ -83,8 +83,12 @@ impl Stored {
 
     /// All its bytes.
     pub(super) fn size(&self) -> usize {
+        self.outs * self.row_bytes()
+    }
+
+    pub(super) fn row_bytes(&self) -> usize {
         let (numbers, bytes) = self.format.block();
-        self.outs * self.depth.checked_div(numbers).unwrap_or(0) * bytes
+        self.depth.checked_div(numbers).unwrap_or(0) * bytes
     }
 
     /// For the kernels of `kernels/decode_bytes.cuh`, with outputs of `rows` rows of weights each.

@@ -7,7 +7,7 @@ use super::{
     super::{
         few::{Bytes, Split, sums_bytes},
         ffi::{Limits, Output, address},
-        launch::{Args, Launch},
+        launch::{Args, Boxes, Launch},
         linear::Format,
     },
     DecodeLayer, DecodeModel, Sizes,
@@ -25,13 +25,15 @@ const SHARES: usize = 8;
 const PIECE: usize = 256;
 const TILE: usize = 16;
 /// Bytes of a `WholeShare`, of a norm's sums, and of a warp's barriers.
-const SHARE_BYTES: usize = 160;
+const SHARE_BYTES: usize = 168;
 const SCRATCH: usize = 128;
 const BARRIERS: usize = 128;
 /// Where copies of the machine end.
 const ALIGNMENT: usize = 128;
 /// Places of a warp's ring.
 const SLOTS: std::ops::RangeInclusive<usize> = 2..=8;
+/// Bytes of a `BoxMap`.
+const MAP_BYTES: u64 = 128;
 /// Matrices of a product.
 const MATRICES: usize = 3;
 
@@ -47,19 +49,19 @@ pub(super) struct Whole {
 struct Unit {
     /// Blocks of 256 numbers.
     blocks: usize,
-    /// Bytes of it in a ring.
-    bytes: usize,
+    /// Bytes of a row of it in a ring.
+    row_bytes: usize,
 }
 
 impl Unit {
     fn of(format: Format) -> Option<Self> {
-        let (blocks, bytes) = match format {
-            Format::Q4K => (2, 8 * 608),
-            Format::Q6K => (1, TILE * 224),
-            Format::Q8_0 => (1, TILE * 272),
+        let (blocks, row_bytes) = match format {
+            Format::Q4K => (2, 288),
+            Format::Q6K => (1, 224),
+            Format::Q8_0 => (1, 272),
             Format::Q5K | Format::F8E4M3 | Format::Bf16 => return None,
         };
-        Some(Self { blocks, bytes })
+        Some(Self { blocks, row_bytes })
     }
 }
 
@@ -84,6 +86,14 @@ struct Part {
     blocks: usize,
 }
 
+impl Part {
+    /// Outputs of a tile: as even as the largest share of a block can be cut into tiles of at most `most`.
+    fn tile_outs(&self, most: usize) -> usize {
+        let share = self.outs.div_ceil(self.blocks.max(1));
+        share.div_ceil(share.div_ceil(most).max(1)).max(1)
+    }
+}
+
 /// The row that a product multiplies.
 enum Row<'a> {
     /// The residual stream with a norm's weight.
@@ -102,6 +112,11 @@ struct Product<'a> {
 }
 
 impl Product<'_> {
+    /// Outputs of a tile at most.
+    fn tile(&self) -> usize {
+        if matches!(self.kind, Kind::Qkv | Kind::GateUp) { TILE >> 1 } else { TILE }
+    }
+
     fn depth(&self) -> usize {
         self.parts.first().map_or(0, |part| part.stored.depth)
     }
@@ -125,8 +140,7 @@ impl Product<'_> {
     /// Shared memory of the sums of the largest share.
     fn sums_bytes(&self) -> usize {
         let of = |part: &Part| {
-            let pairs = matches!(self.kind, Kind::Qkv | Kind::GateUp);
-            let tile = if pairs { TILE >> 1 } else { TILE };
+            let tile = part.tile_outs(self.tile());
             let blocks = Unit::of(part.stored.format).map_or(1, |unit| unit.blocks);
             let units = self.depth().div_ceil(PIECE).div_ceil(blocks);
             sums_bytes([part.outs, part.blocks], [tile, units], WARPS)
@@ -134,7 +148,33 @@ impl Product<'_> {
         self.parts.iter().map(of).max().unwrap_or(0)
     }
 
-    fn push(&self, args: &mut Args) -> Result<()> {
+    /// Boxes of a tile's rows and a unit's columns of each matrix, and of a gate's other one; `None` where rows
+    /// are copied one by one.
+    fn boxes(&self, part: &Part) -> [Option<Boxes>; 2] {
+        let Some(unit) = Unit::of(part.stored.format) else { return [None, None] };
+        let of = |address: u64, rows: usize| {
+            let boxes = Boxes {
+                address,
+                rows,
+                row_bytes: part.stored.row_bytes(),
+                box_rows: part.tile_outs(self.tile()),
+                box_bytes: unit.row_bytes,
+            };
+            boxes.fit().then_some(boxes)
+        };
+        let first = of(part.stored.bytes, part.stored.outs);
+        match (self.kind, part.second) {
+            (Kind::Qkv, _) => [first, first],
+            (_, 0) => [first, None],
+            (_, second) => match of(second, part.stored.outs) {
+                Some(second) => [first, Some(second)],
+                None => [None, None],
+            },
+        }
+    }
+
+    /// `maps` holds what [`Self::boxes`] came to.
+    fn push(&self, args: &mut Args, maps: &mut impl Iterator<Item = u64>) -> Result<()> {
         let kind = match self.kind {
             Kind::Qkv => 0,
             Kind::Attended => 1,
@@ -154,10 +194,11 @@ impl Product<'_> {
             let format = part.stored.weights(1).number();
             args.address(part.stored.bytes).address(part.second);
             args.address(part.stored.bias.unwrap_or(0)).address(part.to);
-            args.counts([part.outs, format, part.blocks]);
+            args.counts([part.outs, format, part.blocks, part.tile_outs(self.tile())]);
+            (0..2).for_each(|_| _ = args.address(maps.next().unwrap_or(0)));
         }
         for _ in self.parts.len()..MATRICES {
-            args.counts([0; 7]);
+            args.counts([0; 10]);
         }
         Ok(())
     }
@@ -189,8 +230,9 @@ impl Places {
             Some(depth.div_ceil(PIECE) * Bytes::of(part.stored.format, true, depth)?.x_bytes)
         };
         let row = parts().filter_map(x_bytes).max()?;
-        let slot_bytes =
-            parts().filter_map(|part| Some(Unit::of(part.stored.format)?.bytes)).max()?;
+        let slot_bytes = parts()
+            .filter_map(|part| Some(TILE * Unit::of(part.stored.format)?.row_bytes))
+            .max()?;
         let scratch = row.max(attention_bytes).next_multiple_of(ALIGNMENT);
         let sums = scratch + SCRATCH;
         let shares = sums
@@ -237,11 +279,11 @@ impl Builder {
             let rows = Stored::new(&embedding.stored_matrix()?, None)?;
             (rows.depth == self.sizes.width).then_some(rows)
         });
+        let (maps, addresses) = self.maps(&products)?;
         let mut table = Args::default();
-        products.iter().try_for_each(|product| product.push(&mut table))?;
-        let bytes: &[u8] = bytemuck::cast_slice(&table.0);
-        let mut stored = Output::new(&self.device, &[bytes.len()], DType::U8)?;
-        stored.write(bytes)?;
+        let mut addresses = addresses.into_iter();
+        products.iter().try_for_each(|product| product.push(&mut table, &mut addresses))?;
+        let stored = self.stored_args(&table)?;
         let mut arrived = Output::new(&self.device, &[size_of::<u64>()], DType::U8)?;
         arrived.write(&[0_u64])?;
         let mut args = Args::default();
@@ -278,8 +320,37 @@ impl Builder {
                 shared_bytes: places.end,
                 args,
             },
-            buffers: vec![stored, arrived, partial, stats],
+            buffers: vec![stored, maps, arrived, partial, stats],
         }))
+    }
+
+    /// What the copies of boxes need, in device memory, and the place of each, 0 where there is none.
+    fn maps(&self, products: &[Product<'_>]) -> Result<(Output, Vec<u64>)> {
+        let mut maps = Args::default();
+        let parts = || {
+            products
+                .iter()
+                .flat_map(|product| product.parts.iter().map(move |part| (product, part)))
+        };
+        let boxes: Vec<_> = parts().flat_map(|(product, part)| product.boxes(part)).collect();
+        boxes.iter().flatten().try_for_each(|boxes| maps.boxes(&self.device, boxes))?;
+        let stored = self.stored_args(&maps)?;
+        let mut next = stored.address();
+        let places = boxes.iter().map(|boxes| {
+            let place = if boxes.is_some() { next } else { 0 };
+            next += if boxes.is_some() { MAP_BYTES } else { 0 };
+            place
+        });
+        let places = places.collect();
+        Ok((stored, places))
+    }
+
+    /// `args` in device memory.
+    fn stored_args(&self, args: &Args) -> Result<Output> {
+        let bytes: &[u8] = bytemuck::cast_slice(&args.0);
+        let mut stored = Output::new(&self.device, &[bytes.len().max(1)], DType::U8)?;
+        stored.write(bytes)?;
+        Ok(stored)
     }
 
     /// All products in their order.
