@@ -149,7 +149,7 @@ struct Whole {
   // Places the row: numbers of bf16.
   template <class Row>
   DEVICE void prepare_plain(const WholeShare& share) const {
-    constexpr int TOGETHER = 5;
+    constexpr int TOGETHER = 10;
     const PlainRows source{share.row, 256 * int64_t(share.blocks), 1};
     wait();
     const int chunks = 32 * share.blocks;
@@ -171,23 +171,33 @@ struct Whole {
   // Places the row: what attention's shares come to.
   template <class Row>
   DEVICE void prepare_attended(const WholeShare& share) const {
-    constexpr int SHARES = Attention::SHARES, TOGETHER = 4;
+    constexpr int SHARES = Attention::SHARES, TOGETHER = 4, CHUNKS = 2;
     float* parts = reinterpret_cast<float*>(shared_memory() + args.sums_at);  // [query head][SHARES]
     const int chunks = 32 * share.blocks, group = int(args.group), heads = group * int(args.key_heads);
     wait();
-    for (int base = 0; base < chunks; base += WHOLE_THREADS) {
-      const int chunk = base + thread_index(), query = chunk / (D / 8), head = query / group;
-      const int64_t place = int64_t(head) * SHARES * WHOLE_GROUP + query - head * group;
-      const float* from = args.partial + place * D + 8 * (chunk % (D / 8));
-      Words held[TOGETHER][2];
+    for (int base = 0; base < chunks; base += CHUNKS * WHOLE_THREADS) {
+      Words held[CHUNKS][TOGETHER][2];
+      int query[CHUNKS];
+      const float* from[CHUNKS];
+      UNROLL
+      for (int c = 0; c < CHUNKS; ++c) {
+        const int chunk = base + c * WHOLE_THREADS + thread_index(), own = chunk < chunks ? chunk : 0;
+        query[c] = own / (D / 8);
+        const int head = query[c] / group;
+        const int64_t place = int64_t(head) * SHARES * WHOLE_GROUP + query[c] - head * group;
+        from[c] = args.partial + place * D + 8 * (own % (D / 8));
+      }
       auto load = [&](int first) {
         UNROLL
-        for (int i = 0; i < TOGETHER; ++i) {
+        for (int c = 0; c < CHUNKS; ++c) {
           UNROLL
-          for (int half = 0; half < 2; ++half) {
-            held[i][half] = {{0, 0, 0, 0}};
-            if (chunk >= chunks || first + i >= key_shares) continue;
-            held[i][half] = load_words_fresh(from + int64_t(first + i) * WHOLE_GROUP * D + 4 * half);
+          for (int i = 0; i < TOGETHER; ++i) {
+            UNROLL
+            for (int half = 0; half < 2; ++half) {
+              held[c][i][half] = {{0, 0, 0, 0}};
+              if (first + i >= key_shares) continue;
+              held[c][i][half] = load_words_fresh(from[c] + int64_t(first + i) * WHOLE_GROUP * D + 4 * half);
+            }
           }
         }
       };
@@ -196,18 +206,24 @@ struct Whole {
         for (int i = thread_index(); i < heads; i += WHOLE_THREADS) weigh_shares(parts + i * SHARES, i / group, i % group);
         whole_barrier();
       }
-      const float* by = parts + query * SHARES;
-      float numbers[8] = {0, 0, 0, 0, 0, 0, 0, 0};
+      float numbers[CHUNKS][8] = {};
       for (int first = 0; first < key_shares; first += TOGETHER) {
         if (first > 0) load(first);
         UNROLL
-        for (int i = 0; i < TOGETHER; ++i) {
-          const float own = chunk < chunks ? by[first + i] : 0.0f;
+        for (int c = 0; c < CHUNKS; ++c) {
           UNROLL
-          for (int j = 0; j < 8; ++j) numbers[j] += own * bits_to_float(held[i][j / 4].at[j % 4]);
+          for (int i = 0; i < TOGETHER; ++i) {
+            const float own = parts[query[c] * SHARES + first + i];
+            UNROLL
+            for (int j = 0; j < 8; ++j) numbers[c][j] += own * bits_to_float(held[c][i][j / 4].at[j % 4]);
+          }
         }
       }
-      place_row_bytes<Row>(shared_memory(), numbers, chunk, chunk < chunks);
+      UNROLL
+      for (int c = 0; c < CHUNKS; ++c) {
+        const int chunk = base + c * WHOLE_THREADS + thread_index();
+        place_row_bytes<Row>(shared_memory(), numbers[c], chunk, chunk < chunks);
+      }
     }
   }
 
