@@ -32,15 +32,20 @@ struct Whole {
   const WholeArgs& args;
   const WholeShare* shares;
   uint64_t target;
+  uint32_t tag;               // of the residual stream's first version
   int key_shares, keys_each;  // how keys are shared out
+  uint32_t by_group;
   float factor;               // of scores, for powers of two
 
   DEVICE explicit Whole(const WholeArgs& args)
       : args(args), shares(reinterpret_cast<const WholeShare*>(shared_memory() + args.shares_at)) {
     // Before this block has arrived anywhere, less than one launch's has been added.
-    const uint64_t all = uint64_t(5 * (args.count / 4) + 1) * uint64_t(grid_x());
-    target = grid_count(args.arrived) / all * all;
-    constexpr int EACH = 256, STEP = WHOLE_WARPS * Attention::KEYS;
+    const uint64_t layers = uint64_t(args.count / 4), all = 3 * layers * uint64_t(grid_x());
+    const uint64_t launch = grid_count(args.arrived) / all;
+    target = launch * all;
+    tag = uint32_t(launch * (2 * layers + 1)) + 1;
+    by_group = reciprocal(int(args.group));
+    constexpr int EACH = 128, STEP = WHOLE_WARPS * Attention::KEYS;
     const int length = int(args.state->past) + 1, wanted = (length + EACH - 1) / EACH;
     const int most = wanted < Attention::SHARES ? wanted : Attention::SHARES;
     keys_each = ((length + most - 1) / most + STEP - 1) / STEP * STEP;
@@ -107,17 +112,27 @@ struct Whole {
     whole_barrier();
   }
 
+  // The residual stream: versions, one after another, each number with its version's tag, so that who needs it waits for nothing else.
+  // A version takes the place of the one before the last, which all blocks have read: between any two versions all
+  // of them wait for each other at least once.
+  DEVICE uint64_t* stream(int version) const { return args.stream + (version & 1) * args.width; }
+  DEVICE void leave(int version, int64_t at, float x) const {
+    store_tagged(stream(version) + at, x, tag + uint32_t(version));
+  }
+  DEVICE float own(int version, int64_t at) const { return bits_to_float(load_tagged(stream(version) + at)); }
+
   DEVICE void embed() const {
     const int chunk = int(block_x()) * WHOLE_THREADS + thread_index();
     if (8 * int64_t(chunk) >= args.width) return;
-    embed_chunk(args.embedding, args.state->token, args.width, chunk, args.x);
+    if (args.embedding.bytes) embed_chunk(args.embedding, args.state->token, args.width, chunk, args.x);
+    for (int i = 0; i < 8; ++i) leave(0, 8 * chunk + i, args.x[8 * chunk + i]);
   }
 
   DEVICE float* scratch() const { return reinterpret_cast<float*>(shared_memory() + args.scratch_at); }
 
   // Places the row: the residual stream with the weight of a norm whose factor comes later.
   template <class Row>
-  DEVICE void prepare_normed(const WholeShare& share) const {
+  DEVICE void prepare_normed(const WholeShare& share, int version) const {
     constexpr int TOGETHER = 2;
     const NormArgs norm{args.x, share.norm, share.norm_is_float, args.eps, args.width, args.scratch_at};
     NormedRow source(norm);
@@ -125,15 +140,13 @@ struct Whole {
     typename NormedRow::Held held[TOGETHER];
     UNROLL
     for (int i = 0; i < TOGETHER; ++i) source.load_weight(held[i], i * WHOLE_THREADS + thread_index());
-    wait();
     const int chunks = 32 * share.blocks;
     for (int base = 0; base < chunks; base += TOGETHER * WHOLE_THREADS) {
       UNROLL
-      for (int i = 0; i < TOGETHER; ++i) {
-        const int chunk = base + i * WHOLE_THREADS + thread_index();
-        if (base > 0) source.load_weight(held[i], chunk);
-        source.load_x(held[i], chunk);
+      for (int i = 0; i < TOGETHER && base > 0; ++i) {
+        source.load_weight(held[i], base + i * WHOLE_THREADS + thread_index());
       }
+      wait_stream(held, base, chunks, version);
       UNROLL
       for (int i = 0; i < TOGETHER; ++i) {
         const int chunk = base + i * WHOLE_THREADS + thread_index();
@@ -144,6 +157,45 @@ struct Whole {
     }
     const float sum = sum_lanes(source.squares, 32);
     if (lane() == 0) scratch()[warp()] = sum;
+  }
+
+  // The numbers of TOGETHER chunks of a thread, when all of them are there.
+  template <int TOGETHER>
+  DEVICE void wait_stream(NormedRow::Held (&held)[TOGETHER], int base, int chunks, int version) const {
+    const uint64_t* from = stream(version);
+    const uint32_t wanted = tag + uint32_t(version);
+    uint64_t pairs[TOGETHER][4][2];
+    auto is_there = [&](const uint64_t (&pair)[2]) {
+      return uint32_t(pair[0] >> 32) == wanted && uint32_t(pair[1] >> 32) == wanted;
+    };
+    UNROLL
+    for (int i = 0; i < TOGETHER; ++i) {
+      const bool none = base + i * WHOLE_THREADS + thread_index() >= chunks;
+      UNROLL
+      for (int j = 0; j < 4; ++j) pairs[i][j][0] = pairs[i][j][1] = uint64_t(none ? wanted : ~wanted) << 32;
+    }
+    bool there;
+    do {
+      UNROLL
+      for (int i = 0; i < TOGETHER; ++i) {
+        const int chunk = base + i * WHOLE_THREADS + thread_index();
+        UNROLL
+        for (int j = 0; j < 4; ++j) {
+          if (!is_there(pairs[i][j])) load_tagged(pairs[i][j], from + 8 * chunk + 2 * j);
+        }
+      }
+      there = true;
+      UNROLL
+      for (int i = 0; i < TOGETHER; ++i) {
+        UNROLL
+        for (int j = 0; j < 4; ++j) there = there && is_there(pairs[i][j]);
+      }
+    } while (!there && wait_a_little());
+    UNROLL
+    for (int i = 0; i < TOGETHER; ++i) {
+      UNROLL
+      for (int j = 0; j < 8; ++j) held[i].x[j / 4].at[j % 4] = uint32_t(pairs[i][j / 2][j % 2]);
+    }
   }
 
   // Places the row: numbers of bf16.
@@ -157,12 +209,20 @@ struct Whole {
       PlainRows::Held held[TOGETHER];
       UNROLL
       for (int i = 0; i < TOGETHER; ++i) held[i] = source.load(0, base + i * WHOLE_THREADS + thread_index());
+      // All are on their way. What converts them is one loop, since the machine takes long to read instructions once.
       UNROLL
       for (int i = 0; i < TOGETHER; ++i) {
         const int chunk = base + i * WHOLE_THREADS + thread_index();
+        if (chunk < chunks) stash_chunk<Row>(shared_memory(), held[i].words, chunk);
+      }
+      NO_UNROLL
+      for (int i = 0; i < TOGETHER; ++i) {
+        const int chunk = base + i * WHOLE_THREADS + thread_index();
         if (base + i * WHOLE_THREADS >= chunks) break;
+        PlainRows::Held own = {{{0, 0, 0, 0}}};
+        if (chunk < chunks) own.words = stashed_chunk<Row>(shared_memory(), chunk);
         float numbers[8];
-        source.widen(held[i], chunk, numbers);
+        source.widen(own, chunk, numbers);
         place_row_bytes<Row>(shared_memory(), numbers, chunk, chunk < chunks);
       }
     }
@@ -171,80 +231,57 @@ struct Whole {
   // Places the row: what attention's shares come to.
   template <class Row>
   DEVICE void prepare_attended(const WholeShare& share) const {
-    constexpr int SHARES = Attention::SHARES, TOGETHER = 4, CHUNKS = 2;
-    float* parts = reinterpret_cast<float*>(shared_memory() + args.sums_at);  // [query head][SHARES]
-    const int chunks = 32 * share.blocks, group = int(args.group), heads = group * int(args.key_heads);
+    constexpr int SHARES = Attention::SHARES, CHUNKS = 2;
+    const int chunks = 32 * share.blocks, group = int(args.group);
     wait();
     for (int base = 0; base < chunks; base += CHUNKS * WHOLE_THREADS) {
-      Words held[CHUNKS][TOGETHER][2];
-      int query[CHUNKS];
-      const float* from[CHUNKS];
+      Words held[CHUNKS][SHARES][2], stats[CHUNKS][SHARES / 2];
       UNROLL
       for (int c = 0; c < CHUNKS; ++c) {
         const int chunk = base + c * WHOLE_THREADS + thread_index(), own = chunk < chunks ? chunk : 0;
-        query[c] = own / (D / 8);
-        const int head = query[c] / group;
-        const int64_t place = int64_t(head) * SHARES * WHOLE_GROUP + query[c] - head * group;
-        from[c] = args.partial + place * D + 8 * (own % (D / 8));
-      }
-      auto load = [&](int first) {
+        const int query = own / (D / 8), head = quotient(query, by_group), row = query - head * group;
+        const float* from = args.partial + (int64_t(head) * SHARES * WHOLE_GROUP + row) * D + 8 * (own % (D / 8));
+        const float* stats_from = args.stats + 2 * SHARES * (int64_t(head) * WHOLE_GROUP + row);
         UNROLL
-        for (int c = 0; c < CHUNKS; ++c) {
-          UNROLL
-          for (int i = 0; i < TOGETHER; ++i) {
-            UNROLL
-            for (int half = 0; half < 2; ++half) {
-              held[c][i][half] = {{0, 0, 0, 0}};
-              if (first + i >= key_shares) continue;
-              held[c][i][half] = load_words_fresh(from[c] + int64_t(first + i) * WHOLE_GROUP * D + 4 * half);
-            }
-          }
-        }
-      };
-      load(0);
-      if (base == 0) {
-        for (int i = thread_index(); i < heads; i += WHOLE_THREADS) weigh_shares(parts + i * SHARES, i / group, i % group);
-        whole_barrier();
-      }
-      float numbers[CHUNKS][8] = {};
-      for (int first = 0; first < key_shares; first += TOGETHER) {
-        if (first > 0) load(first);
-        UNROLL
-        for (int c = 0; c < CHUNKS; ++c) {
-          UNROLL
-          for (int i = 0; i < TOGETHER; ++i) {
-            const float own = parts[query[c] * SHARES + first + i];
-            UNROLL
-            for (int j = 0; j < 8; ++j) numbers[c][j] += own * bits_to_float(held[c][i][j / 4].at[j % 4]);
-          }
+        for (int i = 0; i < SHARES; ++i) {
+          if (i >= key_shares) break;
+          if (i % 2 == 0) stats[c][i / 2] = load_words_fresh(stats_from + 2 * i);
+          held[c][i][0] = load_words_fresh(from + int64_t(i) * WHOLE_GROUP * D);
+          held[c][i][1] = load_words_fresh(from + int64_t(i) * WHOLE_GROUP * D + 4);
         }
       }
       UNROLL
       for (int c = 0; c < CHUNKS; ++c) {
         const int chunk = base + c * WHOLE_THREADS + thread_index();
-        place_row_bytes<Row>(shared_memory(), numbers[c], chunk, chunk < chunks);
+        float numbers[8];
+        join_shares(numbers, held[c], stats[c]);
+        place_row_bytes<Row>(shared_memory(), numbers, chunk, chunk < chunks);
       }
     }
   }
 
-  // What each share's sums of a query count for; 0 beyond the shares.
-  DEVICE void weigh_shares(float* to, int head, int row) const {
-    constexpr int SHARES = Attention::SHARES;
-    const float* stats = args.stats + 2 * (int64_t(head) * SHARES * WHOLE_GROUP + row);
-    float maximum[SHARES], sum[SHARES], largest = -INFINITY, total = 0.0f;
+  // What the shares' sums come to; `stats` holds the maximum and the sum of each.
+  template <int SHARES>
+  DEVICE void join_shares(float (&numbers)[8], const Words (&held)[SHARES][2], const Words (&stats)[SHARES / 2]) const {
+    float largest = -INFINITY, total = 0.0f;
     UNROLL
     for (int i = 0; i < SHARES; ++i) {
-      maximum[i] = i < key_shares ? load_fresh(stats + 2 * i * WHOLE_GROUP) : -INFINITY;
-      sum[i] = i < key_shares ? load_fresh(stats + 2 * i * WHOLE_GROUP + 1) : 0.0f;
-      largest = fmaxf(largest, maximum[i]);
+      if (i >= key_shares) break;
+      largest = fmaxf(largest, bits_to_float(stats[i / 2].at[i % 2 * 2]));
     }
+    UNROLL
+    for (int j = 0; j < 8; ++j) numbers[j] = 0.0f;
     UNROLL
     for (int i = 0; i < SHARES; ++i) {
-      maximum[i] = part_of(maximum[i], largest, factor);
-      total += maximum[i] * sum[i];
+      if (i >= key_shares) break;
+      const float by = part_of(bits_to_float(stats[i / 2].at[i % 2 * 2]), largest, factor);
+      total += by * bits_to_float(stats[i / 2].at[i % 2 * 2 + 1]);
+      UNROLL
+      for (int j = 0; j < 8; ++j) numbers[j] += by * bits_to_float(held[i][j / 4].at[j % 4]);
     }
+    const float inverse = 1.0f / total;
     UNROLL
-    for (int i = 0; i < SHARES; ++i) to[i] = maximum[i] / total;
+    for (int j = 0; j < 8; ++j) numbers[j] *= inverse;
   }
 
   // This warp's units of a product.
@@ -355,10 +392,10 @@ struct Whole {
       to[aid.row + D / 2] = from_float<bf16>(b * aid.cos + a * aid.sin);
     });
   }
-  DEVICE void finish_add(const WholeShare& share, float held) const {
-    float* x = args.x + share.first;
+  DEVICE void finish_add(const WholeShare& share, int version, float held) const {
     finish(share, [&](int out, float sum, float) {
-      x[out] = (out == thread_index() ? held : load_fresh(x + out)) + sum;
+      const int at = share.first + out;
+      leave(version + 1, at, (out == thread_index() ? held : own(version, at)) + sum);
     });
   }
   DEVICE void finish_gate_up(const WholeShare& share) const {
@@ -376,27 +413,27 @@ struct Whole {
   }
 
   template <class Format>
-  DEVICE void run(WholeRing& ring, const WholeShare& share) const {
+  DEVICE void run(WholeRing& ring, const WholeShare& share, int version) const {
     using Row = typename Format::Row;
-    const int kind = share.kind, own = thread_index() < share.outs ? thread_index() : 0;
+    const int kind = share.kind, first = thread_index() < share.outs ? thread_index() : 0;
     if (kind == WHOLE_DOWN) {
       prepare_plain<Row>(share);
     } else if (kind == WHOLE_ATTENDED) {
       prepare_attended<Row>(share);
     } else {
-      prepare_normed<Row>(share);
+      prepare_normed<Row>(share, version);
     }
     // What this thread's first output ends with is asked for early.
     Aid aid = {0, 1.0f, 0.0f, {0.0f, 0.0f}};
     float held = 0.0f;
     const bool adds = kind == WHOLE_DOWN || kind == WHOLE_ATTENDED;
-    if (kind == WHOLE_QKV && share.outs > 0) aid = aid_of(share, own);
-    if (adds && share.outs > 0) held = load_fresh(args.x + share.first + own);
+    if (kind == WHOLE_QKV && share.outs > 0) aid = aid_of(share, first);
+    if (adds && share.outs > 0) held = own(version, share.first + first);
     whole_barrier();
     multiply<Format>(ring, share);
     whole_barrier();
     if (kind == WHOLE_QKV) return finish_qkv(share, aid);
-    if (adds) return finish_add(share, held);
+    if (adds) return finish_add(share, version, held);
     if (kind == WHOLE_GATE_UP) return finish_gate_up(share);
     finish_logits(share);
   }
@@ -421,7 +458,7 @@ struct Whole {
       for (int start = share * keys_each + Attention::KEYS * warp(); start < end; start += 2 * STEP) {
         // Two tiles are on their way at a time.
         attention.load(tile[0], start, end);
-        attention.load(tile[1], start + STEP, end);
+        if (start + STEP < end) attention.load(tile[1], start + STEP, end);
         attention.add(own, tile[0], query, start, end, factor);
         if (start + STEP < end) attention.add(own, tile[1], query, start + STEP, end, factor);
       }
@@ -444,15 +481,15 @@ struct Whole {
     registers_take<216>();
 #endif
     WholeRing ring(args, warp());
-    if (args.embedding.bytes) embed();
-    arrive();
+    embed();
     NO_UNROLL
     for (int i = 0; i < args.count; ++i) {
       const WholeShare& share = shares[i];
-      with_whole_format(share.format, [&](auto format) { run<decltype(format)>(ring, share); });
+      const int version = i >> 1;  // of the residual stream: two products add to it
+      with_whole_format(share.format, [&](auto format) { run<decltype(format)>(ring, share, version); });
       if (share.kind == WHOLE_LOGITS) return;
       if (share.kind == WHOLE_QKV) attend(share);
-      arrive();
+      if (share.kind == WHOLE_QKV || share.kind == WHOLE_GATE_UP) arrive();
     }
   }
 };

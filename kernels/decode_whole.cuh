@@ -35,14 +35,15 @@ struct WholeArgs {
   int64_t count;          // of products
   const DecodeState* state;
   StoredRows embedding;   // no bytes: the host has written the row to x
-  float* x;               // the residual stream [width]
+  float* x;               // the token's row [width]
+  uint64_t* stream;       // the residual stream's last two versions [2][width], a number and a tag each
   int64_t width;
   double eps;
   float* logits;
   uint64_t* arrived;      // of blocks at barriers, a multiple of all of a launch between launches
   const bf16* query;      // [heads][D]
   float* partial;         // of attention [key heads][SHARES][8][D]
-  float* stats;           // [key heads][SHARES][8][maximum, sum]
+  float* stats;           // [key heads][8][SHARES][maximum, sum]
   int64_t group, key_heads;  // query heads that share a key head, at most 8
   double scale;           // of scores, positive
   // Places in shared memory; the row, or what warps have attended to, is at the start.

@@ -120,8 +120,9 @@ struct WholeAttention {
       for (int j = 0; j < 4; ++j) four.at[j] = float_to_bits(out[j]);
       store_words(args.partial + (place + row) * D + column, four);
       if (column > 0) continue;
-      args.stats[2 * (place + row)] = largest;
-      args.stats[2 * (place + row) + 1] = total;
+      float* stats = args.stats + 2 * ((int64_t(head) * WHOLE_GROUP + row) * SHARES + share);
+      stats[0] = largest;
+      stats[1] = total;
     }
   }
 };

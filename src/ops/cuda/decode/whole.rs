@@ -218,12 +218,7 @@ struct Places {
 
 impl Places {
     /// `None` where there is no room for two places of a ring.
-    fn of(
-        products: &[Product<'_>],
-        attention_bytes: usize,
-        heads: usize,
-        limits: Limits,
-    ) -> Option<Self> {
+    fn of(products: &[Product<'_>], attention_bytes: usize, limits: Limits) -> Option<Self> {
         let parts = || products.iter().flat_map(|product| &product.parts);
         let x_bytes = |part: &Part| {
             let depth = part.stored.depth;
@@ -235,12 +230,7 @@ impl Places {
             .max()?;
         let scratch = row.max(attention_bytes).next_multiple_of(ALIGNMENT);
         let sums = scratch + SCRATCH;
-        let shares = sums
-            + products
-                .iter()
-                .map(Product::sums_bytes)
-                .max()?
-                .max(heads * SHARES * size_of::<f32>());
+        let shares = sums + products.iter().map(Product::sums_bytes).max()?;
         let barriers = (shares + products.len() * SHARE_BYTES).next_multiple_of(ALIGNMENT);
         let rings = barriers + WARPS * BARRIERS;
         let room = limits.shared_bytes.checked_sub(rings)?;
@@ -272,7 +262,7 @@ impl Builder {
         let Sizes { heads, kv_heads, head_dim, .. } = self.sizes;
         // Sums of warps, with their maxima and sums.
         let attention_bytes = WARPS * GROUP * (head_dim + 2) * size_of::<f32>();
-        let Some(places) = Places::of(&products, attention_bytes, heads, self.limits) else {
+        let Some(places) = Places::of(&products, attention_bytes, self.limits) else {
             return Ok(None);
         };
         let embedding = model.embedding.and_then(|embedding| {
@@ -294,7 +284,11 @@ impl Builder {
                 args.address(0).counts([0, 0]);
             }
         }
-        args.address(self.x.address()).count(self.sizes.width).number(self.eps);
+        // Two versions of numbers of 8 bytes, which no token has written yet.
+        let mut stream = Output::new(&self.device, &[4 * self.sizes.width], DType::F32)?;
+        stream.write(&vec![0_f32; 4 * self.sizes.width])?;
+        args.address(self.x.address()).address(stream.address());
+        args.count(self.sizes.width).number(self.eps);
         args.address(self.logits.address()).address(arrived.address());
         let shares = [kv_heads, SHARES, GROUP];
         let partial =
@@ -320,7 +314,7 @@ impl Builder {
                 shared_bytes: places.end,
                 args,
             },
-            buffers: vec![stored, maps, arrived, partial, stats],
+            buffers: vec![stored, maps, arrived, partial, stats, stream],
         }))
     }
 
@@ -355,6 +349,9 @@ impl Builder {
 
     /// All products in their order.
     fn products<'a>(&mut self, model: &'a DecodeModel<'a>) -> Option<Vec<Product<'a>>> {
+        if model.layers.is_empty() {
+            return None;
+        }
         let mut products = Vec::new();
         for layer in &model.layers {
             products.extend(self.products_of(layer)?);
