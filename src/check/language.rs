@@ -178,8 +178,8 @@ impl Timed<'_> {
         Ok(())
     }
 
-    /// Times an answer with logits on the host after each token, and without; returns the logits after its
-    /// first tokens.
+    /// Times an answer whose tokens are chosen, one with logits on the host after each token, and one without;
+    /// returns the logits after its first tokens.
     fn answer(
         &mut self,
         model: &RandomLanguageModel,
@@ -203,23 +203,26 @@ impl Timed<'_> {
             let why = "the kernels were not started as asked for".to_owned();
             self.add(name.to_owned(), Finding::Failed(why));
         }
-        let mut first = model.write(&mut writing, token(0, config))?;
-        first.extend(model.write(&mut writing, token(1, config))?);
+        let mut first = model.write(&mut writing, token(0, config))?.to_vec();
+        first.extend_from_slice(model.write(&mut writing, token(1, config))?);
         let bytes = weight_bytes(config);
-        let each = |read: bool, writing: &mut Writing| -> Result<f64> {
+        let each = |until: Until, writing: &mut Writing| -> Result<f64> {
             self.device.synchronize()?;
             let start = Instant::now();
             for i in 0..tokens {
                 let token = token(i, config);
-                if read || !model.queue(writing, token)? {
-                    model.write(writing, token)?;
+                match until {
+                    Until::Queued if model.queue(writing, token)? => {}
+                    Until::Queued | Until::Read => _ = model.write(writing, token)?,
+                    Until::Chosen => _ = model.choose(writing, token)?,
                 }
             }
             self.device.synchronize()?;
             Ok(start.elapsed().as_secs_f64() / count(tokens))
         };
-        let with_logits = each(true, &mut writing)?;
-        let without = if off { None } else { Some(each(false, &mut writing)?) };
+        let with_logits = each(Until::Read, &mut writing)?;
+        let without = if off { None } else { Some(each(Until::Queued, &mut writing)?) };
+        let chosen = each(Until::Chosen, &mut writing)?;
         let rate = 1.0 / with_logits;
         let what = format!("answer by {name}, a token with its logits");
         self.add(
@@ -227,8 +230,15 @@ impl Timed<'_> {
             Finding::Timed { seconds: with_logits, rate, unit: "tokens/s".into() },
         );
         self.rate(&what, with_logits, bytes, copy);
-        if let Some(seconds) = without {
-            self.rate(&format!("answer by {name}, a token queued"), seconds, bytes, copy);
+        let mut tokens = |what: &str, seconds: f64| {
+            let name = format!("answer by {name}, {what}");
+            let finding = Finding::Timed { seconds, rate: 1.0 / seconds, unit: "tokens/s".into() };
+            self.add(name, finding);
+        };
+        tokens("a token chosen by its logits", chosen);
+        if let Some(without) = without {
+            tokens("what it takes to choose a token, beside one queued", chosen - without);
+            self.rate(&format!("answer by {name}, a token queued"), without, bytes, copy);
         }
         Ok(first)
     }
@@ -252,6 +262,17 @@ impl Timed<'_> {
         }
         Ok(())
     }
+}
+
+/// How far a token is timed.
+#[derive(Debug, Clone, Copy)]
+enum Until {
+    /// Its pass is queued.
+    Queued,
+    /// Its logits are on the host.
+    Read,
+    /// The next token is chosen by them.
+    Chosen,
 }
 
 /// Some token.

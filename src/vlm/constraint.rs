@@ -85,29 +85,42 @@ impl Constraint {
 pub struct Allowed(SimpleVob);
 
 impl Allowed {
+    #[cfg(test)]
+    pub(super) fn of(tokens: &[u32], size: usize) -> Self {
+        let mut allowed = SimpleVob::alloc(size);
+        tokens.iter().for_each(|token| allowed.allow_token(*token));
+        Self(allowed)
+    }
+
     /// Whether this token may come next.
     #[must_use]
     pub fn contains(&self, token: u32) -> bool {
         (token as usize) < self.0.len() && self.0.is_allowed(token)
     }
 
+    /// Which of 32 tokens from `32 · at` on may come next, the first one's bit lowest.
+    pub(super) fn word(&self, at: usize) -> u32 {
+        let word = self.0.as_slice().get(at).copied().unwrap_or(0);
+        match self.0.len().saturating_sub(32 * at) {
+            left @ 0..32 => word & ((1 << left) - 1),
+            _ => word,
+        }
+    }
+
     /// Gives every other token's logit a value.
     pub(super) fn forbid_others(&self, logits: &mut [f32], value: f32) {
-        const BITS: usize = 32;
-        let words = self.0.as_slice().iter().copied().chain(std::iter::repeat(0));
-        let mut left = self.0.len();
-        for (logits, word) in logits.chunks_mut(BITS).zip(words) {
+        for (at, logits) in logits.chunks_mut(32).enumerate() {
             // Most words allow all of their tokens or none.
-            if word == u32::MAX && left >= BITS {
-                left -= BITS;
-                continue;
-            }
-            for (bit, logit) in logits.iter_mut().enumerate() {
-                if bit >= left || word >> bit & 1 == 0 {
-                    *logit = value;
+            match self.word(at) {
+                u32::MAX => {}
+                0 => logits.fill(value),
+                word => {
+                    let forbidden = |bit: &usize| word >> bit & 1 == 0;
+                    for bit in (0..logits.len()).filter(forbidden) {
+                        logits[bit] = value;
+                    }
                 }
             }
-            left = left.saturating_sub(BITS);
         }
     }
 

@@ -19,6 +19,8 @@ pub(super) struct Decoder {
     plan: Option<DecodePlan>,
     /// The cache's room when the plan was made, or looked for in vain.
     planned_for: Option<usize>,
+    /// Logits that did not come from the plan.
+    logits: Vec<f32>,
 }
 
 /// Logits on their way.
@@ -28,6 +30,8 @@ pub(super) enum Pending {
     There(Vec<f32>),
     /// The device computes them.
     Queued,
+    /// To be computed after this token at this position.
+    Asked((u32, u32)),
 }
 
 impl Decoder {
@@ -42,24 +46,37 @@ impl Decoder {
         token: (u32, u32),
         cache: &mut Cache,
         call: Call<'_>,
-    ) -> Result<Vec<f32>> {
+    ) -> Result<&mut [f32]> {
         let pending = self.start(model, token, cache, call)?;
-        self.finish(pending)
+        self.finish(pending, model, cache, call)
     }
 
-    /// Waits for logits.
+    /// Waits for logits, or computes them; the next ones take their place. Model, cache and call are those
+    /// of [`Self::start`].
     ///
     /// # Errors
-    /// A failure of the device.
-    pub(super) fn finish(&mut self, pending: Pending) -> Result<Vec<f32>> {
-        match (pending, &mut self.plan) {
-            (Pending::There(logits), _) => Ok(logits),
-            (Pending::Queued, Some(plan)) => Ok(plan.read()?),
-            (Pending::Queued, None) => Ok(Vec::new()),
-        }
+    /// Cancellation, an adapter of another model, or a failure of the device.
+    pub(super) fn finish(
+        &mut self,
+        pending: Pending,
+        (language, head): (&LanguageModel, &Linear),
+        cache: &mut Cache,
+        call: Call<'_>,
+    ) -> Result<&mut [f32]> {
+        self.logits = match (pending, &mut self.plan) {
+            (Pending::Queued, Some(plan)) => return Ok(plan.read()?),
+            (Pending::Queued, None) => Vec::new(),
+            (Pending::There(logits), _) => logits,
+            (Pending::Asked((token, at)), _) => ops::on_worker(|| {
+                let embedding = language.embed(&[token])?;
+                last_logits(head, &language.forward(&embedding, &[[at; 3]], Some(cache), call)?)
+            })?,
+        };
+        Ok(&mut self.logits)
     }
 
-    /// Begins to compute the logits after a token at a position, whose key and value come into the cache.
+    /// Begins to compute the logits after a token at a position, whose key and value come into the cache, where
+    /// that goes on without the host.
     ///
     /// # Errors
     /// Cancellation, an adapter of another model, or a failure of the device.
@@ -82,11 +99,7 @@ impl Decoder {
             cache.count_one();
             return Ok(Pending::Queued);
         }
-        let logits = ops::on_worker(|| {
-            let embedding = language.embed(&[token])?;
-            last_logits(head, &language.forward(&embedding, &[[at; 3]], Some(cache), call)?)
-        })?;
-        Ok(Pending::There(logits))
+        Ok(Pending::Asked((token, at)))
     }
 
     /// The prepared pass over the cache, in which there is room for a token; `None` where there are no kernels
@@ -143,9 +156,9 @@ impl super::VisionLanguageModel {
         for (token, [at, ..]) in rest {
             let token = (*token, *at);
             let row = decoder.logits((language, head), token, &mut cache, call)?;
+            let dims = (1, 1, row.len());
+            logits.push(Tensor::from_slice(row, dims, &candle_core::Device::Cpu)?);
             prepared &= decoder.plan.is_some();
-            let count = row.len();
-            logits.push(Tensor::from_vec(row, (1, 1, count), &candle_core::Device::Cpu)?);
         }
         Ok((Tensor::cat(&logits, 1)?, prepared)) // (1, tokens, vocabulary)
     }

@@ -409,6 +409,7 @@ impl VisionLanguageModel {
         let mut cache = body.language.cache(seen.len() + steps.min(CACHE_TOKENS));
         let hidden = self.prefill(inputs, Some(&mut cache), call)?;
         let head = self.head(&body)?;
+        let model = (&body.language, head);
         let mut pending = Pending::There(last_logits(head, &hidden)?);
         let mut decoder = Decoder::default();
         let mut text = String::new();
@@ -420,26 +421,28 @@ impl VisionLanguageModel {
                 Some(constraint) => Some(constraint.allowed()?),
                 None => None,
             };
-            let logits = decoder.finish(pending)?;
-            pending = Pending::There(Vec::new());
+            let logits = decoder.finish(pending, model, &mut cache, call)?;
             let token = sampler.choose(logits, &seen, allowed.as_ref())?;
+            pending = Pending::There(Vec::new());
             seen.push(token);
             if options.stop_tokens.contains(&token) {
                 finish = Finish::Stop;
                 break;
             }
-            let piece = stream.push(token)?;
-            hear(&piece, &mut text, on_text);
+            let mut is_complete = false; // nothing may follow but the end
             if let Some(constraint) = &mut constraint {
                 constraint.accept(token)?;
-                if constraint.is_complete() {
-                    finish = Finish::Stop; // nothing may follow but the end
-                    break;
-                }
+                is_complete = constraint.is_complete();
             }
-            if step + 1 < steps {
+            // The device has its next token before anyone hears of this one.
+            if step + 1 < steps && !is_complete {
                 let at = inputs.positions.next + small(step);
-                pending = decoder.start((&body.language, head), (token, at), &mut cache, call)?;
+                pending = decoder.start(model, (token, at), &mut cache, call)?;
+            }
+            hear(&stream.push(token)?, &mut text, on_text);
+            if is_complete {
+                finish = Finish::Stop;
+                break;
             }
         }
         hear(&stream.finish()?, &mut text, on_text);

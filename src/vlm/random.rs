@@ -8,6 +8,7 @@ use super::{
     config::TextConfig,
     decode::{Decoder, last_logits},
     language::LanguageModel,
+    sampling::{Sampler, Sampling},
 };
 use crate::{
     error::Result,
@@ -65,10 +66,19 @@ impl RandomLanguageModel {
     ///
     /// # Errors
     /// A failure of the device.
-    pub(crate) fn write(&self, writing: &mut Writing, token: u32) -> Result<Vec<f32>> {
+    pub(crate) fn write<'a>(&self, writing: &'a mut Writing, token: u32) -> Result<&'a mut [f32]> {
         let at = super::positions::small(writing.cache.len());
         let Writing { cache, decoder } = writing;
         decoder.logits((&self.language, &self.head), (token, at), cache, self.call())
+    }
+
+    /// The likeliest token after one more.
+    ///
+    /// # Errors
+    /// Logits that are not finite, or a failure of the device.
+    pub(crate) fn choose(&self, writing: &mut Writing, token: u32) -> Result<u32> {
+        let mut sampler = Sampler::new(Sampling::Greedy, 1.0, 0)?;
+        sampler.choose(self.write(writing, token)?, &[], None)
     }
 
     /// Queues the pass of one more token, without its logits; `false` where it is not prepared.

@@ -66,25 +66,37 @@ impl Sampler {
     }
 
     /// The next token after `seen` (prompt and answer so far), one of the `allowed` ones.
+    /// What the logits are afterwards is left open.
     pub(super) fn choose(
         &mut self,
-        mut logits: Vec<f32>,
+        logits: &mut [f32],
         seen: &[u32],
         allowed: Option<&Allowed>,
     ) -> Result<u32> {
-        let count = logits.iter().filter(|logit| !logit.is_finite()).count();
-        if count > 0 {
-            let hint = "the weights may be damaged, or too large for this type; try --dtype f32";
-            return Err(Error::NotFinite { stage: "logits", count, total: logits.len(), hint });
-        }
-        penalize(&mut logits, seen, self.repetition_penalty);
-        if let Some(allowed) = allowed {
-            allowed.forbid_others(&mut logits, FORBIDDEN);
-        }
+        #[expect(clippy::float_cmp, reason = "exactly one means no penalty")]
+        let penalizes = self.repetition_penalty != 1.0;
         let token = match self.sampling {
-            Sampling::Greedy => likeliest(&logits),
+            Sampling::Greedy if !penalizes => {
+                let (token, all_finite) = likeliest(logits, allowed);
+                if !all_finite {
+                    check_finite(logits)?;
+                }
+                token
+            }
+            Sampling::Greedy => {
+                check_finite(logits)?;
+                penalize(logits, seen, self.repetition_penalty);
+                likeliest(logits, allowed).0
+            }
             Sampling::Random { temperature, top_k, top_p } => {
-                let candidates = candidates(&logits, temperature, top_k, top_p);
+                check_finite(logits)?;
+                if penalizes {
+                    penalize(logits, seen, self.repetition_penalty);
+                }
+                if let Some(allowed) = allowed {
+                    allowed.forbid_others(logits, FORBIDDEN);
+                }
+                let candidates = candidates(logits, temperature, top_k, top_p);
                 draw(&candidates, self.share())
             }
         };
@@ -99,12 +111,17 @@ impl Sampler {
     }
 }
 
+fn check_finite(logits: &[f32]) -> Result<()> {
+    let count = logits.iter().filter(|logit| !logit.is_finite()).count();
+    if count == 0 {
+        return Ok(());
+    }
+    let hint = "the weights may be damaged, or too large for this type; try --dtype f32";
+    Err(Error::NotFinite { stage: "logits", count, total: logits.len(), hint })
+}
+
 /// Makes tokens that were seen less likely, each once.
 fn penalize(logits: &mut [f32], seen: &[u32], penalty: f32) {
-    #[expect(clippy::float_cmp, reason = "exactly one means no penalty")]
-    if penalty == 1.0 {
-        return;
-    }
     let mut seen = seen.to_vec();
     seen.sort_unstable();
     seen.dedup();
@@ -115,18 +132,83 @@ fn penalize(logits: &mut [f32], seen: &[u32], penalty: f32) {
     }
 }
 
-/// The largest logit's token, the first of equals. Whole chunks are compared at once, for this runs on all
-/// of the vocabulary for every token.
-fn likeliest(logits: &[f32]) -> usize {
-    const LANES: usize = 32;
-    let mut largest = [f32::NEG_INFINITY; LANES];
-    for chunk in logits.chunks(LANES) {
-        for (largest, logit) in largest.iter_mut().zip(chunk) {
-            *largest = if *logit > *largest { *logit } else { *largest };
+/// The largest logit's token, the first of equals, where those that are not allowed count as [`FORBIDDEN`]; and
+/// whether all logits are finite. For every token this runs on all of the vocabulary, fresh from the device: they are
+/// read once, in whole chunks.
+fn likeliest(logits: &[f32], allowed: Option<&Allowed>) -> (usize, bool) {
+    /// Words of the logits that the largest one is looked for among, once it is known to be there.
+    const WORDS: usize = 128;
+    let word = |at: usize| allowed.map_or(u32::MAX, |allowed| allowed.word(at));
+    let (mut largest, mut start) = (f32::NEG_INFINITY, 0);
+    let mut all_finite = true;
+    for (i, block) in logits.chunks(WORDS * Survey::LANES).enumerate() {
+        let of_block = Survey::of(block, |at| word(i * WORDS + at));
+        all_finite &= of_block.all_finite();
+        if of_block.largest() > largest {
+            (largest, start) = (of_block.largest(), i * WORDS);
         }
     }
-    let largest = largest.into_iter().fold(f32::NEG_INFINITY, f32::max);
-    logits.iter().position(|logit| *logit >= largest).unwrap_or(0)
+    let chunks = logits.chunks(Survey::LANES).enumerate().skip(start);
+    let token = chunks.take(WORDS).find_map(|(at, chunk)| {
+        let word = word(at);
+        let lane = chunk.iter().enumerate().position(|(lane, logit)| {
+            let is_allowed = word >> lane & 1 == 1;
+            (if is_allowed { *logit } else { FORBIDDEN }) >= largest
+        });
+        Some(at * Survey::LANES + lane?)
+    });
+    (token.unwrap_or(0), all_finite)
+}
+
+/// What is looked for among logits, lane by lane.
+struct Survey {
+    largest: [f32; Survey::LANES],
+    /// The highest bit is set where one was not finite.
+    bits: [u32; Survey::LANES],
+}
+
+impl Survey {
+    /// As many as a word of allowed tokens has bits.
+    const LANES: usize = 32;
+
+    /// Of logits and the words of those that are allowed.
+    fn of(logits: &[f32], word: impl Fn(usize) -> u32) -> Self {
+        let mut all = Self { largest: [f32::NEG_INFINITY; Self::LANES], bits: [0; Self::LANES] };
+        let (chunks, rest) = logits.as_chunks::<{ Self::LANES }>();
+        for (at, chunk) in chunks.iter().enumerate() {
+            // Most words allow all of their tokens or none.
+            match word(at) {
+                u32::MAX => all.add(chunk, |_, logit| logit),
+                0 => all.add(chunk, |_, _| FORBIDDEN),
+                word => all.add_some(chunk, word),
+            }
+        }
+        all.add_some(rest, word(chunks.len()));
+        all
+    }
+
+    #[inline(always)]
+    fn add(&mut self, logits: &[f32], counts: impl Fn(usize, f32) -> f32) {
+        for (lane, logit) in logits.iter().enumerate() {
+            let (largest, logit) = (&mut self.largest[lane], *logit);
+            // An exponent of ones carries to the highest bit.
+            self.bits[lane] |= (logit.to_bits() & 0x7fff_ffff) + 0x0080_0000;
+            let logit = counts(lane, logit);
+            *largest = if logit > *largest { logit } else { *largest };
+        }
+    }
+
+    fn add_some(&mut self, logits: &[f32], word: u32) {
+        self.add(logits, |lane, logit| if word >> lane & 1 == 1 { logit } else { FORBIDDEN });
+    }
+
+    fn largest(&self) -> f32 {
+        self.largest.into_iter().fold(f32::NEG_INFINITY, f32::max)
+    }
+
+    fn all_finite(&self) -> bool {
+        self.bits.iter().all(|bits| bits >> 31 == 0)
+    }
 }
 
 /// Tokens that can be drawn and their probabilities (not yet adding up to one), likeliest first.
@@ -174,6 +256,7 @@ fn draw(candidates: &[(usize, f64)], share: f64) -> usize {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::vlm::positions::small;
 
     const LOGITS: [f32; 4] = [1.0, 3.0, 2.0, 0.0];
 
@@ -204,7 +287,7 @@ mod tests {
         let sampling = Sampling::Random { temperature: 1.0, top_k: None, top_p: 1.0 };
         let run = |seed| -> Vec<u32> {
             let mut sampler = Sampler::new(sampling, 1.0, seed).unwrap();
-            (0..4000).map(|_| sampler.choose(LOGITS.to_vec(), &[], None).unwrap()).collect()
+            (0..4000).map(|_| sampler.choose(&mut LOGITS.clone(), &[], None).unwrap()).collect()
         };
         let drawn = run(7);
         let share = drawn.iter().filter(|token| **token == 1).count();
@@ -223,18 +306,89 @@ mod tests {
         assert!(error(random(1.0, None, 1.5), 1.0).contains("top_p"));
         assert!(error(Sampling::Greedy, 0.0).contains("repetition_penalty"));
         let mut sampler = Sampler::new(Sampling::Greedy, 1.0, 0).unwrap();
-        let error = sampler.choose(vec![0.0, f32::NAN], &[], None).unwrap_err();
+        let error = sampler.choose(&mut [0.0, f32::NAN], &[], None).unwrap_err();
         assert!(matches!(error, Error::NotFinite { count: 1, total: 2, .. }), "{error}");
     }
 
     #[test]
     fn greedy_takes_the_first_of_equals() {
-        assert_eq!(likeliest(&[0.0, 5.0, 5.0]), 1);
-        assert_eq!(likeliest(&[-3.0]), 0);
-        let mut many = vec![0.5; 1000];
-        many[777] = 0.75;
-        many[778] = 0.75;
-        many[999] = 0.7;
-        assert_eq!(likeliest(&many), 777);
+        let token = |logits: &[f32]| likeliest(logits, None).0;
+        assert_eq!(token(&[0.0, 5.0, 5.0]), 1);
+        assert_eq!(token(&[-3.0]), 0);
+        assert_eq!(token(&[-0.0, 0.0]), 0);
+        for (first, other) in [(777, 778), (777, 9000), (4095, 4096), (8999, 9010), (31, 32)] {
+            let mut many = vec![0.5; 9011];
+            many[first] = 0.75;
+            many[other] = 0.75;
+            many[9] = 0.7;
+            assert_eq!(token(&many), first);
+        }
+    }
+
+    /// What [`likeliest`] stands for.
+    fn by_definition(logits: &[f32], allowed: Option<&Allowed>) -> (usize, bool) {
+        let mut logits = logits.to_vec();
+        let all_finite = logits.iter().all(|logit| logit.is_finite());
+        for (logit, token) in logits.iter_mut().zip(0..) {
+            if allowed.is_some_and(|allowed| !allowed.contains(token)) {
+                *logit = FORBIDDEN;
+            }
+        }
+        let largest = logits.iter().copied().fold(f32::NEG_INFINITY, f32::max);
+        (logits.iter().position(|logit| *logit >= largest).unwrap_or(0), all_finite)
+    }
+
+    /// Finds the same as its definition, and refuses logits that are not finite.
+    fn hold(mut logits: Vec<f32>, allowed: Option<&Allowed>, damaged: (usize, f32)) -> usize {
+        let expected = by_definition(&logits, allowed);
+        assert_eq!(likeliest(&logits, allowed), expected);
+        let mut forbidden = logits.clone();
+        if let Some(allowed) = allowed {
+            allowed.forbid_others(&mut forbidden, FORBIDDEN);
+        }
+        assert_eq!(by_definition(&forbidden, None).0, expected.0);
+        // Wherever one is not finite, allowed or not.
+        let Some(logit) = logits.get_mut(damaged.0) else { return 0 };
+        *logit = damaged.1;
+        assert!(!likeliest(&logits, allowed).1, "{damaged:?} of {}", logits.len());
+        let mut sampler = Sampler::new(Sampling::Greedy, 1.0, 0).unwrap();
+        let error = sampler.choose(&mut logits, &[], allowed).unwrap_err();
+        assert!(matches!(error, Error::NotFinite { count: 1, .. }), "{error}");
+        expected.0
+    }
+
+    #[test]
+    fn greedy_is_its_definition_for_all_sizes_and_constraints() {
+        let mut random = Mt64::new(11);
+        let mut below = |end: usize| {
+            usize::try_from(random.next_u64() >> 16).unwrap().checked_rem(end).unwrap_or(0)
+        };
+        let mut later = 0;
+        let sizes: [usize; 11] = [0, 1, 31, 32, 33, 100, 4095, 4096, 4097, 9000, 12_321];
+        for (size, round) in sizes.iter().flat_map(|size| (0..12).map(move |i| (*size, i))) {
+            // Few values, so that many are equal, and some below what forbidden ones count as.
+            let values = [-0.0_f32, 0.0, 1.5, 1.5, -2.0, -1e30, -3e30, f32::MAX];
+            let values = &values[..[8, 5, 2][round % 3]];
+            let mut logits: Vec<f32> = (0..size).map(|_| values[below(values.len())]).collect();
+            if round % 4 == 1 {
+                logits.fill(-2e30);
+            }
+            // Bits beyond the logits, and logits beyond the bits.
+            let bits = [size, size + 40, size >> 1, size.saturating_sub(5)][round % 4];
+            let some: Vec<u32> = match round % 5 {
+                0 => Vec::new(),
+                1 => (0..small(bits)).collect(),
+                2 => (0..bits >> 9).map(|_| small(below(bits))).collect(),
+                3 => (0..bits).map(|_| small(below(bits))).collect(),
+                _ => (small(bits >> 2)..small(bits)).collect(),
+            };
+            let some = Allowed::of(&some, bits);
+            let at = [0, size.saturating_sub(1), below(size)][round % 3];
+            let damage = [f32::NAN, f32::INFINITY, f32::NEG_INFINITY, -f32::NAN][round % 4];
+            for allowed in [None, Some(&some)] {
+                later += usize::from(hold(logits.clone(), allowed, (at, damage)) > 0);
+            }
+        }
+        assert!(later > 60, "{later}");
     }
 }

@@ -4,7 +4,10 @@
 mod build;
 mod whole;
 
-use std::sync::atomic::{AtomicU8, Ordering};
+use std::{
+    marker::PhantomData,
+    sync::atomic::{AtomicU8, Ordering},
+};
 
 use candle_core::{Device, Result, Tensor, bail};
 
@@ -109,6 +112,8 @@ pub struct DecodePlan {
     device: Device,
     sequence: Sequence,
     state: Output,
+    /// What is written to it for a token.
+    written: Vec<u8>,
     row: Output,
     logits: Readout,
     capacity: usize,
@@ -178,7 +183,7 @@ impl DecodePlan {
     ///
     /// # Errors
     /// A failure of the device.
-    pub fn parts(&self) -> Result<Vec<DecodePart>> {
+    pub fn parts(&self) -> Result<Vec<DecodePart<'_>>> {
         let mut kinds: Vec<(String, usize, Vec<Launch>)> = Vec::new();
         for (launch, bytes) in self.sequence.launches().iter().zip(&self.bytes) {
             let Launch { kernel, grid: [x, y, _], threads, .. } = launch;
@@ -195,7 +200,7 @@ impl DecodePlan {
             let (device, kernels) = (self.device.clone(), launches.len());
             let starts = if self.is_whole { Starts::Together } else { Starts::Overlapping };
             let sequence = Sequence::new(&device, launches, starts)?;
-            Ok(DecodePart { name, kernels, bytes, device, sequence })
+            Ok(DecodePart { name, kernels, bytes, device, sequence, _of: PhantomData })
         });
         parts.collect()
     }
@@ -218,11 +223,12 @@ impl DecodePlan {
         self.sequence.is_recorded()
     }
 
-    /// Logits of the token after this one; its key and value come into the cache.
+    /// Logits of the token after this one, in memory that is written again for the next; this one's key and
+    /// value come into the cache.
     ///
     /// # Errors
     /// No room in the cache, inputs of another size, or a failure of the device.
-    pub fn logits(&mut self, token: DecodeToken<'_>) -> Result<Vec<f32>> {
+    pub fn logits(&mut self, token: DecodeToken<'_>) -> Result<&mut [f32]> {
         self.start(token)?;
         self.read()
     }
@@ -231,7 +237,7 @@ impl DecodePlan {
     ///
     /// # Errors
     /// A failure of the device.
-    pub fn read(&mut self) -> Result<Vec<f32>> {
+    pub fn read(&mut self) -> Result<&mut [f32]> {
         self.logits.read()
     }
 
@@ -244,11 +250,14 @@ impl DecodePlan {
         if past >= self.capacity || angles.iter().any(|side| side.len() != self.half) {
             bail!("decode: {past} tokens of {} and angles of another size", self.capacity);
         }
-        let mut state: Vec<u8> = Vec::with_capacity(16 + 8 * self.half);
-        state.extend(u64::from(token).to_le_bytes());
-        state.extend((past as u64).to_le_bytes());
-        state.extend(angles.iter().flat_map(|side| bytemuck::cast_slice::<f32, u8>(side)));
-        self.state.write(&state)?;
+        self.written.clear();
+        self.written.extend_from_slice(&u64::from(token).to_le_bytes());
+        self.written.extend_from_slice(&(past as u64).to_le_bytes());
+        for side in angles {
+            self.written.extend_from_slice(bytemuck::cast_slice(side));
+        }
+        // The driver takes up to 64 KB at once, and they arrive behind what is queued: nothing waits.
+        self.state.write(&self.written)?;
         match row {
             Some(row) if !self.embeds && row.len() == self.width => self.row.write(row)?,
             None if self.embeds => {}
@@ -258,8 +267,8 @@ impl DecodePlan {
     }
 }
 
-/// Kernels of one kind.
-pub struct DecodePart {
+/// Kernels of one kind, of a plan that they use the memory of.
+pub struct DecodePart<'a> {
     /// The kernel and its shape.
     pub name: String,
     /// How many there are.
@@ -268,9 +277,10 @@ pub struct DecodePart {
     pub bytes: usize,
     device: Device,
     sequence: Sequence,
+    _of: PhantomData<&'a DecodePlan>,
 }
 
-impl DecodePart {
+impl DecodePart<'_> {
     /// Starts them.
     ///
     /// # Errors
@@ -280,7 +290,7 @@ impl DecodePart {
     }
 }
 
-impl std::fmt::Debug for DecodePart {
+impl std::fmt::Debug for DecodePart<'_> {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         f.debug_struct("DecodePart").field("name", &self.name).finish_non_exhaustive()
     }

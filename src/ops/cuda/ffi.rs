@@ -111,8 +111,8 @@ impl Output {
     }
 
     /// Float32 in host memory; `None` elsewhere.
-    pub(super) fn on_host(&self) -> Option<&[f32]> {
-        match &self.memory {
+    pub(super) fn on_host(&mut self) -> Option<&mut [f32]> {
+        match &mut self.memory {
             Memory::F32(numbers) => Some(numbers),
             _ => None,
         }

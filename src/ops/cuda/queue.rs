@@ -10,41 +10,63 @@ use super::{
     launch::Launch,
 };
 
-/// Float32 that a kernel writes again and again, and the host reads: on a device through memory that does
-/// not move.
+/// Float32 that a kernel writes again and again, each number once, and the host reads. A device writes them to the
+/// host's memory where it can, so that nothing is copied; kernels must not read them.
 #[derive(Debug)]
-pub(super) struct Readout {
-    from: Output,
+pub(super) struct Readout(Place);
+
+#[derive(Debug)]
+enum Place {
+    /// Memory that kernels write, which is the host's where they run there.
+    Plain(Output),
+    /// The host's, in which a device writes.
     #[cfg(feature = "cuda")]
-    pinned: Option<device::Pinned>,
+    Mapped(device::Mapped),
+    /// A device's, and what it is copied to.
+    #[cfg(feature = "cuda")]
+    Copied(Output, device::Pinned),
 }
 
 impl Readout {
     pub(super) fn new(device: &Device, count: usize) -> Result<Self> {
-        Ok(Self {
-            from: Output::new(device, &[count], DType::F32)?,
-            #[cfg(feature = "cuda")]
-            pinned: match device {
-                Device::Cuda(device) => Some(device::Pinned::new(device, count)?),
-                _ => None,
-            },
-        })
-    }
-
-    pub(super) fn address(&self) -> u64 {
-        self.from.address()
-    }
-
-    /// Waits for what is queued and reads what it wrote.
-    pub(super) fn read(&mut self) -> Result<Vec<f32>> {
-        if let Some(numbers) = self.from.on_host() {
-            return Ok(numbers.to_vec());
-        }
         #[cfg(feature = "cuda")]
-        if let (Some(storage), Some(pinned)) = (self.from.on_device(), &mut self.pinned) {
-            return pinned.read(storage);
+        if let Device::Cuda(cuda) = device {
+            match device::Mapped::new(cuda, count) {
+                Ok(mapped) => return Ok(Self(Place::Mapped(mapped))),
+                Err(error) => tracing::debug!(%error, "a device does not write to the host"),
+            }
+            let from = Output::new(device, &[count], DType::F32)?;
+            return Ok(Self(Place::Copied(from, device::Pinned::new(cuda, count)?)));
         }
-        bail!("no place to read to")
+        Ok(Self(Place::Plain(Output::new(device, &[count], DType::F32)?)))
+    }
+
+    /// Where kernels write.
+    pub(super) fn address(&self) -> u64 {
+        match &self.0 {
+            Place::Plain(output) => output.address(),
+            #[cfg(feature = "cuda")]
+            Place::Mapped(mapped) => mapped.address(),
+            #[cfg(feature = "cuda")]
+            Place::Copied(from, _) => from.address(),
+        }
+    }
+
+    /// Waits for what is queued and reads what it wrote. The next start writes to the same place.
+    pub(super) fn read(&mut self) -> Result<&mut [f32]> {
+        match &mut self.0 {
+            Place::Plain(output) => match output.on_host() {
+                Some(numbers) => Ok(numbers),
+                None => bail!("no place to read to"),
+            },
+            #[cfg(feature = "cuda")]
+            Place::Mapped(mapped) => mapped.read(),
+            #[cfg(feature = "cuda")]
+            Place::Copied(from, to) => match from.on_device() {
+                Some(from) => to.read(from),
+                None => bail!("no place to read from"),
+            },
+        }
     }
 }
 
@@ -131,26 +153,73 @@ mod device {
         Starts,
     };
 
-    /// Host memory that the device writes to without help.
+    /// Host memory that a device copies to without help.
     #[derive(Debug)]
     pub(super) struct Pinned(PinnedHostSlice<f32>);
 
     impl Pinned {
         pub(super) fn new(device: &CudaDevice, count: usize) -> Result<Self> {
-            let stream = device.cuda_stream();
-            // SAFETY: it is written before it is read. Memory that writes are combined for would be
-            // slow to read.
-            let pinned = unsafe { stream.context().alloc_pinned_with_flags::<f32>(count, 0) };
-            Ok(Self(pinned.w()?))
+            Ok(Self(locked(device, count, 0)?))
         }
 
-        pub(super) fn read(&mut self, from: &CudaStorage) -> Result<Vec<f32>> {
+        pub(super) fn read(&mut self, from: &CudaStorage) -> Result<&mut [f32]> {
             let stream = from.device.cuda_stream();
             stream.memcpy_dtoh(from.as_cuda_slice::<f32>()?, &mut self.0).w()?;
             // Looks again and again, where the slice's own event would sleep.
             stream.synchronize().w()?;
-            Ok(self.0.as_slice().w()?.to_vec())
+            self.0.as_mut_slice().w()
         }
+    }
+
+    /// Host memory that kernels on a device's stream write to.
+    #[derive(Debug)]
+    pub(super) struct Mapped {
+        stream: Arc<CudaStream>,
+        memory: PinnedHostSlice<f32>,
+        address: sys::CUdeviceptr,
+    }
+
+    impl Mapped {
+        pub(super) fn new(device: &CudaDevice, count: usize) -> Result<Self> {
+            let mut memory = locked(device, count, sys::CU_MEMHOSTALLOC_DEVICEMAP)?;
+            let mut address = 0;
+            // SAFETY: the memory was made to be mapped, and lives until what is returned is dropped.
+            unsafe {
+                let start = memory.as_mut_ptr().w()?.cast();
+                sys::cuMemHostGetDevicePointer_v2(&raw mut address, start, 0)
+            }
+            .result()
+            .w()?;
+            Ok(Self { stream: device.cuda_stream(), memory, address })
+        }
+
+        /// The memory's, as the device knows it.
+        pub(super) fn address(&self) -> u64 {
+            self.address
+        }
+
+        pub(super) fn read(&mut self) -> Result<&mut [f32]> {
+            self.stream.synchronize().w()?;
+            self.memory.as_mut_slice().w()
+        }
+    }
+
+    impl Drop for Mapped {
+        fn drop(&mut self) {
+            // Kernels that are queued may write to it.
+            let _nothing_to_do_about_it = self.stream.synchronize();
+        }
+    }
+
+    /// Host memory that stays where it is. What a kernel leaves out is NaN.
+    fn locked(device: &CudaDevice, count: usize, flags: u32) -> Result<PinnedHostSlice<f32>> {
+        let stream = device.cuda_stream();
+        // SAFETY: it is written here, before it is read. Memory that writes are combined for would be slow
+        // to read.
+        let memory = unsafe { stream.context().alloc_pinned_with_flags::<f32>(count, flags) };
+        let mut memory = memory.w()?;
+        memory.as_mut_slice().w()?.fill(f32::NAN);
+        Ok(memory)
     }
 
     /// A sequence of launches that are ready to start.

@@ -265,6 +265,7 @@ impl Builder {
             device: self.device,
             sequence,
             state: self.state,
+            written: Vec::new(),
             row: self.x,
             logits: self.logits,
             capacity: self.sizes.capacity,

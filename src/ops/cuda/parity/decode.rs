@@ -315,7 +315,8 @@ impl Decoder {
             let (cos, sin) = (cos?, sin?);
             let token = u32::try_from(i).map_err(candle_core::Error::wrap)?;
             let (row, past) = ((!plan.embeds()).then_some(row.as_slice()), self.past + i);
-            logits.push(plan.logits(DecodeToken { token, row, past, angles: [&cos, &sin] })?);
+            let token = DecodeToken { token, row, past, angles: [&cos, &sin] };
+            logits.push(plan.logits(token)?.to_vec());
         }
         let dims = (logits.len(), logits.first().map_or(0, Vec::len));
         Tensor::from_vec(logits.concat(), dims, &Device::Cpu)
