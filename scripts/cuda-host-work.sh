@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# What a step of the denoising loop asks of the host: runs the real code on a driver and libraries that do nothing but
+# What a step of the denoising loop, and a token of the language model, ask of the host: runs the real code on a driver and libraries that do nothing but
 # count (scripts/cuda-stand-in). Needs a C compiler and what scripts/cuda-build.sh built; no GPU.
 #   scripts/cuda-host-work.sh [PROGRAM] [CASE]     (default: target/cuda/release/pentimento-gpu-check, no names)
 # Prints microseconds and calls of a layer, and of a recorded step of 60 layers, and fails where a step waits for the
@@ -41,6 +41,36 @@ if len(failed) * 4 != len(rows) or not rows or not alike or wrong:
 PY
 done
 
+# A token of the language model, also where the driver does not map the host's memory.
+for call in none cuMemHostGetDevicePointer_v2; do
+  rm -f "$work/counts"
+  FAILS=$call COUNTS=$work/counts LD_LIBRARY_PATH=$work:$cuda/lib64 timeout 60 "$program" --scratch "$work/scratch" \
+    --part "a token of the host" --inner > "$work/rows"
+  python3 - "$work/rows" "$work/counts" "$call" <<'PY'
+import json
+import sys
+
+rows = [json.loads(line[4:]) for line in open(sys.argv[1]) if line.startswith("row ")]
+tokens = [json.loads(line) for line in open(sys.argv[2])]
+wanted = {"cuMemcpyHtoDAsync_v2": 1, "cuLaunchKernelEx": 1, "cuStreamSynchronize": 1}
+if sys.argv[3] != "none":
+    wanted |= {"cuMemcpyDtoHAsync_v2": 1, "cuStreamWaitEvent": 1}
+ASKS = ("cuCtxGetCurrent", "cuEventSynchronize")  # whose context it is, and an event that nothing waits for
+faults = [row for row in rows if "Timed" not in row["finding"]]
+# The first one prepares the pass.
+for token in tokens[1:]:
+    calls = {call: count for call, count in token["calls"].items() if call not in ASKS}
+    if calls != wanted:
+        faults.append(calls)
+if faults or len(rows) != 1 or len(tokens) < 2:
+    print("FAIL", sys.argv[3], "fails, and a token:", faults or len(tokens))
+    sys.exit(1)
+print(f"a token, where {sys.argv[3]} fails: {sum(tokens[-1]['calls'].values())} calls, of which",
+      ", ".join(f"{call} {count}" for call, count in wanted.items()))
+PY
+done
+
+rm -f "$work/counts"
 COUNTS=$work/counts LD_LIBRARY_PATH=$work:$cuda/lib64 timeout 120 "$program" --scratch "$work/scratch" \
   --part "time of the host" --inner > "$work/rows"
 python3 - "$work/rows" "$work/counts" "${2:-}" <<'PY'

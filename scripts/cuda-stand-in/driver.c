@@ -257,6 +257,11 @@ int cuMemcpyDtoDAsync_v2(address to, address from, size_t bytes, void *on) {
 }
 int cuMemHostAlloc(void **to, size_t bytes, unsigned flags) { COUNTED; *to = calloc(1, bytes); return SUCCESS; }
 int cuMemFreeHost(void *at) { COUNTED; free(at); return SUCCESS; }
+int cuMemHostGetDevicePointer_v2(address *to, void *of, unsigned flags) {
+  COUNTED;
+  *to = (address)of;
+  return fails(__func__) ? UNSUPPORTED : SUCCESS;
+}
 int cuMemGetInfo_v2(size_t *free, size_t *all) { COUNTED; *free = *all = (size_t)80 << 30; return SUCCESS; }
 int cuDeviceTotalMem_v2(size_t *all, int device) { COUNTED; *all = (size_t)80 << 30; return SUCCESS; }
 int cuDeviceGetDefaultMemPool(void **to, int device) { COUNTED; *to = &pool; return SUCCESS; }

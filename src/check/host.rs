@@ -234,7 +234,7 @@ fn schedule(folder: &Path, tokens: usize) -> Result<Schedule> {
 
 /// Begins a range for a profiler.
 #[cfg(feature = "cuda")]
-fn range_begins(device: &Device) {
+pub(super) fn range_begins(device: &Device) {
     if device.is_cuda() {
         // Without a profiler there is nothing to begin.
         let _nobody_listens = candle_core::cuda::cudarc::driver::profiler_start();
@@ -243,14 +243,14 @@ fn range_begins(device: &Device) {
 
 /// Ends it.
 #[cfg(feature = "cuda")]
-fn range_ends(device: &Device) {
+pub(super) fn range_ends(device: &Device) {
     if device.is_cuda() {
         let _nobody_listens = candle_core::cuda::cudarc::driver::profiler_stop();
     }
 }
 
 #[cfg(not(feature = "cuda"))]
-fn range_begins(_: &Device) {}
+pub(super) fn range_begins(_: &Device) {}
 
 #[cfg(not(feature = "cuda"))]
-fn range_ends(_: &Device) {}
+pub(super) fn range_ends(_: &Device) {}

@@ -5,7 +5,10 @@ use std::time::Instant;
 
 use candle_core::{Device, Tensor};
 
-use super::report::{Finding, Row};
+use super::{
+    host::{median, range_begins, range_ends},
+    report::{Finding, Row},
+};
 use crate::{
     error::{Error, Result},
     ops::cuda::{DecodeStarts, Format, StoredMatrix, use_decode},
@@ -33,6 +36,34 @@ pub(super) fn times(device: &Device, shrink: usize) -> Vec<Row> {
         timed.add("preparation".to_owned(), Finding::failed(&error));
     }
     timed.rows
+}
+
+/// Times tokens of a small decoder with their logits: the host's part of one, on a driver that only counts. Each is a
+/// range for a profiler.
+pub(super) fn of_the_host(device: &Device) -> Vec<Row> {
+    const TOKENS: usize = 8;
+    const SHRINK: usize = 100;
+    let tokens = || -> Result<f64> {
+        let config = config(SHRINK);
+        let mut blocks = RandomBlocks::new(config.vocab_size * config.hidden_size);
+        let mut matrix = |shape| blocks.matrix(shape, device);
+        let model = RandomLanguageModel::new(&config, device, &mut matrix)?;
+        let (mut writing, _) = model.read(&[1, 2, 3], TOKENS)?;
+        let mut seconds = Vec::with_capacity(TOKENS);
+        for i in 0..TOKENS {
+            range_begins(device);
+            let start = Instant::now();
+            model.write(&mut writing, token(i, &config))?;
+            seconds.push(start.elapsed().as_secs_f64());
+            range_ends(device);
+        }
+        Ok(median(seconds.into_iter()))
+    };
+    let finding = match tokens() {
+        Ok(seconds) => Finding::Timed { seconds, rate: 1.0 / seconds, unit: "tokens/s".into() },
+        Err(error) => Finding::failed(&error),
+    };
+    vec![Row { part: "a token of the host".into(), name: "of a small decoder".into(), finding }]
 }
 
 /// Dimensions of Qwen2.5-VL-7B, or small ones.

@@ -55,6 +55,7 @@ pub(super) const PARTS: &[Part] = &[
         autoencoder::times(device, &options.scratch, options.shrink)
     }),
     timed("time of the host", host::steps),
+    timed("a token of the host", |device, _| on_kernels(device, || language::of_the_host(device))),
     timed("time of recorded steps", recorded::large),
     timed("time of the language model", |device, options| {
         on_kernels(device, || language::times(device, options.shrink))

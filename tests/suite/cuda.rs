@@ -62,6 +62,7 @@ fn the_check_of_a_gpu_passes_in_the_emulation() {
         "hopper",
         "autoencoder",
         "recorded",
+        "a token of the host",
     ] {
         assert!(report.rows.iter().any(|row| row.part == part), "no {part}: {lines:#?}");
     }
