@@ -231,23 +231,21 @@ struct Whole {
   // Places the row: what attention's shares come to.
   template <class Row>
   DEVICE void prepare_attended(const WholeShare& share) const {
-    constexpr int SHARES = Attention::SHARES, CHUNKS = 2;
+    constexpr int SHARES = Attention::SHARES, CHUNKS = 1;
     const int chunks = 32 * share.blocks, group = int(args.group);
     wait();
     for (int base = 0; base < chunks; base += CHUNKS * WHOLE_THREADS) {
-      Words held[CHUNKS][SHARES][2], stats[CHUNKS][SHARES / 2];
+      Words held[CHUNKS][SHARES], stats[CHUNKS][SHARES / 2];
       UNROLL
       for (int c = 0; c < CHUNKS; ++c) {
         const int chunk = base + c * WHOLE_THREADS + thread_index(), own = chunk < chunks ? chunk : 0;
         const int query = own / (D / 8), head = quotient(query, by_group), row = query - head * group;
-        const float* from = args.partial + (int64_t(head) * SHARES * WHOLE_GROUP + row) * D + 8 * (own % (D / 8));
-        const float* stats_from = args.stats + 2 * SHARES * (int64_t(head) * WHOLE_GROUP + row);
+        const int64_t place = int64_t(head) * WHOLE_GROUP + row;
         UNROLL
         for (int i = 0; i < SHARES; ++i) {
           if (i >= key_shares) break;
-          if (i % 2 == 0) stats[c][i / 2] = load_words_fresh(stats_from + 2 * i);
-          held[c][i][0] = load_words_fresh(from + int64_t(i) * WHOLE_GROUP * D);
-          held[c][i][1] = load_words_fresh(from + int64_t(i) * WHOLE_GROUP * D + 4);
+          if (i % 2 == 0) stats[c][i / 2] = load_words_fresh(args.stats + 2 * (SHARES * place + i));
+          held[c][i] = load_words_fresh(args.partial + (SHARES * place + i) * D + 8 * (own % (D / 8)));
         }
       }
       UNROLL
@@ -262,7 +260,7 @@ struct Whole {
 
   // What the shares' sums come to; `stats` holds the maximum and the sum of each.
   template <int SHARES>
-  DEVICE void join_shares(float (&numbers)[8], const Words (&held)[SHARES][2], const Words (&stats)[SHARES / 2]) const {
+  DEVICE void join_shares(float (&numbers)[8], const Words (&held)[SHARES], const Words (&stats)[SHARES / 2]) const {
     float largest = -INFINITY, total = 0.0f;
     UNROLL
     for (int i = 0; i < SHARES; ++i) {
@@ -275,9 +273,12 @@ struct Whole {
     for (int i = 0; i < SHARES; ++i) {
       if (i >= key_shares) break;
       const float by = part_of(bits_to_float(stats[i / 2].at[i % 2 * 2]), largest, factor);
-      total += by * bits_to_float(stats[i / 2].at[i % 2 * 2 + 1]);
+      total += bits_to_float(stats[i / 2].at[i % 2 * 2 + 1]) * by;
       UNROLL
-      for (int j = 0; j < 8; ++j) numbers[j] += by * bits_to_float(held[i][j / 4].at[j % 4]);
+      for (int j = 0; j < 8; j += 2) {
+        numbers[j] += by * low_float(held[i].at[j / 2]);
+        numbers[j + 1] += by * high_float(held[i].at[j / 2]);
+      }
     }
     const float inverse = 1.0f / total;
     UNROLL
@@ -445,7 +446,7 @@ struct Whole {
     arrive();
     wait();
     Attention attention{args, qkv.cache[0], qkv.cache[1], 0};
-    typename Attention::Tile tile[2];
+    typename Attention::Tile tile;
     for (int item = int(block_x()); item < items; item += int(grid_x())) {
       const int share = item / heads, end_of_share = (share + 1) * keys_each;
       const int end = end_of_share < length ? end_of_share : length;
@@ -455,12 +456,10 @@ struct Whole {
       AttentionSums<D> own;
       own.clear();
       constexpr int STEP = WHOLE_WARPS * Attention::KEYS;
-      for (int start = share * keys_each + Attention::KEYS * warp(); start < end; start += 2 * STEP) {
-        // Two tiles are on their way at a time.
-        attention.load(tile[0], start, end);
-        if (start + STEP < end) attention.load(tile[1], start + STEP, end);
-        attention.add(own, tile[0], query, start, end, factor);
-        if (start + STEP < end) attention.add(own, tile[1], query, start + STEP, end, factor);
+      NO_UNROLL
+      for (int start = share * keys_each + Attention::KEYS * warp(); start < end; start += STEP) {
+        attention.load(tile, start, end);
+        attention.add(own, tile, query, start, end, factor);
       }
       own.finish();
       attention.leave(own);

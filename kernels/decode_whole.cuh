@@ -42,7 +42,7 @@ struct WholeArgs {
   float* logits;
   uint64_t* arrived;      // of blocks at barriers, a multiple of all of a launch between launches
   const bf16* query;      // [heads][D]
-  float* partial;         // of attention [key heads][SHARES][8][D]
+  bf16* partial;          // of attention, sums of each share [key heads][8][SHARES][D]
   float* stats;           // [key heads][8][SHARES][maximum, sum]
   int64_t group, key_heads;  // query heads that share a key head, at most 8
   double scale;           // of scores, positive

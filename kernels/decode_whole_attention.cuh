@@ -100,7 +100,6 @@ struct WholeAttention {
   }
   // Joins what the warps have left.
   DEVICE void join(int share, float factor) const {
-    const int64_t place = (int64_t(head) * SHARES + share) * WHOLE_GROUP;
     for (int item = thread_index(); item < args.group * (D / 4); item += WHOLE_THREADS) {
       const int row = item / (D / 4), column = 4 * (item % (D / 4));
       float largest = -INFINITY, total = 0.0f, out[4] = {0.0f, 0.0f, 0.0f, 0.0f};
@@ -115,12 +114,11 @@ struct WholeAttention {
         UNROLL
         for (int j = 0; j < 4; ++j) out[j] += by * bits_to_float(four.at[j]);
       }
-      Words four;
-      UNROLL
-      for (int j = 0; j < 4; ++j) four.at[j] = float_to_bits(out[j]);
-      store_words(args.partial + (place + row) * D + column, four);
+      const int64_t place = (int64_t(head) * WHOLE_GROUP + row) * SHARES + share;
+      const uint64_t upper = pack_bf16(out[2], out[3]);
+      *reinterpret_cast<uint64_t*>(args.partial + place * D + column) = upper << 32 | pack_bf16(out[0], out[1]);
       if (column > 0) continue;
-      float* stats = args.stats + 2 * ((int64_t(head) * WHOLE_GROUP + row) * SHARES + share);
+      float* stats = args.stats + 2 * place;
       stats[0] = largest;
       stats[1] = total;
     }

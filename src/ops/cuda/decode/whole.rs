@@ -292,7 +292,7 @@ impl Builder {
         args.address(self.logits.address()).address(arrived.address());
         let shares = [kv_heads, SHARES, GROUP];
         let partial =
-            Output::new(&self.device, &[shares.iter().product::<usize>() * head_dim], DType::F32)?;
+            Output::new(&self.device, &[shares.iter().product::<usize>() * head_dim], DType::BF16)?;
         let stats = Output::new(&self.device, &[shares.iter().product::<usize>() * 2], DType::F32)?;
         args.address(self.query.address()).address(partial.address()).address(stats.address());
         args.counts([heads.checked_div(kv_heads).unwrap_or(0), kv_heads]);
