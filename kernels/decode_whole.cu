@@ -21,9 +21,10 @@
 
 #ifdef HAS_COUNTING_BARRIERS
 
-template <int D>
+template <int D, class Warps>
 struct Whole {
   using Attention = WholeAttention<D>;
+  static constexpr int WARPS = Warps::WARPS, THREADS = Warps::THREADS;
   // What outputs of queries, keys and values end with.
   struct Aid {
     int row;  // the first of the pair
@@ -32,7 +33,6 @@ struct Whole {
   const WholeArgs& args;
   const WholeShare* shares;
   uint64_t target;
-  uint32_t tag;               // of the residual stream's first version
   int key_shares, keys_each;  // how keys are shared out
   uint32_t by_group;
   float factor;               // of scores, for powers of two
@@ -40,12 +40,10 @@ struct Whole {
   DEVICE explicit Whole(const WholeArgs& args)
       : args(args), shares(reinterpret_cast<const WholeShare*>(shared_memory() + args.shares_at)) {
     // Before this block has arrived anywhere, less than one launch's has been added.
-    const uint64_t layers = uint64_t(args.count / 4), all = 3 * layers * uint64_t(grid_x());
-    const uint64_t launch = grid_count(args.arrived) / all;
-    target = launch * all;
-    tag = uint32_t(launch * (2 * layers + 1)) + 1;
+    const uint64_t all = uint64_t(5 * (args.count / 4) + 1) * uint64_t(grid_x());
+    target = grid_count(args.arrived) / all * all;
     by_group = reciprocal(int(args.group));
-    constexpr int EACH = 128, STEP = WHOLE_WARPS * Attention::KEYS;
+    constexpr int EACH = 128, STEP = Attention::WARPS * Attention::KEYS;
     const int length = int(args.state->past) + 1, wanted = (length + EACH - 1) / EACH;
     const int most = wanted < Attention::SHARES ? wanted : Attention::SHARES;
     keys_each = ((length + most - 1) / most + STEP - 1) / STEP * STEP;
@@ -53,7 +51,7 @@ struct Whole {
     factor = float(args.scale * 1.4426950408889634);
     WholeShare* own = reinterpret_cast<WholeShare*>(shared_memory() + args.shares_at);
     for (int i = thread_index(); i < args.count; i += block_threads()) own[i] = share_of_block(args.products[i]);
-    if (warp() < WHOLE_WARPS && lane() == 0) WholeRing(args, warp()).start();
+    if (warp() < WARPS && lane() == 0) WholeRing(args, warp()).start();
     block_barrier();
   }
 
@@ -95,7 +93,7 @@ struct Whole {
     to.second_map = matrix.second_map;
     map_ready(to.map);
     map_ready(to.second_map);
-    static_cast<UnitPlan&>(to) = UnitPlan::of_tiles(to.outs, int(matrix.tile_outs), units, WHOLE_WARPS);
+    static_cast<UnitPlan&>(to) = UnitPlan::of_tiles(to.outs, int(matrix.tile_outs), units, WARPS);
     to.by_tile_outs = reciprocal(to.tile_outs);
     to.by_per_warp = reciprocal(to.per_warp);
     return to;
@@ -103,53 +101,45 @@ struct Whole {
 
   // Barriers of all blocks, in two halves: what comes between does not depend on other blocks.
   DEVICE void arrive() {
-    whole_barrier();
+    Warps::barrier();
     target += uint64_t(grid_x());
     if (thread_index() == 0) grid_arrive(args.arrived);
   }
   DEVICE void wait() const {
     if (thread_index() == 0) grid_wait(args.arrived, target);
-    whole_barrier();
+    Warps::barrier();
   }
-
-  // The residual stream: versions, one after another, each number with its version's tag, so that who needs it waits for nothing else.
-  // A version takes the place of the one before the last, which all blocks have read: between any two versions all
-  // of them wait for each other at least once.
-  DEVICE uint64_t* stream(int version) const { return args.stream + (version & 1) * args.width; }
-  DEVICE void leave(int version, int64_t at, float x) const {
-    store_tagged(stream(version) + at, x, tag + uint32_t(version));
-  }
-  DEVICE float own(int version, int64_t at) const { return bits_to_float(load_tagged(stream(version) + at)); }
 
   DEVICE void embed() const {
-    const int chunk = int(block_x()) * WHOLE_THREADS + thread_index();
+    const int chunk = int(block_x()) * THREADS + thread_index();
     if (8 * int64_t(chunk) >= args.width) return;
-    if (args.embedding.bytes) embed_chunk(args.embedding, args.state->token, args.width, chunk, args.x);
-    for (int i = 0; i < 8; ++i) leave(0, 8 * chunk + i, args.x[8 * chunk + i]);
+    embed_chunk(args.embedding, args.state->token, args.width, chunk, args.x);
   }
 
   DEVICE float* scratch() const { return reinterpret_cast<float*>(shared_memory() + args.scratch_at); }
 
   // Places the row: the residual stream with the weight of a norm whose factor comes later.
   template <class Row>
-  DEVICE void prepare_normed(const WholeShare& share, int version) const {
-    constexpr int TOGETHER = 2;
+  DEVICE void prepare_normed(const WholeShare& share) const {
+    constexpr int TOGETHER = WARPS > 8 ? 1 : 2;
     const NormArgs norm{args.x, share.norm, share.norm_is_float, args.eps, args.width, args.scratch_at};
     NormedRow source(norm);
     // The first weights are asked for before x is there.
     typename NormedRow::Held held[TOGETHER];
     UNROLL
-    for (int i = 0; i < TOGETHER; ++i) source.load_weight(held[i], i * WHOLE_THREADS + thread_index());
+    for (int i = 0; i < TOGETHER; ++i) source.load_weight(held[i], i * THREADS + thread_index());
+    wait();
     const int chunks = 32 * share.blocks;
-    for (int base = 0; base < chunks; base += TOGETHER * WHOLE_THREADS) {
-      UNROLL
-      for (int i = 0; i < TOGETHER && base > 0; ++i) {
-        source.load_weight(held[i], base + i * WHOLE_THREADS + thread_index());
-      }
-      wait_stream(held, base, chunks, version);
+    for (int base = 0; base < chunks; base += TOGETHER * THREADS) {
       UNROLL
       for (int i = 0; i < TOGETHER; ++i) {
-        const int chunk = base + i * WHOLE_THREADS + thread_index();
+        const int chunk = base + i * THREADS + thread_index();
+        if (base > 0) source.load_weight(held[i], chunk);
+        source.load_x(held[i], chunk);
+      }
+      UNROLL
+      for (int i = 0; i < TOGETHER; ++i) {
+        const int chunk = base + i * THREADS + thread_index();
         float numbers[8];
         source.widen(held[i], chunk, numbers);
         place_row_bytes<Row>(shared_memory(), numbers, chunk, chunk < chunks);
@@ -159,70 +149,23 @@ struct Whole {
     if (lane() == 0) scratch()[warp()] = sum;
   }
 
-  // The numbers of TOGETHER chunks of a thread, when all of them are there.
-  template <int TOGETHER>
-  DEVICE void wait_stream(NormedRow::Held (&held)[TOGETHER], int base, int chunks, int version) const {
-    const uint64_t* from = stream(version);
-    const uint32_t wanted = tag + uint32_t(version);
-    uint64_t pairs[TOGETHER][4][2];
-    auto is_there = [&](const uint64_t (&pair)[2]) {
-      return uint32_t(pair[0] >> 32) == wanted && uint32_t(pair[1] >> 32) == wanted;
-    };
-    UNROLL
-    for (int i = 0; i < TOGETHER; ++i) {
-      const bool none = base + i * WHOLE_THREADS + thread_index() >= chunks;
-      UNROLL
-      for (int j = 0; j < 4; ++j) pairs[i][j][0] = pairs[i][j][1] = uint64_t(none ? wanted : ~wanted) << 32;
-    }
-    bool there;
-    do {
-      UNROLL
-      for (int i = 0; i < TOGETHER; ++i) {
-        const int chunk = base + i * WHOLE_THREADS + thread_index();
-        UNROLL
-        for (int j = 0; j < 4; ++j) {
-          if (!is_there(pairs[i][j])) load_tagged(pairs[i][j], from + 8 * chunk + 2 * j);
-        }
-      }
-      there = true;
-      UNROLL
-      for (int i = 0; i < TOGETHER; ++i) {
-        UNROLL
-        for (int j = 0; j < 4; ++j) there = there && is_there(pairs[i][j]);
-      }
-    } while (!there && wait_a_little());
-    UNROLL
-    for (int i = 0; i < TOGETHER; ++i) {
-      UNROLL
-      for (int j = 0; j < 8; ++j) held[i].x[j / 4].at[j % 4] = uint32_t(pairs[i][j / 2][j % 2]);
-    }
-  }
-
   // Places the row: numbers of bf16.
   template <class Row>
   DEVICE void prepare_plain(const WholeShare& share) const {
-    constexpr int TOGETHER = 10;
+    constexpr int TOGETHER = 80 / WARPS;
     const PlainRows source{share.row, 256 * int64_t(share.blocks), 1};
     wait();
     const int chunks = 32 * share.blocks;
-    for (int base = 0; base < chunks; base += TOGETHER * WHOLE_THREADS) {
+    for (int base = 0; base < chunks; base += TOGETHER * THREADS) {
       PlainRows::Held held[TOGETHER];
       UNROLL
-      for (int i = 0; i < TOGETHER; ++i) held[i] = source.load(0, base + i * WHOLE_THREADS + thread_index());
-      // All are on their way. What converts them is one loop, since the machine takes long to read instructions once.
+      for (int i = 0; i < TOGETHER; ++i) held[i] = source.load(0, base + i * THREADS + thread_index());
       UNROLL
       for (int i = 0; i < TOGETHER; ++i) {
-        const int chunk = base + i * WHOLE_THREADS + thread_index();
-        if (chunk < chunks) stash_chunk<Row>(shared_memory(), held[i].words, chunk);
-      }
-      NO_UNROLL
-      for (int i = 0; i < TOGETHER; ++i) {
-        const int chunk = base + i * WHOLE_THREADS + thread_index();
-        if (base + i * WHOLE_THREADS >= chunks) break;
-        PlainRows::Held own = {{{0, 0, 0, 0}}};
-        if (chunk < chunks) own.words = stashed_chunk<Row>(shared_memory(), chunk);
+        const int chunk = base + i * THREADS + thread_index();
+        if (base + i * THREADS >= chunks) break;
         float numbers[8];
-        source.widen(own, chunk, numbers);
+        source.widen(held[i], chunk, numbers);
         place_row_bytes<Row>(shared_memory(), numbers, chunk, chunk < chunks);
       }
     }
@@ -234,11 +177,11 @@ struct Whole {
     constexpr int SHARES = Attention::SHARES, CHUNKS = 1;
     const int chunks = 32 * share.blocks, group = int(args.group);
     wait();
-    for (int base = 0; base < chunks; base += CHUNKS * WHOLE_THREADS) {
+    for (int base = 0; base < chunks; base += CHUNKS * THREADS) {
       Words held[CHUNKS][SHARES], stats[CHUNKS][SHARES / 2];
       UNROLL
       for (int c = 0; c < CHUNKS; ++c) {
-        const int chunk = base + c * WHOLE_THREADS + thread_index(), own = chunk < chunks ? chunk : 0;
+        const int chunk = base + c * THREADS + thread_index(), own = chunk < chunks ? chunk : 0;
         const int query = own / (D / 8), head = quotient(query, by_group), row = query - head * group;
         const int64_t place = int64_t(head) * WHOLE_GROUP + row;
         UNROLL
@@ -250,7 +193,7 @@ struct Whole {
       }
       UNROLL
       for (int c = 0; c < CHUNKS; ++c) {
-        const int chunk = base + c * WHOLE_THREADS + thread_index();
+        const int chunk = base + c * THREADS + thread_index();
         float numbers[8];
         join_shares(numbers, held[c], stats[c]);
         place_row_bytes<Row>(shared_memory(), numbers, chunk, chunk < chunks);
@@ -369,14 +312,14 @@ struct Whole {
   DEVICE float norm_factor() const {
     float sum = 0.0f;
     UNROLL
-    for (int i = 0; i < WHOLE_WARPS; ++i) sum += scratch()[i];
+    for (int i = 0; i < WARPS; ++i) sum += scratch()[i];
     return inverse_root(sum / float(args.width) + float(args.eps));
   }
 
   // Ends each output of this thread with its sums.
   template <class End>
   DEVICE void finish(const WholeShare& share, const End& end) const {
-    for (int out = thread_index(); out < share.outs; out += WHOLE_THREADS) {
+    for (int out = thread_index(); out < share.outs; out += THREADS) {
       float sum, second;
       output(share, out, sum, second);
       end(out, sum, second);
@@ -393,10 +336,10 @@ struct Whole {
       to[aid.row + D / 2] = from_float<bf16>(b * aid.cos + a * aid.sin);
     });
   }
-  DEVICE void finish_add(const WholeShare& share, int version, float held) const {
+  DEVICE void finish_add(const WholeShare& share, float held) const {
+    float* x = args.x + share.first;
     finish(share, [&](int out, float sum, float) {
-      const int at = share.first + out;
-      leave(version + 1, at, (out == thread_index() ? held : own(version, at)) + sum);
+      x[out] = (out == thread_index() ? held : load_fresh(x + out)) + sum;
     });
   }
   DEVICE void finish_gate_up(const WholeShare& share) const {
@@ -414,27 +357,27 @@ struct Whole {
   }
 
   template <class Format>
-  DEVICE void run(WholeRing& ring, const WholeShare& share, int version) const {
+  DEVICE void run(WholeRing& ring, const WholeShare& share) const {
     using Row = typename Format::Row;
-    const int kind = share.kind, first = thread_index() < share.outs ? thread_index() : 0;
+    const int kind = share.kind, own = thread_index() < share.outs ? thread_index() : 0;
     if (kind == WHOLE_DOWN) {
       prepare_plain<Row>(share);
     } else if (kind == WHOLE_ATTENDED) {
       prepare_attended<Row>(share);
     } else {
-      prepare_normed<Row>(share, version);
+      prepare_normed<Row>(share);
     }
     // What this thread's first output ends with is asked for early.
     Aid aid = {0, 1.0f, 0.0f, {0.0f, 0.0f}};
     float held = 0.0f;
     const bool adds = kind == WHOLE_DOWN || kind == WHOLE_ATTENDED;
-    if (kind == WHOLE_QKV && share.outs > 0) aid = aid_of(share, first);
-    if (adds && share.outs > 0) held = own(version, share.first + first);
-    whole_barrier();
+    if (kind == WHOLE_QKV && share.outs > 0) aid = aid_of(share, own);
+    if (adds && share.outs > 0) held = load_fresh(args.x + share.first + own);
+    Warps::barrier();
     multiply<Format>(ring, share);
-    whole_barrier();
+    Warps::barrier();
     if (kind == WHOLE_QKV) return finish_qkv(share, aid);
-    if (adds) return finish_add(share, version, held);
+    if (adds) return finish_add(share, held);
     if (kind == WHOLE_GATE_UP) return finish_gate_up(share);
     finish_logits(share);
   }
@@ -447,53 +390,61 @@ struct Whole {
     wait();
     Attention attention{args, qkv.cache[0], qkv.cache[1], 0};
     typename Attention::Tile tile;
+    constexpr int STEP = Attention::WARPS * Attention::KEYS;
     for (int item = int(block_x()); item < items; item += int(grid_x())) {
       const int share = item / heads, end_of_share = (share + 1) * keys_each;
       const int end = end_of_share < length ? end_of_share : length;
       attention.head = item - share * heads;
-      Words query[Attention::CHUNKS];
-      attention.load_query(query);
-      AttentionSums<D> own;
-      own.clear();
-      constexpr int STEP = WHOLE_WARPS * Attention::KEYS;
-      NO_UNROLL
-      for (int start = share * keys_each + Attention::KEYS * warp(); start < end; start += STEP) {
-        attention.load(tile, start, end);
-        attention.add(own, tile, query, start, end, factor);
+      if (warp() < Attention::WARPS) {
+        Words query[Attention::CHUNKS];
+        attention.load_query(query);
+        AttentionSums<D> own;
+        own.clear();
+        NO_UNROLL
+        for (int start = share * keys_each + Attention::KEYS * warp(); start < end; start += STEP) {
+          attention.load(tile, start, end);
+          attention.add(own, tile, query, start, end, factor);
+        }
+        own.finish();
+        attention.leave(own);
       }
-      own.finish();
-      attention.leave(own);
-      whole_barrier();
-      attention.join(share, factor);
-      whole_barrier();
+      Warps::barrier();
+      attention.join(share, factor, THREADS);
+      Warps::barrier();
     }
   }
 
   DEVICE void token() {
-    if (warp() >= WHOLE_WARPS) {
+    // Four warps give and take together.
+    constexpr bool SHIFTS = WARPS == 8;
+    if (warp() >= WARPS) {
 #ifdef HAS_GROUP_PRODUCTS
-      registers_give<40>();
+      if (SHIFTS) registers_give<40>();
 #endif
-      return bring_weights<D>(args, shares, warp() - WHOLE_WARPS);
+      return bring_weights<D, Warps>(args, shares, warp() - WARPS);
     }
 #ifdef HAS_GROUP_PRODUCTS
-    registers_take<216>();
+    if (SHIFTS) registers_take<216>();
 #endif
     WholeRing ring(args, warp());
-    embed();
+    if (args.embedding.bytes) embed();
+    arrive();
     NO_UNROLL
     for (int i = 0; i < args.count; ++i) {
       const WholeShare& share = shares[i];
-      const int version = i >> 1;  // of the residual stream: two products add to it
-      with_whole_format(share.format, [&](auto format) { run<decltype(format)>(ring, share, version); });
+      with_whole_format(share.format, [&](auto format) { run<decltype(format)>(ring, share); });
       if (share.kind == WHOLE_LOGITS) return;
       if (share.kind == WHOLE_QKV) attend(share);
-      if (share.kind == WHOLE_QKV || share.kind == WHOLE_GATE_UP) arrive();
+      arrive();
     }
   }
 };
 
-KERNEL(decode_whole_d64, WholeArgs, 512, 1) { Whole<64>(args).token(); }
-KERNEL(decode_whole_d128, WholeArgs, 512, 1) { Whole<128>(args).token(); }
+using WholeByRows = WholeWarps<8, 8>;
+using WholeByBoxes = WholeWarps<14, 2>;
+KERNEL(decode_whole_d64, WholeArgs, 512, 1) { Whole<64, WholeByRows>(args).token(); }
+KERNEL(decode_whole_d128, WholeArgs, 512, 1) { Whole<128, WholeByRows>(args).token(); }
+KERNEL(decode_boxes_d64, WholeArgs, 512, 1) { Whole<64, WholeByBoxes>(args).token(); }
+KERNEL(decode_boxes_d128, WholeArgs, 512, 1) { Whole<128, WholeByBoxes>(args).token(); }
 
 #endif

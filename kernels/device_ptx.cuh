@@ -62,23 +62,6 @@ DEVICE void grid_wait(const uint64_t* count, uint64_t target) {
   }
 }
 
-// Numbers in global memory that blocks hand to each other, each with a tag in one word of 8 bytes, which come together: who
-// finds the tag that it waits for has the number.
-DEVICE void store_tagged(uint64_t* to, float x, uint32_t tag) {
-  const uint64_t both = uint64_t(__float_as_uint(x)) | uint64_t(tag) << 32;
-  asm volatile("st.relaxed.gpu.global.u64 [%0], %1;" ::"l"(__cvta_generic_to_global(to)), "l"(both) : "memory");
-}
-DEVICE void load_tagged(uint64_t (&to)[2], const uint64_t* from) {
-  asm volatile("ld.relaxed.gpu.global.v2.u64 {%0, %1}, [%2];"
-               : "=l"(to[0]), "=l"(to[1])
-               : "l"(__cvta_generic_to_global(from))
-               : "memory");
-}
-// The number alone.
-DEVICE uint32_t load_tagged(const uint64_t* from) { return __ldcg(reinterpret_cast<const uint32_t*>(from)); }
-// True, after a chance for others.
-DEVICE bool wait_a_little() { return true; }
-
 // Kernels that are queued to overlap (compute capability 9.0): the next one may start, and waits there
 // until all before it have ended and their writes are seen.
 DEVICE void release_next_kernel() {

@@ -74,7 +74,7 @@ struct BytesQ4K {
       to.quants[i][1] = load_words_once(rows[i] + 80 + 16 * t);
     }
   }
-  DEVICE static constexpr int place(int k, int plane) { return 2 * (k & ~15) + 16 * plane + (k & 15); }
+  DEVICE static int place(int k, int plane) { return 2 * (k & ~15) + 16 * plane + (k & 15); }
   DEVICE static void extra(unsigned char* x, int k, const RowBytes& bytes) {
     if (k % 32 != 0) return;
     const int group = k / 32;
@@ -180,7 +180,7 @@ struct BytesQ6K {
   static constexpr bool STAGED = true;
   static constexpr int PIECES = 27;  // of 16 bytes, of two blocks from a multiple of 4 on
   using Columns = QuarterColumns;
-  DEVICE static constexpr int place(int k, int plane) {
+  DEVICE static int place(int k, int plane) {
     return 16 * (8 * (k >> 4 & 3) + 4 * plane + (k >> 2 & 3)) + 4 * (k >> 6);
   }
   DEVICE static void extra(unsigned char* x, int k, const RowBytes& bytes) {
@@ -267,7 +267,7 @@ struct BytesQ8_0 {
   static constexpr bool STAGED = true;
   static constexpr int PIECES = 17;
   using Columns = QuarterColumns;
-  DEVICE static constexpr int place(int k, int plane) {
+  DEVICE static int place(int k, int plane) {
     return 16 * (8 * (k >> 5 & 3) + 4 * plane + (k >> 2 & 3)) + 8 * (k >> 7) + 4 * (k >> 4 & 1);
   }
   DEVICE static void extra(unsigned char* x, int k, const RowBytes& bytes) {
@@ -315,54 +315,25 @@ struct BytesQ8_0 {
   }
 };
 
-// Where `Format` finds the upper or the lower bytes of eight numbers of a row: `work` is called for each piece of 4 or 8
-// bytes with its place and its first word.
-template <class Format, class Work>
-DEVICE void at_places(unsigned char* x, int chunk, int plane, const Work& work) {
-  const int k = 8 * (chunk % 32);
-  unsigned char* to = x + chunk / 32 * Format::X_BYTES;
-  if constexpr (Format::place(4, 0) == 4) {
-    work(reinterpret_cast<uint64_t*>(to + Format::place(k, plane)), 0);
-  } else {
-    work(reinterpret_cast<uint32_t*>(to + Format::place(k, plane)), 0);
-    work(reinterpret_cast<uint32_t*>(to + Format::place(k + 4, plane)), 1);
-  }
-}
-DEVICE void put_words(uint64_t* to, const uint32_t* words) { *to = words[0] | uint64_t(words[1]) << 32; }
-DEVICE void put_words(uint32_t* to, const uint32_t* words) { *to = words[0]; }
-DEVICE void get_words(uint32_t* to, const uint64_t* from) {
-  to[0] = uint32_t(*from);
-  to[1] = uint32_t(*from >> 32);
-}
-DEVICE void get_words(uint32_t* to, const uint32_t* from) { to[0] = *from; }
-
 // Places eight numbers of a row where products with `Format` find them; all lanes of the warp call it, and those whose
 // chunk is not `there` place nothing.
 template <class Format>
 DEVICE void place_row_bytes(unsigned char* x, const float (&numbers)[8], int chunk, bool there) {
   const RowBytes bytes = row_bytes(numbers);
   if (!there) return;
-  at_places<Format>(x, chunk, 0, [&](auto* to, int word) { put_words(to, bytes.upper + word); });
-  at_places<Format>(x, chunk, 1, [&](auto* to, int word) { put_words(to, bytes.lower + word); });
-  Format::extra(x + chunk / 32 * Format::X_BYTES, 8 * (chunk % 32), bytes);
-}
-
-// Leaves 16 bytes where eight numbers will be placed, as many bytes, and takes them from there.
-template <class Format>
-DEVICE void stash_chunk(unsigned char* x, const Words& words, int chunk) {
+  const int k = 8 * (chunk % 32);
+  unsigned char* to = x + chunk / 32 * Format::X_BYTES;
   UNROLL
   for (int plane = 0; plane < 2; ++plane) {
-    at_places<Format>(x, chunk, plane, [&](auto* to, int word) { put_words(to, words.at + 2 * plane + word); });
+    const uint32_t(&own)[2] = plane ? bytes.lower : bytes.upper;
+    if (Format::place(4, 0) == 4) {
+      *reinterpret_cast<uint64_t*>(to + Format::place(k, plane)) = own[0] | uint64_t(own[1]) << 32;
+    } else {
+      *reinterpret_cast<uint32_t*>(to + Format::place(k, plane)) = own[0];
+      *reinterpret_cast<uint32_t*>(to + Format::place(k + 4, plane)) = own[1];
+    }
   }
-}
-template <class Format>
-DEVICE Words stashed_chunk(unsigned char* x, int chunk) {
-  Words words;
-  UNROLL
-  for (int plane = 0; plane < 2; ++plane) {
-    at_places<Format>(x, chunk, plane, [&](auto* at, int word) { get_words(words.at + 2 * plane + word, at); });
-  }
-  return words;
+  Format::extra(to, k, bytes);
 }
 
 // Rows of bf16 as what is multiplied, see FewBytes.

@@ -80,8 +80,6 @@ void wait_for_phase(CountingBarrier* at, int parity);
 void copy_row(void* to, const void* from, int bytes, CountingBarrier* arrived);
 void arrive_at_grid(uint64_t* count);
 void wait_for_grid(const uint64_t* count, uint64_t target);
-void store_for_others(uint64_t* to, uint64_t value);
-void let_others_run();
 void shuffle(void* const* lanes);
 
 }  // namespace emulation
@@ -195,18 +193,6 @@ inline void barrier_wait(CopyBarrier* at, uint32_t parity) { emulation::wait_for
 inline uint64_t grid_count(const uint64_t* count) { return *count; }
 inline void grid_arrive(uint64_t* count) { emulation::arrive_at_grid(count); }
 inline void grid_wait(const uint64_t* count, uint64_t target) { emulation::wait_for_grid(count, target); }
-
-inline void store_tagged(uint64_t* to, float x, uint32_t tag) {
-  uint32_t bits;
-  memcpy(&bits, &x, 4);
-  emulation::store_for_others(to, bits | uint64_t(tag) << 32);
-}
-inline void load_tagged(uint64_t (&to)[2], const uint64_t* from) { memcpy(to, from, 16); }
-inline uint32_t load_tagged(const uint64_t* from) { return uint32_t(*from); }
-inline bool wait_a_little() {
-  emulation::let_others_run();
-  return true;
-}
 
 inline void copy_async(void* to_shared, const void* from, bool there) {
   emulation::copy_later(to_shared, from, there ? 16 : 0);

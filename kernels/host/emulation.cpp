@@ -273,18 +273,11 @@ void arrive_at_grid(uint64_t* count) {
   ++arrivals;
 }
 
-void store_for_others(uint64_t* to, uint64_t value) {
-  *to = value;
-  ++arrivals;
-}
-
-void let_others_run() {
-  scheduler.at_grid.push_back(place.thread);
-  go_home();
-}
-
 void wait_for_grid(const uint64_t* count, uint64_t target) {
-  while (*count < target) let_others_run();
+  while (*count < target) {
+    scheduler.at_grid.push_back(place.thread);
+    go_home();
+  }
 }
 
 void multiply_add_bytes(void* const* lanes) {
