@@ -174,30 +174,26 @@ struct Whole {
   // Places the row: what attention's shares come to.
   template <class Row>
   DEVICE void prepare_attended(const WholeShare& share) const {
-    constexpr int SHARES = Attention::SHARES, CHUNKS = 1;
+    constexpr int SHARES = Attention::SHARES;
     const int chunks = 32 * share.blocks, group = int(args.group);
     wait();
-    for (int base = 0; base < chunks; base += CHUNKS * THREADS) {
-      Words held[CHUNKS][SHARES], stats[CHUNKS][SHARES / 2];
+    for (int base = 0; base < chunks; base += THREADS) {
+      const int chunk = base + thread_index(), own = chunk < chunks ? chunk : 0;
+      const int query = own / (D / 8), head = quotient(query, by_group), row = query - head * group;
+      const int64_t place = SHARES * (int64_t(head) * WHOLE_GROUP + row);
+      Words held[SHARES], stats[SHARES / 2];
+      // All are written, or they would take registers from one product to the next.
       UNROLL
-      for (int c = 0; c < CHUNKS; ++c) {
-        const int chunk = base + c * THREADS + thread_index(), own = chunk < chunks ? chunk : 0;
-        const int query = own / (D / 8), head = quotient(query, by_group), row = query - head * group;
-        const int64_t place = int64_t(head) * WHOLE_GROUP + row;
-        UNROLL
-        for (int i = 0; i < SHARES; ++i) {
-          if (i >= key_shares) break;
-          if (i % 2 == 0) stats[c][i / 2] = load_words_fresh(args.stats + 2 * (SHARES * place + i));
-          held[c][i] = load_words_fresh(args.partial + (SHARES * place + i) * D + 8 * (own % (D / 8)));
-        }
-      }
+      for (int i = 0; i < SHARES; ++i) held[i] = stats[i / 2] = {{0, 0, 0, 0}};
       UNROLL
-      for (int c = 0; c < CHUNKS; ++c) {
-        const int chunk = base + c * THREADS + thread_index();
-        float numbers[8];
-        join_shares(numbers, held[c], stats[c]);
-        place_row_bytes<Row>(shared_memory(), numbers, chunk, chunk < chunks);
+      for (int i = 0; i < SHARES; ++i) {
+        if (i >= key_shares) break;
+        if (i % 2 == 0) stats[i / 2] = load_words_fresh(args.stats + 2 * (place + i));
+        held[i] = load_words_fresh(args.partial + (place + i) * D + 8 * (own % (D / 8)));
       }
+      float numbers[8];
+      join_shares(numbers, held, stats);
+      place_row_bytes<Row>(shared_memory(), numbers, chunk, chunk < chunks);
     }
   }
 
