@@ -152,7 +152,7 @@ struct Whole {
   // Places the row: numbers of bf16.
   template <class Row>
   DEVICE void prepare_plain(const WholeShare& share) const {
-    constexpr int TOGETHER = 80 / WARPS;
+    constexpr int TOGETHER = (80 + WARPS - 1) / WARPS;
     const PlainRows source{share.row, 256 * int64_t(share.blocks), 1};
     wait();
     const int chunks = 32 * share.blocks;
