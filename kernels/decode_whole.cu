@@ -21,10 +21,9 @@
 
 #ifdef HAS_COUNTING_BARRIERS
 
-template <int D, class Warps>
+template <int D>
 struct Whole {
   using Attention = WholeAttention<D>;
-  static constexpr int WARPS = Warps::WARPS, THREADS = Warps::THREADS;
   // What outputs of queries, keys and values end with.
   struct Aid {
     int row;  // the first of the pair
@@ -43,7 +42,7 @@ struct Whole {
     const uint64_t all = uint64_t(5 * (args.count / 4) + 1) * uint64_t(grid_x());
     target = grid_count(args.arrived) / all * all;
     by_group = reciprocal(int(args.group));
-    constexpr int EACH = 128, STEP = Attention::WARPS * Attention::KEYS;
+    constexpr int EACH = 128, STEP = WHOLE_WARPS * Attention::KEYS;
     const int length = int(args.state->past) + 1, wanted = (length + EACH - 1) / EACH;
     const int most = wanted < Attention::SHARES ? wanted : Attention::SHARES;
     keys_each = ((length + most - 1) / most + STEP - 1) / STEP * STEP;
@@ -51,7 +50,7 @@ struct Whole {
     factor = float(args.scale * 1.4426950408889634);
     WholeShare* own = reinterpret_cast<WholeShare*>(shared_memory() + args.shares_at);
     for (int i = thread_index(); i < args.count; i += block_threads()) own[i] = share_of_block(args.products[i]);
-    if (warp() < WARPS && lane() == 0) WholeRing(args, warp()).start();
+    if (warp() < WHOLE_WARPS && lane() == 0) WholeRing(args, warp()).start();
     block_barrier();
   }
 
@@ -93,7 +92,7 @@ struct Whole {
     to.second_map = matrix.second_map;
     map_ready(to.map);
     map_ready(to.second_map);
-    static_cast<UnitPlan&>(to) = UnitPlan::of_tiles(to.outs, int(matrix.tile_outs), units, WARPS);
+    static_cast<UnitPlan&>(to) = UnitPlan::of_tiles(to.outs, int(matrix.tile_outs), units, WHOLE_WARPS);
     to.by_tile_outs = reciprocal(to.tile_outs);
     to.by_per_warp = reciprocal(to.per_warp);
     return to;
@@ -101,17 +100,17 @@ struct Whole {
 
   // Barriers of all blocks, in two halves: what comes between does not depend on other blocks.
   DEVICE void arrive() {
-    Warps::barrier();
+    whole_barrier();
     target += uint64_t(grid_x());
     if (thread_index() == 0) grid_arrive(args.arrived);
   }
   DEVICE void wait() const {
     if (thread_index() == 0) grid_wait(args.arrived, target);
-    Warps::barrier();
+    whole_barrier();
   }
 
   DEVICE void embed() const {
-    const int chunk = int(block_x()) * THREADS + thread_index();
+    const int chunk = int(block_x()) * WHOLE_THREADS + thread_index();
     if (8 * int64_t(chunk) >= args.width) return;
     embed_chunk(args.embedding, args.state->token, args.width, chunk, args.x);
   }
@@ -121,25 +120,25 @@ struct Whole {
   // Places the row: the residual stream with the weight of a norm whose factor comes later.
   template <class Row>
   DEVICE void prepare_normed(const WholeShare& share) const {
-    constexpr int TOGETHER = WARPS > 8 ? 1 : 2;
+    constexpr int TOGETHER = 2;
     const NormArgs norm{args.x, share.norm, share.norm_is_float, args.eps, args.width, args.scratch_at};
     NormedRow source(norm);
     // The first weights are asked for before x is there.
     typename NormedRow::Held held[TOGETHER];
     UNROLL
-    for (int i = 0; i < TOGETHER; ++i) source.load_weight(held[i], i * THREADS + thread_index());
+    for (int i = 0; i < TOGETHER; ++i) source.load_weight(held[i], i * WHOLE_THREADS + thread_index());
     wait();
     const int chunks = 32 * share.blocks;
-    for (int base = 0; base < chunks; base += TOGETHER * THREADS) {
+    for (int base = 0; base < chunks; base += TOGETHER * WHOLE_THREADS) {
       UNROLL
       for (int i = 0; i < TOGETHER; ++i) {
-        const int chunk = base + i * THREADS + thread_index();
+        const int chunk = base + i * WHOLE_THREADS + thread_index();
         if (base > 0) source.load_weight(held[i], chunk);
         source.load_x(held[i], chunk);
       }
       UNROLL
       for (int i = 0; i < TOGETHER; ++i) {
-        const int chunk = base + i * THREADS + thread_index();
+        const int chunk = base + i * WHOLE_THREADS + thread_index();
         float numbers[8];
         source.widen(held[i], chunk, numbers);
         place_row_bytes<Row>(shared_memory(), numbers, chunk, chunk < chunks);
@@ -152,18 +151,18 @@ struct Whole {
   // Places the row: numbers of bf16.
   template <class Row>
   DEVICE void prepare_plain(const WholeShare& share) const {
-    constexpr int TOGETHER = (80 + WARPS - 1) / WARPS;
+    constexpr int TOGETHER = 10;
     const PlainRows source{share.row, 256 * int64_t(share.blocks), 1};
     wait();
     const int chunks = 32 * share.blocks;
-    for (int base = 0; base < chunks; base += TOGETHER * THREADS) {
+    for (int base = 0; base < chunks; base += TOGETHER * WHOLE_THREADS) {
       PlainRows::Held held[TOGETHER];
       UNROLL
-      for (int i = 0; i < TOGETHER; ++i) held[i] = source.load(0, base + i * THREADS + thread_index());
+      for (int i = 0; i < TOGETHER; ++i) held[i] = source.load(0, base + i * WHOLE_THREADS + thread_index());
       UNROLL
       for (int i = 0; i < TOGETHER; ++i) {
-        const int chunk = base + i * THREADS + thread_index();
-        if (base + i * THREADS >= chunks) break;
+        const int chunk = base + i * WHOLE_THREADS + thread_index();
+        if (base + i * WHOLE_THREADS >= chunks) break;
         float numbers[8];
         source.widen(held[i], chunk, numbers);
         place_row_bytes<Row>(shared_memory(), numbers, chunk, chunk < chunks);
@@ -177,7 +176,7 @@ struct Whole {
     constexpr int SHARES = Attention::SHARES;
     const int chunks = 32 * share.blocks, group = int(args.group);
     wait();
-    for (int base = 0; base < chunks; base += THREADS) {
+    for (int base = 0; base < chunks; base += WHOLE_THREADS) {
       const int chunk = base + thread_index(), own = chunk < chunks ? chunk : 0;
       const int query = own / (D / 8), head = quotient(query, by_group), row = query - head * group;
       const int64_t place = SHARES * (int64_t(head) * WHOLE_GROUP + row);
@@ -308,14 +307,14 @@ struct Whole {
   DEVICE float norm_factor() const {
     float sum = 0.0f;
     UNROLL
-    for (int i = 0; i < WARPS; ++i) sum += scratch()[i];
+    for (int i = 0; i < WHOLE_WARPS; ++i) sum += scratch()[i];
     return inverse_root(sum / float(args.width) + float(args.eps));
   }
 
   // Ends each output of this thread with its sums.
   template <class End>
   DEVICE void finish(const WholeShare& share, const End& end) const {
-    for (int out = thread_index(); out < share.outs; out += THREADS) {
+    for (int out = thread_index(); out < share.outs; out += WHOLE_THREADS) {
       float sum, second;
       output(share, out, sum, second);
       end(out, sum, second);
@@ -369,9 +368,9 @@ struct Whole {
     const bool adds = kind == WHOLE_DOWN || kind == WHOLE_ATTENDED;
     if (kind == WHOLE_QKV && share.outs > 0) aid = aid_of(share, own);
     if (adds && share.outs > 0) held = load_fresh(args.x + share.first + own);
-    Warps::barrier();
+    whole_barrier();
     multiply<Format>(ring, share);
-    Warps::barrier();
+    whole_barrier();
     if (kind == WHOLE_QKV) return finish_qkv(share, aid);
     if (adds) return finish_add(share, held);
     if (kind == WHOLE_GATE_UP) return finish_gate_up(share);
@@ -386,41 +385,37 @@ struct Whole {
     wait();
     Attention attention{args, qkv.cache[0], qkv.cache[1], 0};
     typename Attention::Tile tile;
-    constexpr int STEP = Attention::WARPS * Attention::KEYS;
+    constexpr int STEP = WHOLE_WARPS * Attention::KEYS;
     for (int item = int(block_x()); item < items; item += int(grid_x())) {
       const int share = item / heads, end_of_share = (share + 1) * keys_each;
       const int end = end_of_share < length ? end_of_share : length;
       attention.head = item - share * heads;
-      if (warp() < Attention::WARPS) {
-        Words query[Attention::CHUNKS];
-        attention.load_query(query);
-        AttentionSums<D> own;
-        own.clear();
-        NO_UNROLL
-        for (int start = share * keys_each + Attention::KEYS * warp(); start < end; start += STEP) {
-          attention.load(tile, start, end);
-          attention.add(own, tile, query, start, end, factor);
-        }
-        own.finish();
-        attention.leave(own);
+      Words query[Attention::CHUNKS];
+      attention.load_query(query);
+      AttentionSums<D> own;
+      own.clear();
+      NO_UNROLL
+      for (int start = share * keys_each + Attention::KEYS * warp(); start < end; start += STEP) {
+        attention.load(tile, start, end);
+        attention.add(own, tile, query, start, end, factor);
       }
-      Warps::barrier();
-      attention.join(share, factor, THREADS);
-      Warps::barrier();
+      own.finish();
+      attention.leave(own);
+      whole_barrier();
+      attention.join(share, factor);
+      whole_barrier();
     }
   }
 
   DEVICE void token() {
-    // Four warps give and take together.
-    constexpr bool SHIFTS = WARPS == 8;
-    if (warp() >= WARPS) {
+    if (warp() >= WHOLE_WARPS) {
 #ifdef HAS_GROUP_PRODUCTS
-      if (SHIFTS) registers_give<40>();
+      registers_give<40>();
 #endif
-      return bring_weights<D, Warps>(args, shares, warp() - WARPS);
+      return bring_weights<D>(args, shares, warp() - WHOLE_WARPS);
     }
 #ifdef HAS_GROUP_PRODUCTS
-    if (SHIFTS) registers_take<216>();
+    registers_take<216>();
 #endif
     WholeRing ring(args, warp());
     if (args.embedding.bytes) embed();
@@ -436,11 +431,7 @@ struct Whole {
   }
 };
 
-using WholeByRows = WholeWarps<8, 8>;
-using WholeByBoxes = WholeWarps<14, 2>;
-KERNEL(decode_whole_d64, WholeArgs, 512, 1) { Whole<64, WholeByRows>(args).token(); }
-KERNEL(decode_whole_d128, WholeArgs, 512, 1) { Whole<128, WholeByRows>(args).token(); }
-KERNEL(decode_boxes_d64, WholeArgs, 512, 1) { Whole<64, WholeByBoxes>(args).token(); }
-KERNEL(decode_boxes_d128, WholeArgs, 512, 1) { Whole<128, WholeByBoxes>(args).token(); }
+KERNEL(decode_whole_d64, WholeArgs, 512, 1) { Whole<64>(args).token(); }
+KERNEL(decode_whole_d128, WholeArgs, 512, 1) { Whole<128>(args).token(); }
 
 #endif

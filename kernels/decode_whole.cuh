@@ -50,17 +50,12 @@ struct WholeArgs {
   int64_t slot_bytes, slots;  // of a warp's ring
 };
 
+constexpr int WHOLE_WARPS = 8, WHOLE_THREADS = 32 * WHOLE_WARPS;  // that multiply; as many bring weights
 constexpr int WHOLE_SLOTS_MAX = 8;
 constexpr int WHOLE_GROUP = 8;
 
-// How warps share the work: so many multiply, and do all else besides, and so many bring weights, each for up to RINGS of those.
-template <int MULTIPLYING, int BRINGING>
-struct WholeWarps {
-  static constexpr int WARPS = MULTIPLYING, THREADS = 32 * WARPS, BRINGERS = BRINGING;
-  static constexpr int RINGS = (WARPS + BRINGERS - 1) / BRINGERS;
-  // Of the warps that multiply.
-  DEVICE static void barrier() { named_barrier(1, THREADS); }
-};
+// Of the warps that multiply.
+DEVICE void whole_barrier() { named_barrier(1, WHOLE_THREADS); }
 
 // Quotients of numbers below 2^15 by a number d below 2^15.
 DEVICE uint32_t reciprocal(int d) { return (0x80000000u + uint32_t(d) - 1) / uint32_t(d); }
@@ -198,11 +193,11 @@ struct WholeRing {
 
 // Asks for keys and values of earlier tokens, which have left the cache of the second level since the last token. When they are
 // attended to, the memory is busy with weights.
-template <int D, class Warps>
+template <int D>
 DEVICE void bring_keys(const WholeArgs& args, const WholeShare& qkv, int which) {
   constexpr int LINE = 64;  // numbers of 128 bytes
   const int64_t lines = args.state->past * args.key_heads * D / LINE;
-  const int64_t own = (block_x() * Warps::BRINGERS + which) * 32 + lane(), all = grid_x() * Warps::BRINGERS * 32;
+  const int64_t own = (block_x() * WHOLE_WARPS + which) * 32 + lane(), all = grid_x() * WHOLE_THREADS;
   for (int64_t line = own; line < 2 * lines; line += all) {
     prefetch(line < lines ? qkv.cache[0] + line * LINE : qkv.cache[1] + (line - lines) * LINE);
   }
@@ -236,35 +231,30 @@ DEVICE void bring_unit(const WholeShare& share, unsigned char* to, CountingBarri
   }
 }
 
-// Brings the weights of all products for the warps that multiply that are `which`'s, a lane for each.
-template <int D, class Warps>
-DEVICE void bring_weights(const WholeArgs& args, const WholeShare* shares, int which) {
-  const int own = lane() < Warps::RINGS ? lane() : 0, for_warp = which * Warps::RINGS + own;
-  const bool brings = lane() < Warps::RINGS && for_warp < Warps::WARPS;
-  WholeRing ring(args, brings ? for_warp : 0);
+// Brings the weights of all products for a warp that multiplies.
+template <int D>
+DEVICE void bring_weights(const WholeArgs& args, const WholeShare* shares, int for_warp) {
+  WholeRing ring(args, for_warp);
   for (int product = 0; product < args.count; ++product) {
     const WholeShare& share = shares[product];
-    if (which == 0 && product + 1 < args.count && elected()) {
+    if (for_warp == 0 && product + 1 < args.count && elected()) {
       prefetch_map(shares[product + 1].map);
       prefetch_map(shares[product + 1].second_map);
     }
-    const int units = share.units, left = brings ? share.left(for_warp) : 0;
+    const int units = share.units, left = share.left(for_warp);
     int tile = share.from(for_warp) / units, unit = share.from(for_warp) - tile * units;
-    // Of all lanes as many, so that they stay together.
-    const int rounds = Warps::RINGS == 1 ? share.left(for_warp) : share.per_warp;
-    for (int i = 0; i < rounds; ++i) {
-      // With one ring others must not wait: they could come late and miss a phase.
-      if (Warps::RINGS == 1 ? elected() : i < left) {
+    for (int i = 0; i < left; ++i) {
+      if (elected()) {  // others must not wait: they could come late and miss a phase
         barrier_wait(ring.empty + ring.slot, ring.parity ^ 1);
         bring_unit(share, ring.at(), ring.full + ring.slot, tile, unit);
       }
       warp_barrier();
-      if (Warps::RINGS == 1 || i < left) ring.advance();
+      ring.advance();
       if (++unit < units) continue;
       unit = 0;
       ++tile;
     }
-    if (share.kind == WHOLE_QKV) bring_keys<D, Warps>(args, share, which);
+    if (share.kind == WHOLE_QKV) bring_keys<D>(args, share, for_warp);
   }
 }
 

@@ -9,7 +9,6 @@
 template <int D>
 struct WholeAttention {
   static constexpr int KEYS = 16, CHUNKS = D / 32, PARTS = D / 64, SHARES = 8;
-  static constexpr int WARPS = 8;  // that attend
   struct Tile {
     Words key[2][CHUNKS], value[PARTS][4];
   };
@@ -78,7 +77,7 @@ struct WholeAttention {
   }
   // Leaves the warp's sums in shared memory: [warp][8][D], and [warp][8][maximum, sum] after them.
   DEVICE static float* sums() { return reinterpret_cast<float*>(shared_memory()); }
-  DEVICE static float* stats() { return sums() + WARPS * WHOLE_GROUP * D; }
+  DEVICE static float* stats() { return sums() + WHOLE_WARPS * WHOLE_GROUP * D; }
   DEVICE void leave(const AttentionSums<D>& own) const {
     const int row = WHOLE_GROUP * warp() + (lane() >> 2), c = lane() & 3;
     UNROLL
@@ -100,14 +99,14 @@ struct WholeAttention {
     }
   }
   // Joins what the warps have left.
-  DEVICE void join(int share, float factor, int threads) const {
-    for (int item = thread_index(); item < args.group * (D / 4); item += threads) {
+  DEVICE void join(int share, float factor) const {
+    for (int item = thread_index(); item < args.group * (D / 4); item += WHOLE_THREADS) {
       const int row = item / (D / 4), column = 4 * (item % (D / 4));
       float largest = -INFINITY, total = 0.0f, out[4] = {0.0f, 0.0f, 0.0f, 0.0f};
       UNROLL
-      for (int i = 0; i < WARPS; ++i) largest = fmaxf(largest, stats()[2 * (WHOLE_GROUP * i + row)]);
+      for (int i = 0; i < WHOLE_WARPS; ++i) largest = fmaxf(largest, stats()[2 * (WHOLE_GROUP * i + row)]);
       UNROLL
-      for (int i = 0; i < WARPS; ++i) {
+      for (int i = 0; i < WHOLE_WARPS; ++i) {
         const int at = WHOLE_GROUP * i + row;
         const float by = part_of(stats()[2 * at], largest, factor);
         const Words four = load_words(sums() + at * D + column);

@@ -27,6 +27,7 @@ const UNSAFE_ALLOWED: &[&str] = &[
     "src/weights/mmap.rs",
     "src/ops/simd/",
     "src/ops/cuda/ffi.rs",
+    "src/ops/cuda/maps.rs",
     "src/ops/cuda/queue.rs",
     "src/ops/cuda/recorded.rs",
     "src/ops/cuda/blas_lt.rs",

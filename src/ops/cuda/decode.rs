@@ -2,6 +2,7 @@
 //! `kernels/decode.cu`.
 
 mod build;
+mod stored;
 mod whole;
 
 use std::{
@@ -17,7 +18,8 @@ use super::{
     queue::{Readout, Sequence, Starts},
 };
 use crate::ops::{LinearWeight, PackedLinear};
-use build::{Builder, Stored};
+use build::Builder;
+use stored::Stored;
 
 /// Keys of a tile of attention, and the most query heads that share a key head.
 const KEYS: usize = 64;

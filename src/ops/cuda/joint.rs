@@ -5,7 +5,8 @@ use candle_core::{DType, Device, Result, Tensor};
 use super::{
     attention::{StreamArgs, shared_bytes},
     ffi::{self, Output, launch},
-    launch::{Args, Launch, Rows, Tiles},
+    launch::{Args, Launch, Rows},
+    maps::Tiles,
 };
 use crate::ops::joint::{JointOutput, JointShape, JointStream};
 

@@ -4,7 +4,10 @@ use std::fmt;
 
 use candle_core::{Device, Result, Tensor, bail};
 
-use super::ffi;
+use super::{
+    ffi,
+    maps::{self, Boxes, TILE_MAP, Tiles},
+};
 
 /// A kernel's arguments: one struct of 8-byte fields, in their order.
 #[derive(Debug, Clone, Default)]
@@ -49,7 +52,7 @@ impl Args {
     pub(super) fn tiles(&mut self, device: &Device, tiles: Option<&Tiles>) -> Result<&mut Self> {
         self.aligned();
         match tiles {
-            Some(tiles) => self.0.extend(ffi::tile_map(device, tiles)?),
+            Some(tiles) => self.0.extend(maps::tile_map(device, tiles)?),
             None => self.0.extend([0; TILE_MAP]),
         }
         Ok(self)
@@ -57,7 +60,7 @@ impl Args {
 
     /// A `BoxMap` of `boxes`.
     pub(super) fn boxes(&mut self, device: &Device, boxes: &Boxes) -> Result<()> {
-        self.0.extend(ffi::box_map(device, boxes)?);
+        self.0.extend(maps::box_map(device, boxes)?);
         Ok(())
     }
 
@@ -65,71 +68,6 @@ impl Args {
     pub(super) fn aligned(&mut self) -> &mut Self {
         self.0.resize(self.0.len().next_multiple_of(8), 0);
         self
-    }
-}
-
-/// 8-byte fields of a `TileMap` of the kernels.
-pub(super) const TILE_MAP: usize = 16;
-
-/// `[b, n, h, 128]` of bf16 with the heads of a token side by side, from which a kernel copies the rows of a
-/// head in tiles.
-#[derive(Debug, Clone, Copy)]
-pub(super) struct Tiles {
-    pub(super) address: u64,
-    pub(super) batch: usize,
-    pub(super) rows: usize,
-    pub(super) heads: usize,
-    /// Elements between tokens.
-    pub(super) stride: usize,
-    /// Elements between batch entries.
-    pub(super) batch_stride: usize,
-    /// Rows of a tile.
-    pub(super) tile_rows: usize,
-}
-
-impl Tiles {
-    /// Elements of a piece of a row, which is as wide as the swizzle.
-    pub(super) const PIECE: usize = 64;
-    /// Pieces of a head's row.
-    pub(super) const PIECES: usize = 2;
-
-    /// Whether the hardware can copy from there: places and distances are multiples of 16 bytes, and
-    /// distances below 2⁴⁰ bytes.
-    pub(super) fn fit(&self) -> bool {
-        const STRIDE_END: usize = 1 << 39;
-        let strides = [self.stride, self.batch_stride];
-        self.address.is_multiple_of(16)
-            && strides.iter().all(|at| (1..STRIDE_END).contains(at) && at.is_multiple_of(8))
-    }
-}
-
-/// A matrix of which a kernel copies boxes: neighbouring rows, and of each the same bytes.
-#[derive(Debug, Clone, Copy)]
-pub(super) struct Boxes {
-    pub(super) address: u64,
-    pub(super) rows: usize,
-    /// Bytes of a row, which is where the next one begins.
-    pub(super) row_bytes: usize,
-    pub(super) box_rows: usize,
-    pub(super) box_bytes: usize,
-}
-
-impl Boxes {
-    /// Bytes that columns are counted in.
-    pub(super) const WORD: usize = 4;
-
-    /// Whether the hardware can copy from there: places and distances are multiples of 16 bytes, and a box has at
-    /// most 256 rows and words.
-    pub(super) fn fit(&self) -> bool {
-        const SIDE: usize = 256;
-        const END: usize = 1 << 31;
-        self.address.is_multiple_of(16)
-            && self.row_bytes.is_multiple_of(16)
-            && (1..END).contains(&self.rows)
-            && (1..END).contains(&self.row_bytes)
-            && self.box_bytes.is_multiple_of(16)
-            && (1..=SIDE).contains(&self.box_rows)
-            && (1..=SIDE * Self::WORD).contains(&self.box_bytes)
     }
 }
 

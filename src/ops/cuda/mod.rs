@@ -17,6 +17,7 @@ mod joint;
 mod latents;
 mod launch;
 mod linear;
+mod maps;
 #[cfg(any(feature = "cuda", feature = "cuda-emulation"))]
 pub mod parity;
 mod pictures;

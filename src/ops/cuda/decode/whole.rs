@@ -7,21 +7,19 @@ use super::{
     super::{
         few::{Bytes, Split, sums_bytes},
         ffi::{Limits, Output, address},
-        launch::{Args, Boxes, Launch},
+        launch::{Args, Launch},
         linear::Format,
+        maps::Boxes,
     },
     DecodeLayer, DecodeModel, Sizes,
-    build::{Builder, Stored},
+    build::Builder,
+    stored::Stored,
 };
 use crate::ops::PackedLinear;
 
-/// Of a block: those that multiply and those that bring weights.
-const THREADS: usize = 512;
-/// Warps that multiply where rows are copied one by one, which takes as many others, and where boxes of rows are.
-const WARPS_BY_ROWS: usize = 8;
-const WARPS_BY_BOXES: usize = 14;
-/// Warps that attend.
-const WARPS_ATTENDING: usize = 8;
+/// Warps that multiply; as many bring weights.
+const WARPS: usize = 8;
+const THREADS: usize = 2 * 32 * WARPS;
 /// The most query heads that share a key head, and the most shares of keys.
 const GROUP: usize = 8;
 const SHARES: usize = 8;
@@ -142,12 +140,12 @@ impl Product<'_> {
     }
 
     /// Shared memory of the sums of the largest share.
-    fn sums_bytes(&self, warps: usize) -> usize {
+    fn sums_bytes(&self) -> usize {
         let of = |part: &Part| {
             let tile = part.tile_outs(self.tile());
             let blocks = Unit::of(part.stored.format).map_or(1, |unit| unit.blocks);
             let units = self.depth().div_ceil(PIECE).div_ceil(blocks);
-            sums_bytes([part.outs, part.blocks], [tile, units], warps)
+            sums_bytes([part.outs, part.blocks], [tile, units], WARPS)
         };
         self.parts.iter().map(of).max().unwrap_or(0)
     }
@@ -175,11 +173,6 @@ impl Product<'_> {
                 None => [None, None],
             },
         }
-    }
-
-    /// Whether the weights come in boxes, but for rows of two heads in one tile.
-    fn comes_in_boxes(&self) -> bool {
-        self.parts.iter().all(|part| self.boxes(part)[0].is_some())
     }
 
     /// `maps` holds what [`Self::boxes`] came to.
@@ -227,12 +220,7 @@ struct Places {
 
 impl Places {
     /// `None` where there is no room for two places of a ring.
-    fn of(
-        products: &[Product<'_>],
-        attention_bytes: usize,
-        warps: usize,
-        limits: Limits,
-    ) -> Option<Self> {
+    fn of(products: &[Product<'_>], attention_bytes: usize, limits: Limits) -> Option<Self> {
         let parts = || products.iter().flat_map(|product| &product.parts);
         let x_bytes = |part: &Part| {
             let depth = part.stored.depth;
@@ -244,12 +232,12 @@ impl Places {
             .max()?;
         let scratch = row.max(attention_bytes).next_multiple_of(ALIGNMENT);
         let sums = scratch + SCRATCH;
-        let shares = sums + products.iter().map(|product| product.sums_bytes(warps)).max()?;
+        let shares = sums + products.iter().map(Product::sums_bytes).max()?;
         let barriers = (shares + products.len() * SHARE_BYTES).next_multiple_of(ALIGNMENT);
-        let rings = barriers + warps * BARRIERS;
+        let rings = barriers + WARPS * BARRIERS;
         let room = limits.shared_bytes.checked_sub(rings)?;
-        let slots = room.checked_div(warps * slot_bytes)?.min(*SLOTS.end());
-        let end = rings + warps * slots * slot_bytes;
+        let slots = room.checked_div(WARPS * slot_bytes)?.min(*SLOTS.end());
+        let end = rings + WARPS * slots * slot_bytes;
         SLOTS.contains(&slots).then_some(Self {
             scratch,
             sums,
@@ -275,14 +263,10 @@ impl Builder {
         let Some(products) = self.products(model) else { return Ok(None) };
         let Sizes { heads, kv_heads, head_dim, .. } = self.sizes;
         // Sums of warps, with their maxima and sums.
-        let attention_bytes = WARPS_ATTENDING * GROUP * (head_dim + 2) * size_of::<f32>();
-        let boxed = products.iter().all(Product::comes_in_boxes);
-        let by_boxes = boxed.then_some(("decode_boxes", WARPS_BY_BOXES));
-        let ways = by_boxes.into_iter().chain([("decode_whole", WARPS_BY_ROWS)]);
-        let placed = |(kernel, warps)| {
-            Some((kernel, Places::of(&products, attention_bytes, warps, self.limits)?))
+        let attention_bytes = WARPS * GROUP * (head_dim + 2) * size_of::<f32>();
+        let Some(places) = Places::of(&products, attention_bytes, self.limits) else {
+            return Ok(None);
         };
-        let Some((kernel, places)) = ways.into_iter().find_map(placed) else { return Ok(None) };
         let embedding = model.embedding.and_then(|embedding| {
             let rows = Stored::new(&embedding.stored_matrix()?, None)?;
             (rows.depth == self.sizes.width).then_some(rows)
@@ -322,7 +306,7 @@ impl Builder {
             embeds: embedding.is_some(),
             weight_bytes: sizes.sum(),
             launch: Launch {
-                kernel: format!("{kernel}_d{}", self.sizes.head_dim),
+                kernel: format!("decode_whole_d{}", self.sizes.head_dim),
                 grid: [self.limits.multiprocessors, 1, 1],
                 threads: THREADS,
                 shared_bytes: places.end,
