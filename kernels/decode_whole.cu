@@ -5,18 +5,20 @@
 //
 // decode_whole_dD: embedding; for each layer: norm with queries, keys and values, attention (decode_whole_attention.cuh), the
 //   product after it, norm with gate and up, the product after these; norm and logits. Formats, arithmetic and sums of a unit are those of
-//   few_bytes.cuh; outputs end as in decode_bytes.cuh.
+//   few_bytes.cuh; outputs end as in decode_bytes.cuh. Shares of attention are handed on in bf16.
 // Grid: (multiprocessors, 1, 1), all of it running at a time; 512 threads. `ops/cuda/decode/whole.rs` computes places in shared
 // memory and what each product is.
 //
-// Measured (H200): a barrier of 132 blocks takes 1.0 us, with 14 KB that each reads after it 1.5 us. Rings with pieces
-// of 288 bytes read 4290 GB/s, of 144 3550; a copy moves 4241. A token of 7B in Q4_K takes 1.77 ms, one kernel after another 1.83 to
-// 1.85. Of a layer's 102,800 clock ticks 51,400 are products; the rest is waiting for the slowest block and for results
-// of others (32,700), rows (16,200, of which 5,000 at attention's end) and ends of products (4,800), more than rings can bridge.
-// Tried: 16 warps that ask for their own weights 2.19 ms (the copy engine makes whoever asks wait until it has room, so that each unit
-// took as long as memory took for all, even if it was there already); 12 warps and 4 that bring, with units of
-// 288 bytes a row 2.05 (a warp starts a copy every 80 ticks, so 4 are too few), of 576 1.99; 16 and 4 2.25 (attention has too few
-// registers); fewer copies under way, so that others wait less, gained nothing.
+// Measured (H200): a barrier of 132 blocks takes 1.0 us, with 14 KB that each reads after it 1.5 us. One warp that asks for
+// boxes of 16 rows by 288 bytes reads 4320 to 4470 GB/s; a copy moves 4240. From shared memory alone 8 warps multiply 40 bytes of Q4_K a
+// clock tick, 12 warps 47 and 15 warps 41; memory gives 19. A token of 7B in Q4_K takes 1.55 ms, one kernel after another 1.79.
+// docs/CUDA.md says where the time goes.
+// Tried, in ms at a time when this took 1.64 to 1.77: rows copied one by one 1.77 instead of 1.68; 16 warps that ask for their own
+// weights 2.19; asking the cache of the second level for weights ahead of the rings, 2 units of a warp 1.86, 8 and more 2.4 to 2.5, by the copy engine
+// as by other instructions. In its present form, 1.55: 14 warps that multiply and 2 that bring 1.66, 12 and 4 1.61, 15 and 1 1.65 (shorter rings, and
+// registers do for attention only where the warps that bring give theirs away); the residual stream with a tag beside each number, so that
+// it needs no barriers, 1.64 (all blocks ask for the whole row again and again); one loop that converts the row, instead of ten copies of
+// its instructions, takes 7700 ticks and not 5500.
 #include "decode_whole_attention.cuh"
 
 #ifdef HAS_COUNTING_BARRIERS
