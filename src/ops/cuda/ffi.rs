@@ -191,14 +191,15 @@ pub(super) struct Limits {
     pub(super) is_hopper: bool,
 }
 
-/// The limits of a device; few multiprocessors in the emulation, so that blocks have more to do.
+/// The limits of a device; few multiprocessors in the emulation, so that blocks have more to do, and as many
+/// that a block's share of queries ends within a head.
 pub(super) fn limits(device: &Device) -> Result<Limits> {
     match device {
         #[cfg(feature = "cuda")]
         Device::Cuda(device) => device::limits(device),
         _ => {
             let [shared_bytes, shared_bytes_all] = [227 << 10, 228 << 10];
-            Ok(Limits { multiprocessors: 3, shared_bytes, shared_bytes_all, is_hopper: true })
+            Ok(Limits { multiprocessors: 5, shared_bytes, shared_bytes_all, is_hopper: true })
         }
     }
 }
