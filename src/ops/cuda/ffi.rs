@@ -477,6 +477,7 @@ mod device {
         launch: &Launch,
         (stream, order): (sys::CUstream, Order),
     ) -> Result<()> {
+        let small = |n: usize| u32::try_from(n).map_err(Error::wrap);
         let [x, y, z] = launch.grid;
         let (id, value) = match order {
             Order::Together => (
