@@ -53,17 +53,19 @@ struct Unit {
     blocks: usize,
     /// Bytes of a row of it in a ring.
     row_bytes: usize,
+    /// Whether these are the row's bytes from one unit to the next, so that they can come as columns of a box.
+    in_columns: bool,
 }
 
 impl Unit {
     fn of(format: Format) -> Option<Self> {
-        let (blocks, row_bytes) = match format {
-            Format::Q4K => (2, 288),
-            Format::Q6K => (1, 224),
-            Format::Q8_0 => (1, 272),
+        let (blocks, row_bytes, in_columns) = match format {
+            Format::Q4K => (2, 288, true),
+            Format::Q6K => (1, 224, false),
+            Format::Q8_0 => (1, 272, true),
             Format::Q5K | Format::F8E4M3 | Format::Bf16 => return None,
         };
-        Some(Self { blocks, row_bytes })
+        Some(Self { blocks, row_bytes, in_columns })
     }
 }
 
@@ -153,7 +155,8 @@ impl Product<'_> {
     /// Boxes of a tile's rows and a unit's columns of each matrix, and of a gate's other one; `None` where rows
     /// are copied one by one.
     fn boxes(&self, part: &Part) -> [Option<Boxes>; 2] {
-        let Some(unit) = Unit::of(part.stored.format) else { return [None, None] };
+        let unit = Unit::of(part.stored.format).filter(|unit| unit.in_columns);
+        let Some(unit) = unit else { return [None, None] };
         let of = |address: u64, rows: usize| {
             let boxes = Boxes {
                 address,

@@ -100,6 +100,17 @@ fn cases_by_bytes() -> Vec<Case> {
             ..small
         },
         Case {
+            name: "Q6_K with rows of whole 16 bytes",
+            width: 512,
+            inner: 4096,
+            heads: [8, 1, 64],
+            vocab: 50,
+            formats: SAME(k6),
+            past: 3,
+            tokens: 1,
+            ..small
+        },
+        Case {
             name: "Q8_0 by bytes",
             width: 256,
             inner: 768,
