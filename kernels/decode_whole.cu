@@ -9,16 +9,17 @@
 // Grid: (multiprocessors, 1, 1), all of it running at a time; 512 threads. `ops/cuda/decode/whole.rs` computes places in shared
 // memory and what each product is.
 //
-// Measured (H200): a barrier of 132 blocks takes 1.0 us, with 14 KB that each reads after it 1.5 us. One warp that asks for
-// boxes of 16 rows by 288 bytes reads 4320 to 4470 GB/s; a copy moves 4240. From shared memory alone 8 warps multiply 40 bytes of Q4_K a
-// clock tick, 12 warps 47 and 15 warps 41; memory gives 19. A token of 7B in Q4_K takes 1.55 ms, one kernel after another 1.79.
-// docs/CUDA.md says where the time goes.
-// Tried, in ms at a time when this took 1.64 to 1.77: rows copied one by one 1.77 instead of 1.68; 16 warps that ask for their own
-// weights 2.19; asking the cache of the second level for weights ahead of the rings, 2 units of a warp 1.86, 8 and more 2.4 to 2.5, by the copy engine
-// as by other instructions. In its present form, 1.55: 14 warps that multiply and 2 that bring 1.66, 12 and 4 1.61, 15 and 1 1.65 (shorter rings, and
-// registers do for attention only where the warps that bring give theirs away); the residual stream with a tag beside each number, so that
-// it needs no barriers, 1.64 (all blocks ask for the whole row again and again); one loop that converts the row, instead of ten copies of
-// its instructions, takes 7700 ticks and not 5500.
+// Measured (H200): a barrier of 132 blocks takes 1.0 us, with 14 KB that each reads after it 1.5 us. One warp that asks
+// for boxes of 16 rows by 288 bytes reads 4320 to 4470 GB/s; a copy moves 4240. From shared memory alone 8 warps multiply
+// 40 bytes of Q4_K a clock tick, 12 warps 47 and 15 warps 41; memory gives 19. A token of 7B in Q4_K takes 1.55 ms, one
+// kernel after another 1.79. docs/CUDA.md says where the time goes.
+// Tried, in ms at a time when this took 1.64 to 1.77: rows copied one by one 1.77 instead of 1.68; 16 warps that ask for
+// their own weights 2.19; asking the cache of the second level for weights ahead of the rings, 2 units of a warp 1.86, 8
+// and more 2.4 to 2.5, by the copy engine as by other instructions. In its present form, 1.55: 14 warps that multiply and
+// 2 that bring 1.66, 12 and 4 1.61, 15 and 1 1.65 (shorter rings, and registers do for attention only where the warps
+// that bring give theirs away); the residual stream with a tag beside each number, so that it needs no barriers, 1.64
+// (all blocks ask for the whole row again and again); one loop that converts the row, instead of ten copies of its
+// instructions, takes 7700 ticks and not 5500.
 #include "decode_whole_attention.cuh"
 
 #ifdef HAS_COUNTING_BARRIERS

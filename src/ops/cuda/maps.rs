@@ -4,7 +4,7 @@
 use candle_core::{Device, Result};
 use half::bf16;
 
-/// 8-byte fields of a `TileMap` of the kernels.
+/// 8-byte fields of a `TileMap` or a `BoxMap` of the kernels.
 pub(super) const TILE_MAP: usize = 16;
 
 /// `[b, n, h, 128]` of bf16 with the heads of a token side by side, from which a kernel copies the rows of a
@@ -52,7 +52,12 @@ pub(super) struct Boxes {
 
 impl Boxes {
     /// Bytes that columns are counted in.
-    pub(super) const WORD: usize = 4;
+    const WORD: usize = 4;
+
+    /// Words of a row, and of a row of a box.
+    fn words(&self) -> [usize; 2] {
+        [self.row_bytes, self.box_bytes].map(|bytes| bytes.div_euclid(Self::WORD))
+    }
 
     /// Whether the hardware can copy from there: places and distances are multiples of 16 bytes, and a box has at
     /// most 256 rows and words.
@@ -87,10 +92,7 @@ pub(super) fn tile_map(device: &Device, tiles: &Tiles) -> Result<[u64; TILE_MAP]
                 tile_rows,
                 Tiles::PIECES,
             ];
-            let mut map = [0; TILE_MAP];
-            let fields = [tiles.address].into_iter().chain(counts.map(|count| count as u64));
-            map.iter_mut().zip(fields).for_each(|(field, value)| *field = value);
-            Ok(map)
+            Ok(described(tiles.address, &counts))
         }
     }
 }
@@ -101,15 +103,19 @@ pub(super) fn box_map(device: &Device, boxes: &Boxes) -> Result<[u64; TILE_MAP]>
         #[cfg(feature = "cuda")]
         Device::Cuda(_) => device::box_map(boxes),
         _ => {
-            let Boxes { address, rows, row_bytes, box_rows, box_bytes } = *boxes;
-            let words = [row_bytes, box_bytes].map(|bytes| bytes.div_euclid(Boxes::WORD));
-            let counts = [words[0], rows, row_bytes, words[1], box_rows];
-            let mut map = [0; TILE_MAP];
-            let fields = [address].into_iter().chain(counts.map(|count| count as u64));
-            map.iter_mut().zip(fields).for_each(|(field, value)| *field = value);
-            Ok(map)
+            let Boxes { address, rows, row_bytes, box_rows, .. } = *boxes;
+            let [row_words, box_words] = boxes.words();
+            Ok(described(address, &[row_words, rows, row_bytes, box_words, box_rows]))
         }
     }
+}
+
+/// A map's description for the emulation: what it copies from, and its counts in their order.
+fn described(address: u64, counts: &[usize]) -> [u64; TILE_MAP] {
+    let mut map = [0; TILE_MAP];
+    let fields = [address].into_iter().chain(counts.iter().map(|count| *count as u64));
+    map.iter_mut().zip(fields).for_each(|(field, value)| *field = value);
+    map
 }
 
 #[cfg(feature = "cuda")]
@@ -143,13 +149,13 @@ mod device {
 
     /// The same of `boxes`. Axes: words, rows.
     pub(super) fn box_map(boxes: &Boxes) -> Result<[u64; TILE_MAP]> {
-        let words = |bytes: usize| bytes.div_euclid(Boxes::WORD);
+        let [row_words, box_words] = boxes.words();
         map(&Map {
             address: boxes.address,
             element: sys::CUtensorMapDataType::CU_TENSOR_MAP_DATA_TYPE_UINT32,
-            sizes: [wide(words(boxes.row_bytes)), wide(boxes.rows), 1, 1],
+            sizes: [wide(row_words), wide(boxes.rows), 1, 1],
             strides: [wide(boxes.row_bytes), 0, 0],
-            tile: [small(words(boxes.box_bytes))?, small(boxes.box_rows)?, 1, 1],
+            tile: [small(box_words)?, small(boxes.box_rows)?, 1, 1],
             axes: 2,
             swizzle: sys::CUtensorMapSwizzle::CU_TENSOR_MAP_SWIZZLE_NONE,
             // 3 % faster than 256 where only weights are read.

@@ -9,7 +9,7 @@ use super::{
         ffi::{Limits, Output, address},
         launch::{Args, Launch},
         linear::Format,
-        maps::Boxes,
+        maps::{Boxes, TILE_MAP},
     },
     DecodeLayer, DecodeModel, Sizes,
     build::Builder,
@@ -35,7 +35,7 @@ const ALIGNMENT: usize = 128;
 /// Places of a warp's ring.
 const SLOTS: std::ops::RangeInclusive<usize> = 2..=8;
 /// Bytes of a `BoxMap`.
-const MAP_BYTES: u64 = 128;
+const MAP_BYTES: u64 = (TILE_MAP * size_of::<u64>()) as u64;
 /// Matrices of a product.
 const MATRICES: usize = 3;
 
