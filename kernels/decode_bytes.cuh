@@ -45,7 +45,7 @@ struct NormedRow {
       if (8 * int64_t(chunk) < norm.depth) held.x[half] = load_words_fresh(norm.x + 8 * chunk + 4 * half);
     }
   }
-  DEVICE void widen(const Held& held, int, float (&to)[8]) {
+  DEVICE void widen(const Held& held, float (&to)[8]) {
     UNROLL
     for (int i = 0; i < 8; ++i) {
       const float x = bits_to_float(held.x[i / 4].at[i % 4]);

@@ -36,7 +36,7 @@ struct Whole {
   const WholeShare* shares;
   uint64_t target;
   int key_shares, keys_each;  // how keys are shared out
-  uint32_t by_group;
+  uint32_t by_group, by_heads;
   float factor;               // of scores, for powers of two
 
   DEVICE explicit Whole(const WholeArgs& args)
@@ -45,6 +45,7 @@ struct Whole {
     const uint64_t all = uint64_t(5 * (args.count / 4) + 1) * uint64_t(grid_x());
     target = grid_count(args.arrived) / all * all;
     by_group = reciprocal(int(args.group));
+    by_heads = reciprocal(int(args.key_heads));
     constexpr int EACH = 128, STEP = WHOLE_WARPS * Attention::KEYS;
     const int length = int(args.state->past) + 1, wanted = (length + EACH - 1) / EACH;
     const int most = wanted < Attention::SHARES ? wanted : Attention::SHARES;
@@ -120,10 +121,18 @@ struct Whole {
 
   DEVICE float* scratch() const { return reinterpret_cast<float*>(shared_memory() + args.scratch_at); }
 
+  // Places eight numbers of each lane: of the warp's i-th block of 256 of the row from `block` on.
+  template <class Row>
+  DEVICE static void place(const float (&numbers)[8], int block, int i, int blocks) {
+    unsigned char* to = shared_memory() + block * Row::X_BYTES + i * WHOLE_WARPS * Row::X_BYTES;
+    place_row_bytes<Row>(to, numbers, block + i * WHOLE_WARPS < blocks);
+  }
+
   // Places the row: the residual stream with the weight of a norm whose factor comes later.
   template <class Row>
   DEVICE void prepare_normed(const WholeShare& share) const {
     constexpr int TOGETHER = 2;
+    const int blocks = share.blocks;
     const NormArgs norm{args.x, share.norm, share.norm_is_float, args.eps, args.width, args.scratch_at};
     NormedRow source(norm);
     // The first weights are asked for before x is there.
@@ -131,20 +140,18 @@ struct Whole {
     UNROLL
     for (int i = 0; i < TOGETHER; ++i) source.load_weight(held[i], i * WHOLE_THREADS + thread_index());
     wait();
-    const int chunks = 32 * share.blocks;
-    for (int base = 0; base < chunks; base += TOGETHER * WHOLE_THREADS) {
+    for (int block = warp(); block - warp() < blocks; block += TOGETHER * WHOLE_WARPS) {
       UNROLL
       for (int i = 0; i < TOGETHER; ++i) {
-        const int chunk = base + i * WHOLE_THREADS + thread_index();
-        if (base > 0) source.load_weight(held[i], chunk);
+        const int chunk = 32 * (block + i * WHOLE_WARPS) + lane();
+        if (block >= WHOLE_WARPS) source.load_weight(held[i], chunk);
         source.load_x(held[i], chunk);
       }
       UNROLL
       for (int i = 0; i < TOGETHER; ++i) {
-        const int chunk = base + i * WHOLE_THREADS + thread_index();
         float numbers[8];
-        source.widen(held[i], chunk, numbers);
-        place_row_bytes<Row>(shared_memory(), numbers, chunk, chunk < chunks);
+        source.widen(held[i], numbers);
+        place<Row>(numbers, block, i, blocks);
       }
     }
     const float sum = sum_lanes(source.squares, 32);
@@ -154,21 +161,21 @@ struct Whole {
   // Places the row: numbers of bf16.
   template <class Row>
   DEVICE void prepare_plain(const WholeShare& share) const {
-    constexpr int TOGETHER = 10;
-    const PlainRows source{share.row, 256 * int64_t(share.blocks), 1};
+    // That many are asked for, and of these so many converted, together.
+    constexpr int TOGETHER = 10, CONVERTED = 5;
+    const int blocks = share.blocks;
+    const PlainRows source{share.row, 256 * int64_t(blocks), 1};
     wait();
-    const int chunks = 32 * share.blocks;
-    for (int base = 0; base < chunks; base += TOGETHER * WHOLE_THREADS) {
+    for (int block = warp(); block - warp() < blocks; block += TOGETHER * WHOLE_WARPS) {
       PlainRows::Held held[TOGETHER];
       UNROLL
-      for (int i = 0; i < TOGETHER; ++i) held[i] = source.load(0, base + i * WHOLE_THREADS + thread_index());
+      for (int i = 0; i < TOGETHER; ++i) held[i] = source.load(0, 32 * (block + i * WHOLE_WARPS) + lane());
       UNROLL
       for (int i = 0; i < TOGETHER; ++i) {
-        const int chunk = base + i * WHOLE_THREADS + thread_index();
-        if (base + i * WHOLE_THREADS >= chunks) break;
+        if (i % CONVERTED == 0 && block - warp() + i * WHOLE_WARPS >= blocks) break;
         float numbers[8];
-        source.widen(held[i], chunk, numbers);
-        place_row_bytes<Row>(shared_memory(), numbers, chunk, chunk < chunks);
+        source.widen(held[i], numbers);
+        place<Row>(numbers, block, i, blocks);
       }
     }
   }
@@ -176,26 +183,32 @@ struct Whole {
   // Places the row: what attention's shares come to.
   template <class Row>
   DEVICE void prepare_attended(const WholeShare& share) const {
-    constexpr int SHARES = Attention::SHARES;
-    const int chunks = 32 * share.blocks, group = int(args.group);
+    constexpr int SHARES = Attention::SHARES, TOGETHER = 2;
+    const int blocks = share.blocks, group = int(args.group);
     wait();
-    for (int base = 0; base < chunks; base += WHOLE_THREADS) {
-      const int chunk = base + thread_index(), own = chunk < chunks ? chunk : 0;
-      const int query = own / (D / 8), head = quotient(query, by_group), row = query - head * group;
-      const int64_t place = SHARES * (int64_t(head) * WHOLE_GROUP + row);
-      Words held[SHARES], stats[SHARES / 2];
-      // All are written, or they would take registers from one product to the next.
+    for (int block = warp(); block - warp() < blocks; block += TOGETHER * WHOLE_WARPS) {
+      Words held[TOGETHER][SHARES], stats[TOGETHER][SHARES / 2];
       UNROLL
-      for (int i = 0; i < SHARES; ++i) held[i] = stats[i / 2] = {{0, 0, 0, 0}};
-      UNROLL
-      for (int i = 0; i < SHARES; ++i) {
-        if (i >= key_shares) break;
-        if (i % 2 == 0) stats[i / 2] = load_words_fresh(args.stats + 2 * (place + i));
-        held[i] = load_words_fresh(args.partial + (place + i) * D + 8 * (own % (D / 8)));
+      for (int n = 0; n < TOGETHER; ++n) {
+        const int chunk = 32 * (block + n * WHOLE_WARPS) + lane(), own = chunk < 32 * blocks ? chunk : 0;
+        const int query = own / (D / 8), head = quotient(query, by_group), row = query - head * group;
+        const int64_t place = SHARES * (int64_t(head) * WHOLE_GROUP + row);
+        // All are written, or they would take registers from one product to the next.
+        UNROLL
+        for (int i = 0; i < SHARES; ++i) held[n][i] = stats[n][i / 2] = {{0, 0, 0, 0}};
+        UNROLL
+        for (int i = 0; i < SHARES; ++i) {
+          if (i >= key_shares) break;
+          if (i % 2 == 0) stats[n][i / 2] = load_words_fresh(args.stats + 2 * (place + i));
+          held[n][i] = load_words_fresh(args.partial + (place + i) * D + 8 * (own % (D / 8)));
+        }
       }
-      float numbers[8];
-      join_shares(numbers, held, stats);
-      place_row_bytes<Row>(shared_memory(), numbers, chunk, chunk < chunks);
+      UNROLL
+      for (int n = 0; n < TOGETHER; ++n) {
+        float numbers[8];
+        join_shares(numbers, held[n], stats[n]);
+        place<Row>(numbers, block, n, blocks);
+      }
     }
   }
 
@@ -233,7 +246,7 @@ struct Whole {
     const int g = lane() >> 2, t = lane() & 3;
     const unsigned char* x = shared_memory();
     float* sums_at = reinterpret_cast<float*>(shared_memory() + args.sums_at);
-    const typename Row::Columns columns = Row::columns(x, g, t);
+    typename Row::Columns columns = Row::columns(x, g, t);
     const int units = share.units, blocks = share.blocks, from = share.from(warp());
     int left = share.left(warp()), tile = from / units, unit = from - tile * units;
     float sums[1][2] = {{0.0f, 0.0f}};
@@ -254,8 +267,11 @@ struct Whole {
         if (Format::STEP % 16) rows[i] += (offset[i] + uint32_t(unit * Format::STEP)) & 15;
       }
       const int block = unit * Format::BLOCKS;
-      Format::multiply(sums, rows, x, columns, block, blocks - block, t);
-      ring.give_back();
+      typename Format::Held held;
+      Format::load(held, rows, t);
+      if (Format::IN_REGISTERS) ring.give_back();
+      Format::multiply(sums, held, x, columns, block, blocks - block, t);
+      if (!Format::IN_REGISTERS) ring.give_back();
       --left;
       ++unit;
       if (unit < units && left > 0) continue;
@@ -383,25 +399,38 @@ struct Whole {
   // From queries, keys and values that this block has written to all of attention's shares.
   DEVICE void attend(const WholeShare& qkv) {
     const int heads = int(args.key_heads), items = heads * key_shares;
-    const int length = int(args.state->past) + 1;
+    const int past = int(args.state->past), length = past + 1;
     arrive();
-    wait();
     Attention attention{args, qkv.cache[0], qkv.cache[1], 0};
-    typename Attention::Tile tile;
     constexpr int STEP = WHOLE_WARPS * Attention::KEYS;
-    for (int item = int(block_x()); item < items; item += int(grid_x())) {
-      const int share = item / heads, end_of_share = (share + 1) * keys_each;
-      const int end = end_of_share < length ? end_of_share : length;
+    int item = int(block_x()), share = quotient(item, by_heads);
+    auto first = [&] { return share * keys_each + Attention::KEYS * warp(); };
+    auto end_of = [&](int keys) { return (share + 1) * keys_each < keys ? (share + 1) * keys_each : keys; };
+    typename Attention::Tile tile = {};
+    // Keys of earlier tokens do not depend on other blocks: a warp's first ones are asked for before the query is there.
+    int there = 0;
+    if (item < items) {
+      there = past;
       attention.head = item - share * heads;
+      attention.load(tile, first(), 0, end_of(past));
+    }
+    wait();
+    for (; item < items; item += int(grid_x())) {
+      share = quotient(item, by_heads);
+      attention.head = item - share * heads;
+      const int end = end_of(length);
       Words query[Attention::CHUNKS];
       attention.load_query(query);
       AttentionSums<D> own;
       own.clear();
       NO_UNROLL
-      for (int start = share * keys_each + Attention::KEYS * warp(); start < end; start += STEP) {
-        attention.load(tile, start, end);
+      for (int start = first(); start < end; start += STEP) {
+        if (there == 0) tile = {};
+        attention.load(tile, start, there, end);
+        there = 0;
         attention.add(own, tile, query, start, end, factor);
       }
+      there = 0;
       own.finish();
       attention.leave(own);
       whole_barrier();

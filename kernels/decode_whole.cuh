@@ -103,45 +103,61 @@ struct WholeQ4K {
   static constexpr int BLOCKS = 2, COPIED = 288, LAST = 144, STEP = 288;
   // So eight lanes that load 16 bytes each of two rows find them in different banks.
   DEVICE static int row(int g) { return (g & 4) | (g & 1) << 1 | (g >> 1 & 1); }
-  DEVICE static void multiply(float (&sums)[1][2], const uint8_t* const (&rows)[2], const unsigned char* x,
-                              const Row::Columns& columns, int block, int count, int t) {
+  // Both blocks come to registers at once, the second one where it is none, too, so that the place is free early.
+  static constexpr bool IN_REGISTERS = true;
+  struct Held {
     Row::Raw raw[BLOCKS];
-    load(raw[0], rows, 0, t);
-    if (count > 1) {  // both at once
-      load(raw[1], rows, 144, t);
-      Row::multiply<1>(sums, raw[0], x, columns, block, 0, t);
-      Row::multiply<1>(sums, raw[1], x, columns, block + 1, 0, t);
-    } else {
-      Row::multiply<1>(sums, raw[0], x, columns, block, 0, t);
-    }
-  }
-  DEVICE static void load(Row::Raw& raw, const uint8_t* const (&rows)[2], int offset, int t) {
+  };
+  DEVICE static void load(Held& held, const uint8_t* const (&rows)[2], int t) {
     UNROLL
-    for (int row = 0; row < 2; ++row) {
-      raw.head[row] = load_words(rows[row] + offset);
-      raw.quants[row][0] = load_words(rows[row] + offset + 16 + 16 * t);
-      raw.quants[row][1] = load_words(rows[row] + offset + 80 + 16 * t);
+    for (int block = 0; block < BLOCKS; ++block) {
+      UNROLL
+      for (int row = 0; row < 2; ++row) {
+        const uint8_t* at = rows[row] + 144 * block;
+        held.raw[block].head[row] = load_words(at);
+        held.raw[block].quants[row][0] = load_words(at + 16 + 16 * t);
+        held.raw[block].quants[row][1] = load_words(at + 80 + 16 * t);
+      }
     }
   }
+  DEVICE static void multiply(float (&sums)[1][2], const Held& held, const unsigned char* x, Row::Columns& columns,
+                              int block, int count, int t) {
+    if (count > 1) {  // together
+      Row::multiply<1>(sums, held.raw[0], x, columns, block, 0, t);
+      Row::multiply<1>(sums, held.raw[1], x, columns, block + 1, 0, t);
+    } else {
+      Row::multiply<1>(sums, held.raw[0], x, columns, block, 0, t);
+    }
+  }
+};
+// A unit's rows in shared memory.
+struct WholeRows {
+  const uint8_t* rows[2];
 };
 struct WholeQ6K {
   using Row = BytesQ6K;
   // From the 16 bytes on in which a block begins.
   static constexpr int BLOCKS = 1, COPIED = 224, LAST = 224, STEP = 210;
+  static constexpr bool IN_REGISTERS = false;
+  using Held = WholeRows;
   DEVICE static int row(int g) { return g; }
-  DEVICE static void multiply(float (&sums)[1][2], const uint8_t* const (&rows)[2], const unsigned char* x,
-                              const Row::Columns& columns, int block, int, int t) {
-    if (block & 1) return Row::one<true, 1>(sums, rows, x, columns, block, 0, t);
-    Row::one<false, 1>(sums, rows, x, columns, block, 0, t);
+  DEVICE static void load(Held& held, const uint8_t* const (&rows)[2], int) { held = {{rows[0], rows[1]}}; }
+  DEVICE static void multiply(float (&sums)[1][2], const Held& held, const unsigned char* x, Row::Columns& columns,
+                              int block, int, int t) {
+    if (block & 1) return Row::one<true, 1>(sums, held.rows, x, columns, block, 0, t);
+    Row::one<false, 1>(sums, held.rows, x, columns, block, 0, t);
   }
 };
 struct WholeQ8_0 {
   using Row = BytesQ8_0;
   static constexpr int BLOCKS = 1, COPIED = 272, LAST = 272, STEP = 272;
+  static constexpr bool IN_REGISTERS = false;
+  using Held = WholeRows;
   DEVICE static int row(int g) { return g; }
-  DEVICE static void multiply(float (&sums)[1][2], const uint8_t* const (&rows)[2], const unsigned char* x,
-                              const Row::Columns& columns, int block, int, int t) {
-    Row::multiply<1>(sums, rows, x, columns, block, 0, t);
+  DEVICE static void load(Held& held, const uint8_t* const (&rows)[2], int) { held = {{rows[0], rows[1]}}; }
+  DEVICE static void multiply(float (&sums)[1][2], const Held& held, const unsigned char* x, Row::Columns& columns,
+                              int block, int, int t) {
+    Row::multiply<1>(sums, held.rows, x, columns, block, 0, t);
   }
 };
 

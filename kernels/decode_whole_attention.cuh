@@ -16,22 +16,23 @@ struct WholeAttention {
   const bf16 *keys, *values;
   int head;
 
-  DEVICE Words chunk(const bf16* from, int key, int length, int column) const {
-    if (key >= length) return {{0, 0, 0, 0}};
-    return load_words_fresh(from + (int64_t(key) * args.key_heads + head) * D + column);
+  DEVICE void bring(Words& to, const bf16* from, int key, int begin, int end, int column) const {
+    if (key < begin || key >= end) return;
+    to = load_words_fresh(from + (int64_t(key) * args.key_heads + head) * D + column);
   }
-  DEVICE void load(Tile& tile, int start, int length) const {
+  // Brings what a tile has of the keys from `begin` to `end`, and leaves the others as they are.
+  DEVICE void load(Tile& tile, int start, int begin, int end) const {
     const int n = lane() >> 2, c = lane() & 3;
     UNROLL
     for (int i = 0; i < 2; ++i) {
       UNROLL
-      for (int j = 0; j < CHUNKS; ++j) tile.key[i][j] = chunk(keys, start + 8 * i + n, length, 32 * j + 8 * c);
+      for (int j = 0; j < CHUNKS; ++j) bring(tile.key[i][j], keys, start + 8 * i + n, begin, end, 32 * j + 8 * c);
     }
     UNROLL
     for (int part = 0; part < PARTS; ++part) {
       UNROLL
       for (int i = 0; i < 4; ++i) {
-        tile.value[part][i] = chunk(values, start + 8 * (i >> 1) + 2 * c + (i & 1), length, 64 * part + 8 * n);
+        bring(tile.value[part][i], values, start + 8 * (i >> 1) + 2 * c + (i & 1), begin, end, 64 * part + 8 * n);
       }
     }
   }

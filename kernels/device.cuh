@@ -110,6 +110,10 @@ DEVICE float sum_lanes(float x, int width) {
   return x;
 }
 
+DEVICE uint32_t shuffle_xor_bits(uint32_t x, int mask) {
+  return float_to_bits(shuffle_xor(bits_to_float(x), mask));
+}
+
 DEVICE float max_lanes(float x, int width) {
   for (int step = width / 2; step > 0; step /= 2) x = fmaxf(x, shuffle_xor(x, step));
   return x;

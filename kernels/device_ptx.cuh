@@ -88,6 +88,12 @@ DEVICE float inverse_fast(float x) {
   return y;
 }
 DEVICE float inverse_root(float x) { return rsqrtf(x); }
+// Not a number where one of them is not.
+DEVICE float max_or_nan(float x, float y) {
+  float to;
+  asm("max.NaN.f32 %0, %1, %2;" : "=f"(to) : "f"(x), "f"(y));
+  return to;
+}
 
 // Two numbers rounded to nearest even; `low` comes to the lower address.
 DEVICE uint32_t pack_bf16(float low, float high) {

@@ -18,39 +18,41 @@
 // Integers of 8 numbers that a lane holds; the neighbours up to four hold 32 that share `power`.
 struct RowBytes {
   uint32_t upper[2], lower[2];
-  float power;          // a number is its integer times this
-  float sum16, sum32;   // of integers, of 16 and 32 numbers
+  float power;       // a number is its integer times this
+  int sum16, sum32;  // of integers, of 16 and 32 numbers
 };
 
 // All lanes of the warp call it.
 DEVICE RowBytes row_bytes(const float (&x)[8]) {
-  float largest = 0.0f;
+  float largest = fabsf(x[0]);
   UNROLL
-  for (int i = 0; i < 8; ++i) largest = fmaxf(largest, fabsf(x[i]));
-  uint32_t exponent = float_to_bits(max_lanes(largest, 4)) >> 23;
+  for (int i = 1; i < 8; ++i) largest = max_or_nan(largest, fabsf(x[i]));
+  UNROLL
+  for (int step = 1; step < 4; step *= 2) largest = max_or_nan(largest, shuffle_xor(largest, step));
+  uint32_t exponent = float_to_bits(largest) >> 23;
   if (exponent < 14) exponent = 14;
   const float inverse = bits_to_float((267 - exponent) << 23);
   // 1.5 · 2^23, whose lower bits count units, and 128, so that the second byte is rounded.
   const float offset = 12582912.0f + 128.0f;
-  float sum = 0.0f;
+  uint32_t sum = 0u - 8 * float_to_bits(offset);
   RowBytes to;
   UNROLL
   for (int half = 0; half < 2; ++half) {
     uint32_t bits[4];
     UNROLL
     for (int i = 0; i < 4; ++i) {
-      const float shifted = fmaf(x[4 * half + i], inverse, offset);
-      bits[i] = float_to_bits(shifted);
-      sum += shifted - offset;
+      bits[i] = float_to_bits(fmaf(x[4 * half + i], inverse, offset));
+      sum += bits[i];
     }
     const uint32_t first = select_bytes(bits[0], bits[1], 0x5140), second = select_bytes(bits[2], bits[3], 0x5140);
     to.lower[half] = select_bytes(first, second, 0x5410) ^ 0x80808080u;
     to.upper[half] = select_bytes(first, second, 0x7632);
   }
-  to.sum16 = sum + shuffle_xor(sum, 1);
-  to.sum32 = to.sum16 + shuffle_xor(to.sum16, 2);
+  const uint32_t sum16 = sum + shuffle_xor_bits(sum, 1);
+  to.sum16 = int(sum16);
+  to.sum32 = int(sum16 + shuffle_xor_bits(sum16, 2));
   // Not a number where one of the numbers was not finite.
-  to.power = fmaf(0.0f, to.sum32, bits_to_float((exponent - 13) << 23));
+  to.power = fmaf(0.0f, largest, bits_to_float((exponent - 13) << 23));
   return to;
 }
 
@@ -75,28 +77,30 @@ struct BytesQ4K {
     }
   }
   DEVICE static int place(int k, int plane) { return 2 * (k & ~15) + 16 * plane + (k & 15); }
-  DEVICE static void extra(unsigned char* x, int k, const RowBytes& bytes) {
-    if (k % 32 != 0) return;
+  DEVICE static void extra(unsigned char* x, int k, const RowBytes& bytes, bool there) {
     const int group = k / 32;
-    float* to = reinterpret_cast<float*>(x + 512 + 16 * (group & 3) + 8 * (group >> 2));
     // Upper half bytes are taken where they are, times 16.
-    to[0] = bytes.power * (group & 1 ? 0.0625f : 1.0f);
-    to[1] = bytes.power * bytes.sum32;
+    const uint32_t power = float_to_bits(bytes.power * (group & 1 ? 0.0625f : 1.0f));
+    const uint32_t sum = float_to_bits(bytes.power * float(bytes.sum32));
+    uint64_t* to = reinterpret_cast<uint64_t*>(x + 512 + 16 * (group & 3) + 8 * (group >> 2));
+    if (there && k % 32 == 0) *to = power | uint64_t(sum) << 32;
   }
 
   // Lane (g, t) holds bytes of row g from group 2 (t / 2) of four on, and its lane of the next column two.
   struct Columns {
     const unsigned char* at;
     bool mine[2];  // whether the lane holds something of lower and of upper half bytes
+    // [part][half] of one row's bytes; where nothing is the lane's, zeros from the start on.
+    Words held[2][2];
   };
   DEVICE static Columns columns(const unsigned char* x, int g, int t) {
     const int group = g >> 1;
     const bool mine = group >> 1 == t >> 1;
-    return {x + 64 * group + 32 * (t & 1) + 16 * (g & 1), {mine && !(group & 1), mine && (group & 1)}};
+    return {x + 64 * group + 32 * (t & 1) + 16 * (g & 1), {mine && !(group & 1), mine && (group & 1)}, {}};
   }
 
   template <int ROWS>
-  DEVICE static void multiply(float (&sums)[ROWS][2], const Raw& raw, const unsigned char* x, const Columns& columns,
+  DEVICE static void multiply(float (&sums)[ROWS][2], const Raw& raw, const unsigned char* x, Columns& columns,
                               int block, int row_stride, int t) {
     // Both rows in one word, in the lower bytes of its halves.
     const uint32_t which = 0x11u * uint32_t(t) | 0x1100u * uint32_t(4 + t);
@@ -136,7 +140,8 @@ struct BytesQ4K {
         int c[4] = {0, 0, 0, 0};
         UNROLL
         for (int half = 0; half < 2; ++half) {
-          Words b = {{0, 0, 0, 0}};
+          Words fresh = {{0, 0, 0, 0}};
+          Words& b = ROWS == 1 ? columns.held[part][half] : fresh;
           if (columns.mine[half]) b = load_words(at + r * row_stride + 256 * part);
           multiply_add_bytes<false>(c, a[half][0], b.at[0], b.at[1]);
           multiply_add_bytes<false>(c, a[half][1], b.at[2], b.at[3]);
@@ -183,16 +188,16 @@ struct BytesQ6K {
   DEVICE static int place(int k, int plane) {
     return 16 * (8 * (k >> 4 & 3) + 4 * plane + (k >> 2 & 3)) + 4 * (k >> 6);
   }
-  DEVICE static void extra(unsigned char* x, int k, const RowBytes& bytes) {
-    if (k % 16 != 0) return;
+  DEVICE static void extra(unsigned char* x, int k, const RowBytes& bytes, bool there) {
     unsigned char* to = x + 512 + 32 * (k >> 4 & 3) + 4 * (k >> 6);
-    *reinterpret_cast<int*>(to) = -32 * int(bytes.sum16);
-    *reinterpret_cast<float*>(to + 16) = bytes.power;
+    const bool first = there && k % 16 == 0;
+    if (first) *reinterpret_cast<int*>(to) = int(0u - 32u * uint32_t(bytes.sum16));
+    if (first) *reinterpret_cast<float*>(to + 16) = bytes.power;
   }
   DEVICE static Columns columns(const unsigned char* x, int, int) { return quarter_columns(x); }
   template <bool OFF, int ROWS>
   DEVICE static void one(float (&sums)[ROWS][2], const uint8_t* const (&rows)[2], const unsigned char* x,
-                         const Columns& columns, int block, int row_stride, int t) {
+                         Columns& columns, int block, int row_stride, int t) {
     float scale[4][2];
     UNROLL
     for (int row = 0; row < 2; ++row) {
@@ -255,7 +260,7 @@ struct BytesQ6K {
   }
   template <int ROWS>
   DEVICE static void multiply(float (&sums)[ROWS][2], const uint8_t* const (&rows)[2], const unsigned char* x,
-                              const Columns& columns, int block, int row_stride, int t) {
+                              Columns& columns, int block, int row_stride, int t) {
     one<false, ROWS>(sums, rows, x, columns, block, row_stride, t);
     const uint8_t* const next[2] = {rows[0] + BYTES, rows[1] + BYTES};
     one<true, ROWS>(sums, next, x, columns, block + 1, row_stride, t);
@@ -270,14 +275,13 @@ struct BytesQ8_0 {
   DEVICE static int place(int k, int plane) {
     return 16 * (8 * (k >> 5 & 3) + 4 * plane + (k >> 2 & 3)) + 8 * (k >> 7) + 4 * (k >> 4 & 1);
   }
-  DEVICE static void extra(unsigned char* x, int k, const RowBytes& bytes) {
-    if (k % 32 != 0) return;
-    *reinterpret_cast<float*>(x + 512 + 8 * (k >> 5 & 3) + 4 * (k >> 7)) = bytes.power;
+  DEVICE static void extra(unsigned char* x, int k, const RowBytes& bytes, bool there) {
+    if (there && k % 32 == 0) *reinterpret_cast<float*>(x + 512 + 8 * (k >> 5 & 3) + 4 * (k >> 7)) = bytes.power;
   }
   DEVICE static Columns columns(const unsigned char* x, int, int) { return quarter_columns(x); }
   template <int ROWS>
   DEVICE static void multiply(float (&sums)[ROWS][2], const uint8_t* const (&rows)[2], const unsigned char* x,
-                              const Columns& columns, int block, int row_stride, int t) {
+                              Columns& columns, int block, int row_stride, int t) {
     const unsigned char* extra = x + block * X_BYTES + 512 + 8 * t;
     UNROLL
     for (int half = 0; half < 2; ++half) {
@@ -315,25 +319,23 @@ struct BytesQ8_0 {
   }
 };
 
-// Places eight numbers of a row where products with `Format` find them; all lanes of the warp call it, and those whose
-// chunk is not `there` place nothing.
+// Places 256 numbers of a row, eight of each lane of a warp, where products with `Format` find them, from `x` on; nothing if
+// not `there`, which is the same in all lanes. Without branches, so that several of them are computed side by side.
 template <class Format>
-DEVICE void place_row_bytes(unsigned char* x, const float (&numbers)[8], int chunk, bool there) {
+DEVICE void place_row_bytes(unsigned char* x, const float (&numbers)[8], bool there) {
   const RowBytes bytes = row_bytes(numbers);
-  if (!there) return;
-  const int k = 8 * (chunk % 32);
-  unsigned char* to = x + chunk / 32 * Format::X_BYTES;
+  const int k = 8 * lane();
   UNROLL
   for (int plane = 0; plane < 2; ++plane) {
     const uint32_t(&own)[2] = plane ? bytes.lower : bytes.upper;
     if (Format::place(4, 0) == 4) {
-      *reinterpret_cast<uint64_t*>(to + Format::place(k, plane)) = own[0] | uint64_t(own[1]) << 32;
+      if (there) *reinterpret_cast<uint64_t*>(x + Format::place(k, plane)) = own[0] | uint64_t(own[1]) << 32;
     } else {
-      *reinterpret_cast<uint32_t*>(to + Format::place(k, plane)) = own[0];
-      *reinterpret_cast<uint32_t*>(to + Format::place(k + 4, plane)) = own[1];
+      if (there) *reinterpret_cast<uint32_t*>(x + Format::place(k, plane)) = own[0];
+      if (there) *reinterpret_cast<uint32_t*>(x + Format::place(k + 4, plane)) = own[1];
     }
   }
-  Format::extra(to, k, bytes);
+  Format::extra(x, k, bytes, there);
 }
 
 // Rows of bf16 as what is multiplied, see FewBytes.
@@ -349,7 +351,7 @@ struct PlainRows {
     if (row >= rows || 8 * int64_t(chunk) >= depth) return {{{0, 0, 0, 0}}};
     return {load_words_fresh(x + row * depth + 8 * chunk)};
   }
-  DEVICE void widen(const Held& held, int, float (&to)[8]) const {
+  DEVICE void widen(const Held& held, float (&to)[8]) const {
     UNROLL
     for (int i = 0; i < 4; ++i) {
       to[2 * i] = low_float(held.words.at[i]);
@@ -437,11 +439,11 @@ struct FewBytes {
           for (int i = 0; i < TOGETHER; ++i) held[i] = source.load(row, base + i * block_threads() + thread_index());
           UNROLL
           for (int i = 0; i < TOGETHER; ++i) {
-            const int chunk = base + i * block_threads() + thread_index();
             if (base + i * block_threads() >= chunks) break;
+            const int block = base / 32 + i * warps + warp();
             float numbers[8];
-            source.widen(held[i], chunk, numbers);
-            place_row_bytes<Format>(x + row * row_stride, numbers, chunk, chunk < chunks);
+            source.widen(held[i], numbers);
+            place_row_bytes<Format>(x + row * row_stride + block * Format::X_BYTES, numbers, block < count);
           }
         }
       }
@@ -449,7 +451,7 @@ struct FewBytes {
       source.ready();
     };
 
-    const typename Format::Columns columns = Format::columns(x, g, t);
+    typename Format::Columns columns = Format::columns(x, g, t);
     float sums[ROWS][2];
     auto clear = [&] {
       UNROLL

@@ -120,6 +120,7 @@ inline void load_fresh(uint32_t (&to)[4], const void* from) { memcpy(to, from, 1
 inline float exp2_fast(float x) { return exp2f(x); }
 inline float inverse_fast(float x) { return 1.0f / x; }
 inline float inverse_root(float x) { return 1.0f / sqrtf(x); }
+inline float max_or_nan(float x, float y) { return x != x || y != y ? NAN : fmaxf(x, y); }
 
 inline uint16_t round_to_bf16(float x) {
   uint32_t bits;
