@@ -239,16 +239,24 @@ struct Whole {
     for (int j = 0; j < 8; ++j) numbers[j] *= inverse;
   }
 
-  // This warp's units of a product.
+  // This warp's units of a product: how many, and the first.
+  struct Units {
+    int left, tile, unit;
+    DEVICE Units(const WholeShare& share, int warp) : left(share.left(warp)) {
+      const int from = share.from(warp);
+      tile = from / share.units;
+      unit = from - tile * share.units;
+    }
+  };
   template <class Format>
-  DEVICE void multiply(WholeRing& ring, const WholeShare& share) const {
+  DEVICE void multiply(WholeRing& ring, const WholeShare& share, Units own) const {
     using Row = typename Format::Row;
     const int g = lane() >> 2, t = lane() & 3;
     const unsigned char* x = shared_memory();
     float* sums_at = reinterpret_cast<float*>(shared_memory() + args.sums_at);
     typename Row::Columns columns = Row::columns(x, g, t);
-    const int units = share.units, blocks = share.blocks, from = share.from(warp());
-    int left = share.left(warp()), tile = from / units, unit = from - tile * units;
+    const int units = share.units, blocks = share.blocks;
+    auto& [left, tile, unit] = own;
     float sums[1][2] = {{0.0f, 0.0f}};
     uint32_t offset[2] = {0, 0};  // of a tile's weights
     auto aim = [&] {
@@ -374,6 +382,7 @@ struct Whole {
   DEVICE void run(WholeRing& ring, const WholeShare& share) const {
     using Row = typename Format::Row;
     const int kind = share.kind, own = thread_index() < share.outs ? thread_index() : 0;
+    const Units units(share, warp());
     if (kind == WHOLE_DOWN) {
       prepare_plain<Row>(share);
     } else if (kind == WHOLE_ATTENDED) {
@@ -388,7 +397,7 @@ struct Whole {
     if (kind == WHOLE_QKV && share.outs > 0) aid = aid_of(share, own);
     if (adds && share.outs > 0) held = load_fresh(args.x + share.first + own);
     whole_barrier();
-    multiply<Format>(ring, share);
+    multiply<Format>(ring, share, units);
     whole_barrier();
     if (kind == WHOLE_QKV) return finish_qkv(share, aid);
     if (adds) return finish_add(share, held);

@@ -219,20 +219,37 @@ DEVICE void bring_keys(const WholeArgs& args, const WholeShare& qkv, int which) 
   }
 }
 
-// Brings a unit to `to`; for one thread, of which the compiler knows that it is one: for several lanes it makes a loop over them
-// of each copy.
-DEVICE void bring_unit(const WholeShare& share, unsigned char* to, CountingBarrier* came, int tile, int unit) {
+// The boxes of a tile. All about them is computed before a place is free for them.
+struct TileBoxes {
+  const BoxMap *map, *second_map;  // none: rows are copied one by one; the second ones are of pairs
+  int row, second_row, bytes, second_at;
+
+  DEVICE TileBoxes(const WholeShare& share, int tile) {
+    const int mask = share.head_mask, outs_left = share.outs - tile * share.tile_outs;
+    const int first = share.first + tile * share.tile_outs;
+    const int last = first + (outs_left < share.tile_outs ? outs_left : share.tile_outs) - 1;
+    // Rows of two heads are not neighbours.
+    map = ((first ^ last) & mask) == 0 ? share.map : nullptr;
+    second_map = share.pairs ? share.second_map : nullptr;
+    row = first + (first & mask);
+    second_row = row - mask;  // of a pair in a head: its half later
+    bytes = (share.pairs ? 2 : 1) * share.tile_outs * share.copied;
+    second_at = 8 * share.copied;
+  }
+  // For one thread.
+  DEVICE void bring(unsigned char* to, int word, CountingBarrier* came) const {
+    barrier_arrive_expecting(came, bytes);
+    copy_box(to, map, word, row, came);
+    if (second_map) copy_box(to + second_at, second_map, word, second_row, came);
+  }
+};
+
+// Brings a unit to `to` row by row; for one thread, of which the compiler knows that it is one: for several lanes it makes a loop
+// over them of each copy.
+DEVICE void bring_rows(const WholeShare& share, unsigned char* to, CountingBarrier* came, int tile, int unit) {
   const int mask = share.head_mask, pairs = share.pairs;
   const int outs_left = share.outs - tile * share.tile_outs, first = share.first + tile * share.tile_outs;
   const int last = (outs_left < share.tile_outs ? outs_left : share.tile_outs) - 1;
-  // Rows of two heads are not neighbours.
-  if (share.map && ((first ^ (first + last)) & mask) == 0) {
-    const int column = unit * int(share.unit_bytes / sizeof(uint32_t)), row = first + (first & mask);
-    barrier_arrive_expecting(came, (pairs ? 2 : 1) * share.tile_outs * share.copied);
-    copy_box(to, share.map, column, row, came);
-    if (pairs) copy_box(to + 8 * share.copied, share.second_map, column, row - mask, came);  // of a pair in a head: its half later
-    return;
-  }
   const int bytes = unit + 1 < share.units ? share.copied : share.last_copied;
   const uint32_t row_bytes = share.row_bytes, start = uint32_t(unit) * share.unit_bytes;
   const uint8_t* rows[2] = {share.rows + start, (pairs ? share.second : share.rows) + start};
@@ -257,18 +274,23 @@ DEVICE void bring_weights(const WholeArgs& args, const WholeShare* shares, int f
       prefetch_map(shares[product + 1].map);
       prefetch_map(shares[product + 1].second_map);
     }
-    const int units = share.units, left = share.left(for_warp);
+    const int units = share.units, left = share.left(for_warp), words = int(share.unit_bytes / sizeof(uint32_t));
     int tile = share.from(for_warp) / units, unit = share.from(for_warp) - tile * units;
+    TileBoxes boxes(share, tile);
     for (int i = 0; i < left; ++i) {
       if (elected()) {  // others must not wait: they could come late and miss a phase
         barrier_wait(ring.empty + ring.slot, ring.parity ^ 1);
-        bring_unit(share, ring.at(), ring.full + ring.slot, tile, unit);
+        if (boxes.map) {
+          boxes.bring(ring.at(), unit * words, ring.full + ring.slot);
+        } else {
+          bring_rows(share, ring.at(), ring.full + ring.slot, tile, unit);
+        }
       }
       warp_barrier();
       ring.advance();
       if (++unit < units) continue;
       unit = 0;
-      ++tile;
+      boxes = TileBoxes(share, ++tile);
     }
     if (share.kind == WHOLE_QKV) bring_keys<D>(args, share, for_warp);
   }
