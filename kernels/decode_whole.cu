@@ -32,15 +32,23 @@ struct Whole {
     int row;  // the first of the pair
     float cos, sin, bias[2];
   };
+  // Addresses of a product, read from global memory a product ahead.
+  struct Addresses {
+    const void* norm;
+    const bf16 *row, *bias;
+    bf16* to;
+    DEVICE Addresses(const WholeProduct& product, int which)
+        : norm(product.norm), row(product.row), bias(product.matrix[which].bias), to(product.matrix[which].to) {}
+  };
   const WholeArgs& args;
-  const WholeShare* shares;
+  const WholeShares shares;
   uint64_t target;
   int key_shares, keys_each;  // how keys are shared out
   uint32_t by_group, by_heads;
   float factor;               // of scores, for powers of two
 
   DEVICE explicit Whole(const WholeArgs& args)
-      : args(args), shares(reinterpret_cast<const WholeShare*>(shared_memory() + args.shares_at)) {
+      : args(args), shares(args) {
     // Before this block has arrived anywhere, less than one launch's has been added.
     const uint64_t all = uint64_t(5 * (args.count / 4) + 1) * uint64_t(grid_x());
     target = grid_count(args.arrived) / all * all;
@@ -52,9 +60,18 @@ struct Whole {
     keys_each = ((length + most - 1) / most + STEP - 1) / STEP * STEP;
     key_shares = (length + keys_each - 1) / keys_each;
     factor = float(args.scale * 1.4426950408889634);
-    WholeShare* own = reinterpret_cast<WholeShare*>(shared_memory() + args.shares_at);
-    for (int i = thread_index(); i < args.count; i += block_threads()) own[i] = share_of_block(args.products[i]);
+    for (int i = thread_index(); i < args.count; i += block_threads()) {
+      const WholeProduct& product = args.products[i];
+      shares.shapes[i] = uint16_t(product.shape);
+      if (product.is_first) shares.of_shapes[product.shape] = share_of_block(product);
+    }
     if (warp() < WHOLE_WARPS && lane() == 0) WholeRing(args, warp()).start();
+    block_barrier();
+    for (int i = thread_index(); i < args.count; i += block_threads()) {
+      const WholeMatrix& matrix = args.products[i].matrix[shares[i].which];
+      map_ready(matrix.map);
+      map_ready(matrix.second_map);
+    }
     block_barrier();
   }
 
@@ -65,13 +82,8 @@ struct Whole {
     while (to.which < 2 && block >= product.matrix[to.which].blocks) block -= product.matrix[to.which++].blocks;
     const WholeMatrix& matrix = product.matrix[to.which];
     to.kind = int(product.kind);
-    to.norm = product.norm;
     to.norm_is_float = int(product.norm_is_float);
-    to.row = product.row;
-    to.bias = matrix.bias;
-    to.to = matrix.to;
-    to.cache[0] = product.matrix[1].to;
-    to.cache[1] = product.matrix[2].to;
+    to.sums_at = int(product.sums_at);
     to.all = int(matrix.outs);
     to.format = int(matrix.format);
     to.pairs = product.kind == WHOLE_QKV || product.kind == WHOLE_GATE_UP;
@@ -90,12 +102,6 @@ struct Whole {
       to.copied = Format::COPIED;
       to.last_copied = to.blocks % Format::BLOCKS ? Format::LAST : Format::COPIED;
     });
-    to.rows = matrix.bytes;
-    to.second = product.kind == WHOLE_QKV ? matrix.bytes + uint64_t(D / 2) * to.row_bytes : matrix.second;
-    to.map = matrix.map;
-    to.second_map = matrix.second_map;
-    map_ready(to.map);
-    map_ready(to.second_map);
     static_cast<UnitPlan&>(to) = UnitPlan::of_tiles(to.outs, int(matrix.tile_outs), units, WHOLE_WARPS);
     to.by_tile_outs = reciprocal(to.tile_outs);
     to.by_per_warp = reciprocal(to.per_warp);
@@ -130,10 +136,10 @@ struct Whole {
 
   // Places the row: the residual stream with the weight of a norm whose factor comes later.
   template <class Row>
-  DEVICE void prepare_normed(const WholeShare& share) const {
+  DEVICE void prepare_normed(const WholeShare& share, const void* weight) const {
     constexpr int TOGETHER = 2;
     const int blocks = share.blocks;
-    const NormArgs norm{args.x, share.norm, share.norm_is_float, args.eps, args.width, args.scratch_at};
+    const NormArgs norm{args.x, weight, share.norm_is_float, args.eps, args.width, args.scratch_at};
     NormedRow source(norm);
     // The first weights are asked for before x is there.
     typename NormedRow::Held held[TOGETHER];
@@ -160,11 +166,11 @@ struct Whole {
 
   // Places the row: numbers of bf16.
   template <class Row>
-  DEVICE void prepare_plain(const WholeShare& share) const {
+  DEVICE void prepare_plain(const WholeShare& share, const bf16* row) const {
     // That many are asked for, and of these so many converted, together.
     constexpr int TOGETHER = 10, CONVERTED = 5;
     const int blocks = share.blocks;
-    const PlainRows source{share.row, 256 * int64_t(blocks), 1};
+    const PlainRows source{row, 256 * int64_t(blocks), 1};
     wait();
     for (int block = warp(); block - warp() < blocks; block += TOGETHER * WHOLE_WARPS) {
       PlainRows::Held held[TOGETHER];
@@ -253,7 +259,7 @@ struct Whole {
     using Row = typename Format::Row;
     const int g = lane() >> 2, t = lane() & 3;
     const unsigned char* x = shared_memory();
-    float* sums_at = reinterpret_cast<float*>(shared_memory() + args.sums_at);
+    float* sums_at = reinterpret_cast<float*>(shared_memory() + share.sums_at);
     typename Row::Columns columns = Row::columns(x, g, t);
     const int units = share.units, blocks = share.blocks;
     auto& [left, tile, unit] = own;
@@ -262,7 +268,7 @@ struct Whole {
     auto aim = [&] {
       UNROLL
       for (int i = 0; i < 2 && Format::STEP % 16; ++i) {
-        offset[i] = uint32_t(reinterpret_cast<uintptr_t>(share.weights(tile, 8 * i + g)));
+        offset[i] = share.offset(tile, 8 * i + g);
       }
     };
     if (left > 0) aim();
@@ -296,7 +302,7 @@ struct Whole {
     }
   }
 
-  DEVICE Aid aid_of(const WholeShare& share, int out) const {
+  DEVICE Aid aid_of(const WholeShare& share, const bf16* bias, int out) const {
     const float* angles = decode_angles(args.state);
     const int row = share.row_of(out), pair = row & (D - 1);
     Aid aid = {row, 1.0f, 0.0f, {0.0f, 0.0f}};
@@ -304,9 +310,9 @@ struct Whole {
       aid.cos = angles[pair];
       aid.sin = angles[D / 2 + pair];
     }
-    if (share.bias) {
-      aid.bias[0] = to_float(share.bias[row]);
-      aid.bias[1] = to_float(share.bias[row + D / 2]);
+    if (bias) {
+      aid.bias[0] = to_float(bias[row]);
+      aid.bias[1] = to_float(bias[row + D / 2]);
     }
     return aid;
   }
@@ -314,7 +320,7 @@ struct Whole {
   // The sums of an output and, of a pair, of the other one.
   DEVICE void output(const WholeShare& share, int out, float& sum, float& second) const {
     constexpr int TOGETHER = 4;
-    const float* sums_at = reinterpret_cast<const float*>(shared_memory() + args.sums_at);
+    const float* sums_at = reinterpret_cast<const float*>(shared_memory() + share.sums_at);
     const int tile = quotient(out, share.by_tile_outs), at = out - tile * share.tile_outs;
     const int begin = tile * share.units, end = begin + share.units;
     const int sharers = quotient(end - 1, share.by_per_warp) - quotient(begin, share.by_per_warp) + 1;
@@ -348,11 +354,11 @@ struct Whole {
     }
   }
 
-  DEVICE void finish_qkv(const WholeShare& share, const Aid& held) const {
+  DEVICE void finish_qkv(const WholeShare& share, const Addresses& at, const Aid& held) const {
     const float by = norm_factor();
-    bf16* to = share.to + (share.which == 0 ? 0 : args.state->past * 2 * share.all);
+    bf16* to = at.to + (share.which == 0 ? 0 : args.state->past * 2 * share.all);
     finish(share, [&](int out, float sum, float second) {
-      const Aid aid = out == thread_index() ? held : aid_of(share, out);
+      const Aid aid = out == thread_index() ? held : aid_of(share, at.bias, out);
       const float a = sum * by + aid.bias[0], b = second * by + aid.bias[1];
       to[aid.row] = from_float<bf16>(a * aid.cos - b * aid.sin);
       to[aid.row + D / 2] = from_float<bf16>(b * aid.cos + a * aid.sin);
@@ -364,9 +370,9 @@ struct Whole {
       x[out] = (out == thread_index() ? held : load_fresh(x + out)) + sum;
     });
   }
-  DEVICE void finish_gate_up(const WholeShare& share) const {
+  DEVICE void finish_gate_up(const WholeShare& share, bf16* all) const {
     const float by = norm_factor();
-    bf16* to = share.to + share.first;
+    bf16* to = all + share.first;
     finish(share, [&](int out, float sum, float up) {
       const float gate = sum * by;
       to[out] = from_float<bf16>(gate * sigmoid(gate) * (up * by));
@@ -378,39 +384,48 @@ struct Whole {
     finish(share, [&](int out, float sum, float) { to[out] = sum * by; });
   }
 
+  // A product from its row to its outputs. `at` is of the next product afterwards.
   template <class Format>
-  DEVICE void run(WholeRing& ring, const WholeShare& share) const {
+  DEVICE void run(WholeRing& ring, const WholeShare& share, int product, Addresses& at) const {
     using Row = typename Format::Row;
     const int kind = share.kind, own = thread_index() < share.outs ? thread_index() : 0;
     const Units units(share, warp());
     if (kind == WHOLE_DOWN) {
-      prepare_plain<Row>(share);
+      prepare_plain<Row>(share, at.row);
     } else if (kind == WHOLE_ATTENDED) {
       prepare_attended<Row>(share);
     } else {
-      prepare_normed<Row>(share);
+      prepare_normed<Row>(share, at.norm);
     }
     // What this thread's first output ends with is asked for early.
     Aid aid = {0, 1.0f, 0.0f, {0.0f, 0.0f}};
     float held = 0.0f;
     const bool adds = kind == WHOLE_DOWN || kind == WHOLE_ATTENDED;
-    if (kind == WHOLE_QKV && share.outs > 0) aid = aid_of(share, own);
+    if (kind == WHOLE_QKV && share.outs > 0) aid = aid_of(share, at.bias, own);
     if (adds && share.outs > 0) held = load_fresh(args.x + share.first + own);
     whole_barrier();
+    const int following = kind == WHOLE_LOGITS ? product : product + 1;
+    const Addresses next(args.products[following], shares[following].which);
     multiply<Format>(ring, share, units);
     whole_barrier();
-    if (kind == WHOLE_QKV) return finish_qkv(share, aid);
-    if (adds) return finish_add(share, held);
-    if (kind == WHOLE_GATE_UP) return finish_gate_up(share);
-    finish_logits(share);
+    if (kind == WHOLE_QKV) {
+      finish_qkv(share, at, aid);
+    } else if (adds) {
+      finish_add(share, held);
+    } else if (kind == WHOLE_GATE_UP) {
+      finish_gate_up(share, at.to);
+    } else {
+      finish_logits(share);
+    }
+    at = next;
   }
 
   // From queries, keys and values that this block has written to all of attention's shares.
-  DEVICE void attend(const WholeShare& qkv) {
+  DEVICE void attend(const WholeProduct& qkv) {
     const int heads = int(args.key_heads), items = heads * key_shares;
     const int past = int(args.state->past), length = past + 1;
     arrive();
-    Attention attention{args, qkv.cache[0], qkv.cache[1], 0};
+    Attention attention{args, qkv.matrix[1].to, qkv.matrix[2].to, 0};
     constexpr int STEP = WHOLE_WARPS * Attention::KEYS;
     int item = int(block_x()), share = quotient(item, by_heads);
     auto first = [&] { return share * keys_each + Attention::KEYS * warp(); };
@@ -451,22 +466,23 @@ struct Whole {
   DEVICE void token() {
     if (warp() >= WHOLE_WARPS) {
 #ifdef HAS_GROUP_PRODUCTS
-      registers_give<40>();
+      registers_give<48>();
 #endif
       return bring_weights<D>(args, shares, warp() - WHOLE_WARPS);
     }
 #ifdef HAS_GROUP_PRODUCTS
-    registers_take<216>();
+    registers_take<208>();
 #endif
     WholeRing ring(args, warp());
     if (args.embedding.bytes) embed();
     arrive();
+    Addresses at(args.products[0], shares[0].which);
     NO_UNROLL
     for (int i = 0; i < args.count; ++i) {
       const WholeShare& share = shares[i];
-      with_whole_format(share.format, [&](auto format) { run<decltype(format)>(ring, share); });
+      with_whole_format(share.format, [&](auto format) { run<decltype(format)>(ring, share, i, at); });
       if (share.kind == WHOLE_LOGITS) return;
-      if (share.kind == WHOLE_QKV) attend(share);
+      if (share.kind == WHOLE_QKV) attend(args.products[i]);
       arrive();
     }
   }

@@ -24,6 +24,8 @@ constexpr int WHOLE_QKV = 0, WHOLE_ATTENDED = 1, WHOLE_GATE_UP = 2, WHOLE_DOWN =
 
 struct WholeProduct {
   int64_t kind, depth;
+  int64_t shape, is_first;  // products of one shape are shared out alike; whether this is the first of them
+  int64_t sums_at;          // a place in shared memory, behind the row
   const void* norm;       // [depth] in bf16 or float32, of the residual stream; or null
   int64_t norm_is_float;
   const bf16* row;        // [depth] of WHOLE_DOWN
@@ -45,8 +47,8 @@ struct WholeArgs {
   float* stats;           // [key heads][8][SHARES][maximum, sum]
   int64_t group, key_heads;  // query heads that share a key head, at most 8
   double scale;           // of scores, positive
-  // Places in shared memory; the row, or what warps have attended to, is at the start.
-  int64_t scratch_at, sums_at, shares_at, barriers_at, rings_at;
+  // Places in shared memory; the row with its sums, or what warps have attended to, is at the start.
+  int64_t scratch_at, shares_at, shapes_at, barriers_at, rings_at;
   int64_t slot_bytes, slots;  // of a warp's ring
 };
 
@@ -61,30 +63,25 @@ DEVICE void whole_barrier() { named_barrier(1, WHOLE_THREADS); }
 DEVICE uint32_t reciprocal(int d) { return (0x80000000u + uint32_t(d) - 1) / uint32_t(d); }
 DEVICE int quotient(int x, uint32_t reciprocal) { return int(uint64_t(uint32_t(x)) * reciprocal >> 31); }
 
-// A block's share of a product; computed once.
+// A block's share of the products of a shape; computed once.
 struct WholeShare : UnitPlan {
-  const uint8_t *rows, *second;  // rows of outputs, and of pairs the other ones
-  const BoxMap *map, *second_map;
-  const void* norm;
-  const bf16 *row, *bias;
-  bf16 *to, *cache[2];
   uint32_t row_bytes, unit_bytes, by_tile_outs, by_per_warp;
   int copied, last_copied;  // bytes of a row of a unit, and of the last one of a tile; see the formats
   int first, outs, head_mask, all;  // all: outputs of the matrix
   int kind, format, which, pairs, norm_is_float;
-  int blocks;  // of a row
+  int blocks, sums_at;  // blocks: of a row
 
   // Which row of the matrix an output of the block is. Of pairs of a head the first half are rows.
   DEVICE int row_of(int out) const {
     const int at = first + out;
     return at + (at & head_mask);
   }
-  // The first byte of the weights of row `at` of 16 of a tile, whose rows beyond the outputs repeat the last one.
-  DEVICE const uint8_t* weights(int tile, int at) const {
+  // Bytes from a multiple of 16 to the weights of row `at` of 16 of a tile, whose rows beyond the outputs repeat the last one.
+  DEVICE uint32_t offset(int tile, int at) const {
     const int own = pairs ? at & 7 : at;
     int out = tile_outs * tile + (own < tile_outs ? own : tile_outs - 1);
     out = out < outs ? out : outs - 1;
-    return (pairs && at >= 8 ? second : rows) + uint64_t(row_of(out)) * row_bytes;
+    return uint32_t(row_of(out) - (pairs && at >= 8 ? head_mask : 0)) * row_bytes;
   }
   // A warp's units: the first, and how many.
   DEVICE int from(int warp) const { return warp * per_warp; }
@@ -94,7 +91,35 @@ struct WholeShare : UnitPlan {
   }
 };
 // `ops/cuda/decode/whole.rs` leaves room for as many bytes.
-static_assert(sizeof(WholeShare) == 168, "a share has another size");
+static_assert(sizeof(WholeShare) == 88, "a share has another size");
+
+// What a block has of all products, in shared memory: its shares of the shapes, and the shape of each product.
+struct WholeShares {
+  WholeShare* of_shapes;
+  uint16_t* shapes;
+  DEVICE explicit WholeShares(const WholeArgs& args)
+      : of_shapes(reinterpret_cast<WholeShare*>(shared_memory() + args.shares_at)),
+        shapes(reinterpret_cast<uint16_t*>(shared_memory() + args.shapes_at)) {}
+  DEVICE const WholeShare& operator[](int product) const { return of_shapes[shapes[product]]; }
+};
+
+// Where a block's weights of a product are.
+struct WholeMaps {
+  const BoxMap *map, *second_map;  // the second one of pairs
+  DEVICE WholeMaps(const WholeProduct& product, const WholeShare& share) {
+    const WholeMatrix& matrix = product.matrix[share.which];
+    map = matrix.map;
+    second_map = share.pairs ? matrix.second_map : nullptr;
+  }
+};
+struct WholeWeights : WholeMaps {
+  const uint8_t *rows, *second;  // rows of outputs, and of pairs the other ones
+  DEVICE WholeWeights(const WholeProduct& product, const WholeShare& share, const WholeMaps& maps) : WholeMaps(maps) {
+    const WholeMatrix& matrix = product.matrix[share.which];
+    rows = matrix.bytes;
+    second = share.head_mask ? rows + uint64_t(uint32_t(-share.head_mask)) * share.row_bytes : matrix.second;
+  }
+};
 
 // Formats. BLOCKS: of 256 numbers that a unit of 16 rows is deep. COPIED: bytes of a row of it, LAST: of the last one of
 // a tile where it has one block less, STEP: from unit to unit. `row`: which of eight rows the lanes of a group multiply.
@@ -210,53 +235,54 @@ struct WholeRing {
 // Asks for keys and values of earlier tokens, which have left the cache of the second level since the last token. When they are
 // attended to, the memory is busy with weights.
 template <int D>
-DEVICE void bring_keys(const WholeArgs& args, const WholeShare& qkv, int which) {
+DEVICE void bring_keys(const WholeArgs& args, const WholeProduct& qkv, int which) {
   constexpr int LINE = 64;  // numbers of 128 bytes
-  const int64_t lines = args.state->past * args.key_heads * D / LINE;
-  const int64_t own = (block_x() * WHOLE_WARPS + which) * 32 + lane(), all = grid_x() * WHOLE_THREADS;
-  for (int64_t line = own; line < 2 * lines; line += all) {
-    prefetch(line < lines ? qkv.cache[0] + line * LINE : qkv.cache[1] + (line - lines) * LINE);
+  const int lines = int(args.state->past * args.key_heads) * (D / LINE), all = int(grid_x()) * WHOLE_THREADS;
+  for (int line = (int(block_x()) * WHOLE_WARPS + which) * 32 + lane(); line < 2 * lines; line += all) {
+    prefetch(line < lines ? qkv.matrix[1].to + int64_t(line) * LINE : qkv.matrix[2].to + int64_t(line - lines) * LINE);
   }
 }
 
-// The boxes of a tile. All about them is computed before a place is free for them.
+// The boxes of a tile. What the first one needs is computed before a place is free for it.
 struct TileBoxes {
-  const BoxMap *map, *second_map;  // none: rows are copied one by one; the second ones are of pairs
-  int row, second_row, bytes, second_at;
+  bool there;  // otherwise rows are copied one by one
+  int row, bytes;
 
-  DEVICE TileBoxes(const WholeShare& share, int tile) {
+  DEVICE TileBoxes(const WholeWeights& weights, const WholeShare& share, int tile) {
     const int mask = share.head_mask, outs_left = share.outs - tile * share.tile_outs;
     const int first = share.first + tile * share.tile_outs;
     const int last = first + (outs_left < share.tile_outs ? outs_left : share.tile_outs) - 1;
     // Rows of two heads are not neighbours.
-    map = ((first ^ last) & mask) == 0 ? share.map : nullptr;
-    second_map = share.pairs ? share.second_map : nullptr;
+    there = weights.map && ((first ^ last) & mask) == 0;
     row = first + (first & mask);
-    second_row = row - mask;  // of a pair in a head: its half later
     bytes = (share.pairs ? 2 : 1) * share.tile_outs * share.copied;
-    second_at = 8 * share.copied;
   }
   // For one thread.
-  DEVICE void bring(unsigned char* to, int word, CountingBarrier* came) const {
+  DEVICE void bring(const WholeWeights& weights, const WholeShare& share, unsigned char* to, int unit,
+                    CountingBarrier* came) const {
+    const int word = unit * int(share.unit_bytes / sizeof(uint32_t));
     barrier_arrive_expecting(came, bytes);
-    copy_box(to, map, word, row, came);
-    if (second_map) copy_box(to + second_at, second_map, word, second_row, came);
+    copy_box(to, weights.map, word, row, came);
+    if (!weights.second_map) return;
+    // Of a pair in a head: its half later.
+    copy_box(to + 8 * share.copied, weights.second_map, word, row - share.head_mask, came);
   }
 };
 
 // Brings a unit to `to` row by row; for one thread, of which the compiler knows that it is one: for several lanes it makes a loop
 // over them of each copy.
-DEVICE void bring_rows(const WholeShare& share, unsigned char* to, CountingBarrier* came, int tile, int unit) {
+DEVICE void bring_rows(const WholeWeights& weights, const WholeShare& share, unsigned char* to, CountingBarrier* came,
+                       int tile, int unit) {
   const int mask = share.head_mask, pairs = share.pairs;
   const int outs_left = share.outs - tile * share.tile_outs, first = share.first + tile * share.tile_outs;
   const int last = (outs_left < share.tile_outs ? outs_left : share.tile_outs) - 1;
   const int bytes = unit + 1 < share.units ? share.copied : share.last_copied;
   const uint32_t row_bytes = share.row_bytes, start = uint32_t(unit) * share.unit_bytes;
-  const uint8_t* rows[2] = {share.rows + start, (pairs ? share.second : share.rows) + start};
+  const uint8_t* rows[2] = {weights.rows + start, (pairs ? weights.second : weights.rows) + start};
   barrier_arrive_expecting(came, 16 * bytes);
   UNROLL
   for (int at = 0; at < 16; ++at) {
-    // As WholeShare::weights, which would take nearly twice as many instructions here.
+    // As WholeShare::offset, which would take nearly twice as many instructions here.
     const int own = pairs ? at & 7 : at, out = first + (own < last ? own : last);
     const uint8_t* row = rows[at / 8] + uint64_t(uint32_t(out + (out & mask))) * row_bytes;
     row -= reinterpret_cast<uintptr_t>(row) & 15;
@@ -266,33 +292,37 @@ DEVICE void bring_rows(const WholeShare& share, unsigned char* to, CountingBarri
 
 // Brings the weights of all products for a warp that multiplies.
 template <int D>
-DEVICE void bring_weights(const WholeArgs& args, const WholeShare* shares, int for_warp) {
+DEVICE void bring_weights(const WholeArgs& args, const WholeShares& shares, int for_warp) {
   WholeRing ring(args, for_warp);
+  // Maps are read a product ahead, since this is global memory.
+  WholeMaps next(args.products[0], shares[0]);
   for (int product = 0; product < args.count; ++product) {
     const WholeShare& share = shares[product];
-    if (for_warp == 0 && product + 1 < args.count && elected()) {
-      prefetch_map(shares[product + 1].map);
-      prefetch_map(shares[product + 1].second_map);
-    }
-    const int units = share.units, left = share.left(for_warp), words = int(share.unit_bytes / sizeof(uint32_t));
+    const WholeWeights weights(args.products[product], share, next);
+    if (product + 1 < args.count) next = WholeMaps(args.products[product + 1], shares[product + 1]);
+    const int units = share.units, left = share.left(for_warp);
     int tile = share.from(for_warp) / units, unit = share.from(for_warp) - tile * units;
-    TileBoxes boxes(share, tile);
+    TileBoxes boxes(weights, share, tile);
     for (int i = 0; i < left; ++i) {
       if (elected()) {  // others must not wait: they could come late and miss a phase
         barrier_wait(ring.empty + ring.slot, ring.parity ^ 1);
-        if (boxes.map) {
-          boxes.bring(ring.at(), unit * words, ring.full + ring.slot);
+        if (boxes.there) {
+          boxes.bring(weights, share, ring.at(), unit, ring.full + ring.slot);
         } else {
-          bring_rows(share, ring.at(), ring.full + ring.slot, tile, unit);
+          bring_rows(weights, share, ring.at(), ring.full + ring.slot, tile, unit);
         }
       }
       warp_barrier();
       ring.advance();
+      if (i == 0 && for_warp == 0 && product + 1 < args.count && elected()) {
+        prefetch_map(next.map);
+        prefetch_map(next.second_map);
+      }
       if (++unit < units) continue;
       unit = 0;
-      boxes = TileBoxes(share, ++tile);
+      boxes = TileBoxes(weights, share, ++tile);
     }
-    if (share.kind == WHOLE_QKV) bring_keys<D>(args, share, for_warp);
+    if (share.kind == WHOLE_QKV) bring_keys<D>(args, args.products[product], for_warp);
   }
 }
 

@@ -27,7 +27,7 @@ const SHARES: usize = 8;
 const PIECE: usize = 256;
 const TILE: usize = 16;
 /// Bytes of a `WholeShare`, of a norm's sums, and of a warp's barriers.
-const SHARE_BYTES: usize = 168;
+const SHARE_BYTES: usize = 88;
 const SCRATCH: usize = 128;
 const BARRIERS: usize = 128;
 /// Where copies of the machine end.
@@ -98,6 +98,27 @@ impl Part {
     }
 }
 
+/// What a product does, its depth, whether its norm's weight is of float32, and of each matrix outputs, blocks, outputs of a tile and
+/// the format.
+type Shape = (Kind, usize, bool, Vec<[usize; 4]>);
+
+/// The number of each product's shape, in the order in which they occur, and whether it is the first of that shape.
+fn shapes(products: &[Product<'_>]) -> Vec<(usize, bool)> {
+    let mut found: Vec<Shape> = Vec::new();
+    let number = |product: &Product<'_>| {
+        let shape = product.shape();
+        let at = found.iter().position(|other| *other == shape);
+        at.map_or_else(
+            || {
+                found.push(shape);
+                (found.len() - 1, true)
+            },
+            |at| (at, false),
+        )
+    };
+    products.iter().map(number).collect()
+}
+
 /// The row that a product multiplies.
 enum Row<'a> {
     /// The residual stream with a norm's weight.
@@ -141,6 +162,23 @@ impl Product<'_> {
         depth > 0 && self.parts.iter().all(suits) && (!normed || depth == width)
     }
 
+    /// What products have in common that blocks share out alike.
+    fn shape(&self) -> Shape {
+        let is_float =
+            matches!(self.row, Row::Normed(weight) if weight.dtype() == DType::F32);
+        let part = |part: &Part| {
+            [part.outs, part.blocks, part.tile_outs(self.tile()), part.stored.weights(1).number()]
+        };
+        (self.kind, self.depth(), is_float, self.parts.iter().map(part).collect())
+    }
+
+    /// Shared memory of the row, where its sums begin.
+    fn row_bytes(&self) -> Option<usize> {
+        let of = |part: &Part| Some(Bytes::of(part.stored.format, true, self.depth())?.x_bytes);
+        let bytes = self.parts.iter().filter_map(of).max()?;
+        Some(self.depth().div_ceil(PIECE) * bytes)
+    }
+
     /// Shared memory of the sums of the largest share.
     fn sums_bytes(&self) -> usize {
         let of = |part: &Part| {
@@ -178,8 +216,13 @@ impl Product<'_> {
         }
     }
 
-    /// `maps` holds what [`Self::boxes`] came to.
-    fn push(&self, args: &mut Args, maps: &mut impl Iterator<Item = u64>) -> Result<()> {
+    /// `maps` holds what [`Self::boxes`] came to; `shape` is the number of its shape and whether it is the first of it.
+    fn push(
+        &self,
+        args: &mut Args,
+        (shape, is_first): (usize, bool),
+        maps: &mut impl Iterator<Item = u64>,
+    ) -> Result<()> {
         let kind = match self.kind {
             Kind::Qkv => 0,
             Kind::Attended => 1,
@@ -187,7 +230,8 @@ impl Product<'_> {
             Kind::Down => 3,
             Kind::Logits => 4,
         };
-        args.counts([kind, self.depth()]);
+        args.counts([kind, self.depth(), shape]).flag(is_first);
+        args.count(self.row_bytes().unwrap_or(0));
         match self.row {
             Row::Normed(weight) => {
                 args.tensor(Some(weight))?.flag(weight.dtype() == DType::F32).address(0)
@@ -212,8 +256,8 @@ impl Product<'_> {
 /// Places in a block's shared memory.
 struct Places {
     scratch: usize,
-    sums: usize,
     shares: usize,
+    shapes: usize,
     barriers: usize,
     rings: usize,
     slot_bytes: usize,
@@ -223,28 +267,32 @@ struct Places {
 
 impl Places {
     /// `None` where there is no room for two places of a ring.
-    fn of(products: &[Product<'_>], attention_bytes: usize, limits: Limits) -> Option<Self> {
+    fn of(
+        products: &[Product<'_>],
+        shapes: &[(usize, bool)],
+        attention_bytes: usize,
+        limits: Limits,
+    ) -> Option<Self> {
         let parts = || products.iter().flat_map(|product| &product.parts);
-        let x_bytes = |part: &Part| {
-            let depth = part.stored.depth;
-            Some(depth.div_ceil(PIECE) * Bytes::of(part.stored.format, true, depth)?.x_bytes)
-        };
-        let row = parts().filter_map(x_bytes).max()?;
+        let with_sums = |product: &Product<'_>| Some(product.row_bytes()? + product.sums_bytes());
+        let row = products.iter().filter_map(with_sums).max()?;
         let slot_bytes = parts()
             .filter_map(|part| Some(TILE * Unit::of(part.stored.format)?.row_bytes))
             .max()?;
         let scratch = row.max(attention_bytes).next_multiple_of(ALIGNMENT);
-        let sums = scratch + SCRATCH;
-        let shares = sums + products.iter().map(Product::sums_bytes).max()?;
-        let barriers = (shares + products.len() * SHARE_BYTES).next_multiple_of(ALIGNMENT);
+        let shares = scratch + SCRATCH;
+        let shape_count = shapes.iter().filter(|(_, is_first)| *is_first).count();
+        let shapes_at = shares + shape_count * SHARE_BYTES;
+        let shape_bytes = products.len() * size_of::<u16>();
+        let barriers = (shapes_at + shape_bytes).next_multiple_of(ALIGNMENT);
         let rings = barriers + WARPS * BARRIERS;
         let room = limits.shared_bytes.checked_sub(rings)?;
         let slots = room.checked_div(WARPS * slot_bytes)?.min(*SLOTS.end());
         let end = rings + WARPS * slots * slot_bytes;
         SLOTS.contains(&slots).then_some(Self {
             scratch,
-            sums,
             shares,
+            shapes: shapes_at,
             barriers,
             rings,
             slot_bytes,
@@ -267,7 +315,8 @@ impl Builder {
         let Sizes { heads, kv_heads, head_dim, .. } = self.sizes;
         // Sums of warps, with their maxima and sums.
         let attention_bytes = WARPS * GROUP * (head_dim + 2) * size_of::<f32>();
-        let Some(places) = Places::of(&products, attention_bytes, self.limits) else {
+        let shapes = shapes(&products);
+        let Some(places) = Places::of(&products, &shapes, attention_bytes, self.limits) else {
             return Ok(None);
         };
         let embedding = model.embedding.and_then(|embedding| {
@@ -277,7 +326,8 @@ impl Builder {
         let (maps, addresses) = self.maps(&products)?;
         let mut table = Args::default();
         let mut addresses = addresses.into_iter();
-        products.iter().try_for_each(|product| product.push(&mut table, &mut addresses))?;
+        let mut each = products.iter().zip(shapes);
+        each.try_for_each(|(product, shape)| product.push(&mut table, shape, &mut addresses))?;
         let stored = self.stored_args(&table)?;
         let mut arrived = Output::new(&self.device, &[size_of::<u64>()], DType::U8)?;
         arrived.write(&[0_u64])?;
@@ -298,8 +348,8 @@ impl Builder {
         args.address(self.query.address()).address(partial.address()).address(stats.address());
         args.counts([heads.checked_div(kv_heads).unwrap_or(0), kv_heads]);
         args.number(self.sizes.scale());
-        let Places { scratch, sums, shares, barriers, rings, .. } = places;
-        args.counts([scratch, sums, shares, barriers, rings]);
+        let Places { scratch, shares, shapes, barriers, rings, .. } = places;
+        args.counts([scratch, shares, shapes, barriers, rings]);
         args.counts([places.slot_bytes, places.slots]);
         let sizes = products
             .iter()
