@@ -43,23 +43,12 @@ struct Whole {
   const WholeArgs& args;
   const WholeShares shares;
   uint64_t target;
+  int past;                   // keys of earlier tokens
   int key_shares, keys_each;  // how keys are shared out
-  uint32_t by_group, by_heads;
+  uint32_t by_group;
   float factor;               // of scores, for powers of two
 
-  DEVICE explicit Whole(const WholeArgs& args)
-      : args(args), shares(args) {
-    // Before this block has arrived anywhere, less than one launch's has been added.
-    const uint64_t all = uint64_t(5 * (args.count / 4) + 1) * uint64_t(grid_x());
-    target = grid_count(args.arrived) / all * all;
-    by_group = reciprocal(int(args.group));
-    by_heads = reciprocal(int(args.key_heads));
-    constexpr int EACH = 128, STEP = WHOLE_WARPS * Attention::KEYS;
-    const int length = int(args.state->past) + 1, wanted = (length + EACH - 1) / EACH;
-    const int most = wanted < Attention::SHARES ? wanted : Attention::SHARES;
-    keys_each = ((length + most - 1) / most + STEP - 1) / STEP * STEP;
-    key_shares = (length + keys_each - 1) / keys_each;
-    factor = float(args.scale * 1.4426950408889634);
+  DEVICE explicit Whole(const WholeArgs& args) : args(args), shares(args) {
     for (int i = thread_index(); i < args.count; i += block_threads()) {
       const WholeProduct& product = args.products[i];
       shares.shapes[i] = uint16_t(product.shape);
@@ -73,6 +62,21 @@ struct Whole {
       map_ready(matrix.second_map);
     }
     block_barrier();
+  }
+
+  // What warps that multiply know of the token.
+  DEVICE void start() {
+    // Before this block has arrived anywhere, less than one launch's has been added.
+    const uint64_t all = uint64_t(5 * (args.count / 4) + 1) * uint64_t(grid_x());
+    target = grid_count(args.arrived) / all * all;
+    by_group = reciprocal(int(args.group));
+    constexpr int EACH = 128, STEP = WHOLE_WARPS * Attention::KEYS;
+    past = int(args.state->past);
+    const int length = past + 1, wanted = (length + EACH - 1) / EACH;
+    const int most = wanted < Attention::SHARES ? wanted : Attention::SHARES;
+    keys_each = ((length + most - 1) / most + STEP - 1) / STEP * STEP;
+    key_shares = (length + keys_each - 1) / keys_each;
+    factor = float(args.scale * 1.4426950408889634);
   }
 
   DEVICE static WholeShare share_of_block(const WholeProduct& product) {
@@ -354,9 +358,8 @@ struct Whole {
     }
   }
 
-  DEVICE void finish_qkv(const WholeShare& share, const Addresses& at, const Aid& held) const {
-    const float by = norm_factor();
-    bf16* to = at.to + (share.which == 0 ? 0 : args.state->past * 2 * share.all);
+  DEVICE void finish_qkv(const WholeShare& share, const Addresses& at, const Aid& held, float by) const {
+    bf16* to = at.to + (share.which == 0 ? 0 : int64_t(past) * 2 * share.all);
     finish(share, [&](int out, float sum, float second) {
       const Aid aid = out == thread_index() ? held : aid_of(share, at.bias, out);
       const float a = sum * by + aid.bias[0], b = second * by + aid.bias[1];
@@ -370,16 +373,14 @@ struct Whole {
       x[out] = (out == thread_index() ? held : load_fresh(x + out)) + sum;
     });
   }
-  DEVICE void finish_gate_up(const WholeShare& share, bf16* all) const {
-    const float by = norm_factor();
+  DEVICE void finish_gate_up(const WholeShare& share, bf16* all, float by) const {
     bf16* to = all + share.first;
     finish(share, [&](int out, float sum, float up) {
       const float gate = sum * by;
       to[out] = from_float<bf16>(gate * sigmoid(gate) * (up * by));
     });
   }
-  DEVICE void finish_logits(const WholeShare& share) const {
-    const float by = norm_factor();
+  DEVICE void finish_logits(const WholeShare& share, float by) const {
     float* to = args.logits + share.first;
     finish(share, [&](int out, float sum, float) { to[out] = sum * by; });
   }
@@ -404,18 +405,19 @@ struct Whole {
     if (kind == WHOLE_QKV && share.outs > 0) aid = aid_of(share, at.bias, own);
     if (adds && share.outs > 0) held = load_fresh(args.x + share.first + own);
     whole_barrier();
+    const float by = adds ? 1.0f : norm_factor();
     const int following = kind == WHOLE_LOGITS ? product : product + 1;
     const Addresses next(args.products[following], shares[following].which);
     multiply<Format>(ring, share, units);
     whole_barrier();
     if (kind == WHOLE_QKV) {
-      finish_qkv(share, at, aid);
+      finish_qkv(share, at, aid, by);
     } else if (adds) {
       finish_add(share, held);
     } else if (kind == WHOLE_GATE_UP) {
-      finish_gate_up(share, at.to);
+      finish_gate_up(share, at.to, by);
     } else {
-      finish_logits(share);
+      finish_logits(share, by);
     }
     at = next;
   }
@@ -423,11 +425,11 @@ struct Whole {
   // From queries, keys and values that this block has written to all of attention's shares.
   DEVICE void attend(const WholeProduct& qkv) {
     const int heads = int(args.key_heads), items = heads * key_shares;
-    const int past = int(args.state->past), length = past + 1;
+    const int length = past + 1;
     arrive();
     Attention attention{args, qkv.matrix[1].to, qkv.matrix[2].to, 0};
     constexpr int STEP = WHOLE_WARPS * Attention::KEYS;
-    int item = int(block_x()), share = quotient(item, by_heads);
+    int item = int(block_x()), share = item / heads;
     auto first = [&] { return share * keys_each + Attention::KEYS * warp(); };
     auto end_of = [&](int keys) { return (share + 1) * keys_each < keys ? (share + 1) * keys_each : keys; };
     typename Attention::Tile tile = {};
@@ -439,8 +441,7 @@ struct Whole {
       attention.load(tile, first(), 0, end_of(past));
     }
     wait();
-    for (; item < items; item += int(grid_x())) {
-      share = quotient(item, by_heads);
+    while (item < items) {
       attention.head = item - share * heads;
       const int end = end_of(length);
       Words query[Attention::CHUNKS];
@@ -460,6 +461,8 @@ struct Whole {
       whole_barrier();
       attention.join(share, factor);
       whole_barrier();
+      item += int(grid_x());
+      share = item / heads;
     }
   }
 
@@ -473,6 +476,7 @@ struct Whole {
 #ifdef HAS_GROUP_PRODUCTS
     registers_take<208>();
 #endif
+    start();
     WholeRing ring(args, warp());
     if (args.embedding.bytes) embed();
     arrive();

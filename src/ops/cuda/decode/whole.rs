@@ -164,8 +164,7 @@ impl Product<'_> {
 
     /// What products have in common that blocks share out alike.
     fn shape(&self) -> Shape {
-        let is_float =
-            matches!(self.row, Row::Normed(weight) if weight.dtype() == DType::F32);
+        let is_float = matches!(self.row, Row::Normed(weight) if weight.dtype() == DType::F32);
         let part = |part: &Part| {
             [part.outs, part.blocks, part.tile_outs(self.tile()), part.stored.weights(1).number()]
         };
