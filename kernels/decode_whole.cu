@@ -12,7 +12,8 @@
 // Measured (H200): a barrier of 132 blocks takes 1.0 us, with 14 KB that each reads after it 1.5 us. One warp that asks
 // for boxes of 16 rows by 288 bytes reads 4320 to 4470 GB/s; a copy moves 4240. From shared memory alone 8 warps multiply
 // 40 bytes of Q4_K a clock tick, 12 warps 47 and 15 warps 41; memory gives 19. A token of 7B in Q4_K takes 1.55 ms, one
-// kernel after another 1.79. docs/CUDA.md says where the time goes.
+// kernel after another 1.79. docs/CUDA.md says where the time went, and what has changed since without being timed: a fifth place in
+// rings, places given back before their weights are multiplied, the row converted side by side, addresses read a product ahead.
 // Tried, in ms at a time when this took 1.64 to 1.77: rows copied one by one 1.77 instead of 1.68; 16 warps that ask for
 // their own weights 2.19; asking the cache of the second level for weights ahead of the rings, 2 units of a warp 1.86, 8
 // and more 2.4 to 2.5, by the copy engine as by other instructions. In its present form, 1.55: 14 warps that multiply and
@@ -193,7 +194,7 @@ struct Whole {
   // Places the row: what attention's shares come to.
   template <class Row>
   DEVICE void prepare_attended(const WholeShare& share) const {
-    constexpr int SHARES = Attention::SHARES, TOGETHER = 2;
+    constexpr int SHARES = Attention::SHARES, TOGETHER = WHOLE_HAS_REGISTERS ? 2 : 1;
     const int blocks = share.blocks, group = int(args.group);
     wait();
     for (int block = warp(); block - warp() < blocks; block += TOGETHER * WHOLE_WARPS) {
@@ -435,7 +436,7 @@ struct Whole {
     typename Attention::Tile tile = {};
     // Keys of earlier tokens do not depend on other blocks: a warp's first ones are asked for before the query is there.
     int there = 0;
-    if (item < items) {
+    if (WHOLE_HAS_REGISTERS && item < items) {
       there = past;
       attention.head = item - share * heads;
       attention.load(tile, first(), 0, end_of(past));

@@ -54,6 +54,12 @@ struct WholeArgs {
 
 constexpr int WHOLE_WARPS = 8, WHOLE_THREADS = 32 * WHOLE_WARPS;  // that multiply; as many bring weights
 constexpr int WHOLE_SLOTS_MAX = 8;
+// Whether warps that multiply have those of warps that bring.
+#ifdef HAS_GROUP_PRODUCTS
+constexpr bool WHOLE_HAS_REGISTERS = true;
+#else
+constexpr bool WHOLE_HAS_REGISTERS = false;
+#endif
 constexpr int WHOLE_GROUP = 8;
 
 // Of the warps that multiply.
