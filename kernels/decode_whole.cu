@@ -38,6 +38,8 @@ struct Whole {
     const void* norm;
     const bf16 *row, *bias;
     bf16* to;
+    // Of the product after attention, which needs none: so attention has the registers.
+    DEVICE Addresses() : norm(nullptr), row(nullptr), bias(nullptr), to(nullptr) {}
     DEVICE Addresses(const WholeProduct& product, int which)
         : norm(product.norm), row(product.row), bias(product.matrix[which].bias), to(product.matrix[which].to) {}
   };
@@ -68,7 +70,7 @@ struct Whole {
   // What warps that multiply know of the token.
   DEVICE void start() {
     // Before this block has arrived anywhere, less than one launch's has been added.
-    const uint64_t all = uint64_t(5 * (args.count / 4) + 1) * uint64_t(grid_x());
+    const uint64_t all = uint64_t(args.count) * uint64_t(grid_x());
     target = grid_count(args.arrived) / all * all;
     by_group = reciprocal(int(args.group));
     constexpr int EACH = 128, STEP = WHOLE_WARPS * Attention::KEYS;
@@ -119,6 +121,8 @@ struct Whole {
     target += uint64_t(grid_x());
     if (thread_index() == 0) grid_arrive(args.arrived);
   }
+  // Of what is handed on before the next of them; another one for each layer and token.
+  DEVICE uint32_t tag() const { return uint32_t(target); }
   DEVICE void wait() const {
     if (thread_index() == 0) grid_wait(args.arrived, target);
     whole_barrier();
@@ -360,12 +364,18 @@ struct Whole {
   }
 
   DEVICE void finish_qkv(const WholeShare& share, const Addresses& at, const Aid& held, float by) const {
-    bf16* to = at.to + (share.which == 0 ? 0 : int64_t(past) * 2 * share.all);
+    // Heads before the matrix's in what is handed on.
+    const int before = share.which == 0 ? 0 : int((args.group + share.which - 1) * args.key_heads);
+    bf16* cache = at.to + int64_t(past) * 2 * share.all;
     finish(share, [&](int out, float sum, float second) {
       const Aid aid = out == thread_index() ? held : aid_of(share, at.bias, out);
       const float a = sum * by + aid.bias[0], b = second * by + aid.bias[1];
-      to[aid.row] = from_float<bf16>(a * aid.cos - b * aid.sin);
-      to[aid.row + D / 2] = from_float<bf16>(b * aid.cos + a * aid.sin);
+      const float one = a * aid.cos - b * aid.sin, other = b * aid.cos + a * aid.sin;
+      const int pair = (before + aid.row / D) * (D / 2) + aid.row % D;
+      store_tagged(args.handed + pair, pack_bf16(one, other), tag());
+      if (share.which == 0) return;
+      cache[aid.row] = from_float<bf16>(one);
+      cache[aid.row + D / 2] = from_float<bf16>(other);
     });
   }
   DEVICE void finish_add(const WholeShare& share, float held) const {
@@ -423,44 +433,43 @@ struct Whole {
     at = next;
   }
 
-  // From queries, keys and values that this block has written to all of attention's shares.
+  // From queries, keys and values that this block has handed on to its shares of attention.
   DEVICE void attend(const WholeProduct& qkv) {
     const int heads = int(args.key_heads), items = heads * key_shares;
-    const int length = past + 1;
-    arrive();
+    whole_barrier();  // sums are read where attention leaves its own
     Attention attention{args, qkv.matrix[1].to, qkv.matrix[2].to, 0};
     constexpr int STEP = WHOLE_WARPS * Attention::KEYS;
     int item = int(block_x()), share = item / heads;
     auto first = [&] { return share * keys_each + Attention::KEYS * warp(); };
-    auto end_of = [&](int keys) { return (share + 1) * keys_each < keys ? (share + 1) * keys_each : keys; };
-    typename Attention::Tile tile = {};
+    auto end_of_share = [&] { return (share + 1) * keys_each < past ? (share + 1) * keys_each : past; };
+    typename Attention::Tile tile;
     // Keys of earlier tokens do not depend on other blocks: a warp's first ones are asked for before the query is there.
-    int there = 0;
-    if (WHOLE_HAS_REGISTERS && item < items) {
-      there = past;
+    bool is_there = WHOLE_HAS_REGISTERS && item < items;
+    if (is_there) {
       attention.head = item - share * heads;
-      attention.load(tile, first(), 0, end_of(past));
+      attention.load(tile, first(), end_of_share());
     }
-    wait();
     while (item < items) {
       attention.head = item - share * heads;
-      const int end = end_of(length);
+      const int end = end_of_share();
       Words query[Attention::CHUNKS];
-      attention.load_query(query);
+      attention.take_query(query, tag());
+      // In the warp that has the fewest other keys.
+      const bool has_own = share == key_shares - 1;
+      if (has_own && warp() == WHOLE_WARPS - 1) attention.leave_own(query, tag());
       AttentionSums<D> own;
       own.clear();
       NO_UNROLL
       for (int start = first(); start < end; start += STEP) {
-        if (there == 0) tile = {};
-        attention.load(tile, start, there, end);
-        there = 0;
+        if (!is_there) attention.load(tile, start, end);
+        is_there = false;
         attention.add(own, tile, query, start, end, factor);
       }
-      there = 0;
+      is_there = false;
       own.finish();
       attention.leave(own);
       whole_barrier();
-      attention.join(share, factor);
+      attention.join(share, has_own, factor);
       whole_barrier();
       item += int(grid_x());
       share = item / heads;
@@ -487,7 +496,10 @@ struct Whole {
       const WholeShare& share = shares[i];
       with_whole_format(share.format, [&](auto format) { run<decltype(format)>(ring, share, i, at); });
       if (share.kind == WHOLE_LOGITS) return;
-      if (share.kind == WHOLE_QKV) attend(args.products[i]);
+      if (share.kind == WHOLE_QKV) {
+        attend(args.products[i]);
+        at = Addresses();
+      }
       arrive();
     }
   }

@@ -9,7 +9,7 @@ struct WholeMatrix {
   const uint8_t* bytes;
   const uint8_t* second;  // of `up`, beside a gate
   const bf16* bias;       // [rows], or null
-  bf16* to;               // queries [heads][D], the cache's keys or values [token][key heads][D], gated [outs]
+  bf16* to;               // the cache's keys or values [token][key heads][D], gated [outs]
   int64_t outs;           // outputs; of queries, keys and values pairs of them
   int64_t format;         // 0 q4_k, 1 q6_k, 2 q8_0
   int64_t blocks;         // that share it
@@ -42,7 +42,8 @@ struct WholeArgs {
   double eps;
   float* logits;
   uint64_t* arrived;      // of blocks at barriers, a multiple of all of a launch between launches
-  const bf16* query;      // [heads][D]
+  // Queries, the new key and the new value, [heads, key heads, key heads][D / 2]: numbers i and i + D / 2 of a head in bf16, and a tag.
+  uint64_t* handed;
   bf16* partial;          // of attention, sums of each share [key heads][8][SHARES][D]
   float* stats;           // [key heads][8][SHARES][maximum, sum]
   int64_t group, key_heads;  // query heads that share a key head, at most 8
@@ -110,20 +111,15 @@ struct WholeShares {
 };
 
 // Where a block's weights of a product are.
-struct WholeMaps {
-  const BoxMap *map, *second_map;  // the second one of pairs
-  DEVICE WholeMaps(const WholeProduct& product, const WholeShare& share) {
-    const WholeMatrix& matrix = product.matrix[share.which];
-    map = matrix.map;
-    second_map = share.pairs ? matrix.second_map : nullptr;
-  }
-};
-struct WholeWeights : WholeMaps {
+struct WholeWeights {
   const uint8_t *rows, *second;  // rows of outputs, and of pairs the other ones
-  DEVICE WholeWeights(const WholeProduct& product, const WholeShare& share, const WholeMaps& maps) : WholeMaps(maps) {
+  const BoxMap *map, *second_map;
+  DEVICE WholeWeights(const WholeProduct& product, const WholeShare& share) {
     const WholeMatrix& matrix = product.matrix[share.which];
     rows = matrix.bytes;
     second = share.head_mask ? rows + uint64_t(uint32_t(-share.head_mask)) * share.row_bytes : matrix.second;
+    map = matrix.map;
+    second_map = share.head_mask ? map : matrix.second_map;  // of pairs in a head rows of the same matrix
   }
 };
 
@@ -300,12 +296,9 @@ DEVICE void bring_rows(const WholeWeights& weights, const WholeShare& share, uns
 template <int D>
 DEVICE void bring_weights(const WholeArgs& args, const WholeShares& shares, int for_warp) {
   WholeRing ring(args, for_warp);
-  // Maps are read a product ahead, since this is global memory.
-  WholeMaps next(args.products[0], shares[0]);
   for (int product = 0; product < args.count; ++product) {
     const WholeShare& share = shares[product];
-    const WholeWeights weights(args.products[product], share, next);
-    if (product + 1 < args.count) next = WholeMaps(args.products[product + 1], shares[product + 1]);
+    const WholeWeights weights(args.products[product], share);
     const int units = share.units, left = share.left(for_warp);
     int tile = share.from(for_warp) / units, unit = share.from(for_warp) - tile * units;
     TileBoxes boxes(weights, share, tile);
@@ -321,6 +314,7 @@ DEVICE void bring_weights(const WholeArgs& args, const WholeShares& shares, int 
       warp_barrier();
       ring.advance();
       if (i == 0 && for_warp == 0 && product + 1 < args.count && elected()) {
+        const WholeWeights next(args.products[product + 1], shares[product + 1]);
         prefetch_map(next.map);
         prefetch_map(next.second_map);
       }

@@ -16,33 +16,84 @@ struct WholeAttention {
   const bf16 *keys, *values;
   int head;
 
-  DEVICE void bring(Words& to, const bf16* from, int key, int begin, int end, int column) const {
-    if (key < begin || key >= end) return;
-    to = load_words_fresh(from + (int64_t(key) * args.key_heads + head) * D + column);
+  DEVICE Words chunk(const bf16* from, int key, int end, int column) const {
+    if (key >= end) return {{0, 0, 0, 0}};
+    return load_words_fresh(from + (int64_t(key) * args.key_heads + head) * D + column);
   }
-  // Brings what a tile has of the keys from `begin` to `end`, and leaves the others as they are.
-  DEVICE void load(Tile& tile, int start, int begin, int end) const {
+  DEVICE void load(Tile& tile, int start, int end) const {
     const int n = lane() >> 2, c = lane() & 3;
     UNROLL
     for (int i = 0; i < 2; ++i) {
       UNROLL
-      for (int j = 0; j < CHUNKS; ++j) bring(tile.key[i][j], keys, start + 8 * i + n, begin, end, 32 * j + 8 * c);
+      for (int j = 0; j < CHUNKS; ++j) tile.key[i][j] = chunk(keys, start + 8 * i + n, end, 32 * j + 8 * c);
     }
     UNROLL
     for (int part = 0; part < PARTS; ++part) {
       UNROLL
       for (int i = 0; i < 4; ++i) {
-        bring(tile.value[part][i], values, start + 8 * (i >> 1) + 2 * c + (i & 1), begin, end, 64 * part + 8 * n);
+        tile.value[part][i] = chunk(values, start + 8 * (i >> 1) + 2 * c + (i & 1), end, 64 * part + 8 * n);
       }
     }
   }
-  DEVICE void load_query(Words (&query)[CHUNKS]) const {
-    const int row = lane() >> 2, c = lane() & 3;
+  // What other blocks hand on with this tag, as soon as it is there: N times two words, see WholeArgs.
+  template <int N>
+  DEVICE static void take(uint64_t (&words)[N][2], const uint64_t* const (&at)[N], uint32_t tag) {
+    while (true) {
+      uint32_t missing = 0;
+      UNROLL
+      for (int n = 0; n < N; ++n) load_tagged(words[n], at[n]);
+      UNROLL
+      for (int n = 0; n < N; ++n) missing |= (words[n][0] >> 32 ^ tag) | (words[n][1] >> 32 ^ tag);
+      if (missing == 0) return;
+      let_others_go_on();
+    }
+  }
+  DEVICE const uint64_t* handed(int64_t row) const { return args.handed + row * (D / 2); }
+  // A row that is handed on, in the order of a lane's numbers of a query.
+  DEVICE void take_row(Words (&to)[CHUNKS], int64_t row, uint32_t tag) const {
+    constexpr int HALF = CHUNKS / 2;
+    uint64_t words[4 * HALF][2];
+    const uint64_t* at[4 * HALF];
+    UNROLL
+    for (int n = 0; n < 4 * HALF; ++n) at[n] = handed(row) + 32 * (n / 4) + 8 * (lane() & 3) + 2 * (n % 4);
+    take(words, at, tag);
+    UNROLL
+    for (int n = 0; n < 4 * HALF; ++n) {
+      const uint32_t one = uint32_t(words[n][0]), next = uint32_t(words[n][1]);
+      to[n / 4].at[n % 4] = select_bytes(one, next, 0x5410);
+      to[n / 4 + HALF].at[n % 4] = select_bytes(one, next, 0x7632);
+    }
+  }
+  DEVICE void take_query(Words (&query)[CHUNKS], uint32_t tag) const {
+    const int row = lane() >> 2;
+    UNROLL
+    for (int j = 0; j < CHUNKS; ++j) query[j] = {{0, 0, 0, 0}};
+    if (row < args.group) take_row(query, head * args.group + row, tag);
+  }
+  // Leaves the scores of the token's own key and its value in shared memory, for one warp.
+  DEVICE void leave_own(const Words (&query)[CHUNKS], uint32_t tag) const {
+    const int64_t key_row = args.group * args.key_heads + head, value_row = key_row + args.key_heads;
+    Words key[CHUNKS];
+    take_row(key, key_row, tag);
+    float score = 0.0f;
     UNROLL
     for (int j = 0; j < CHUNKS; ++j) {
-      query[j] = {{0, 0, 0, 0}};
-      if (row >= args.group) continue;
-      query[j] = load_words_fresh(args.query + (head * args.group + row) * D + 32 * j + 8 * c);
+      UNROLL
+      for (int i = 0; i < 4; ++i) {
+        score = fmaf(low_float(query[j].at[i]), low_float(key[j].at[i]), score);
+        score = fmaf(high_float(query[j].at[i]), high_float(key[j].at[i]), score);
+      }
+    }
+    score = sum_lanes(score, 4);
+    if ((lane() & 3) == 0) own_scores()[lane() >> 2] = score;
+    if (lane() >= D / 4) return;
+    const uint64_t* const at[1] = {handed(value_row) + 2 * lane()};
+    uint64_t words[1][2];
+    take(words, at, tag);
+    UNROLL
+    for (int i = 0; i < 2; ++i) {
+      own_value()[2 * lane() + i] = low_float(uint32_t(words[0][i]));
+      own_value()[2 * lane() + i + D / 2] = high_float(uint32_t(words[0][i]));
     }
   }
   DEVICE void add(AttentionSums<D>& own, const Tile& tile, const Words (&query)[CHUNKS], int start, int end,
@@ -76,9 +127,12 @@ struct WholeAttention {
       }
     }
   }
-  // Leaves the warp's sums in shared memory: [warp][8][D], and [warp][8][maximum, sum] after them.
+  // Leaves the warp's sums in shared memory: [warp][8][D], and [warp][8][maximum, sum] after them; of the token's own key a value
+  // [D] and scores [8] follow.
   DEVICE static float* sums() { return reinterpret_cast<float*>(shared_memory()); }
   DEVICE static float* stats() { return sums() + WHOLE_WARPS * WHOLE_GROUP * D; }
+  DEVICE static float* own_value() { return stats() + 2 * WHOLE_WARPS * WHOLE_GROUP; }
+  DEVICE static float* own_scores() { return own_value() + D; }
   DEVICE void leave(const AttentionSums<D>& own) const {
     const int row = WHOLE_GROUP * warp() + (lane() >> 2), c = lane() & 3;
     UNROLL
@@ -99,13 +153,14 @@ struct WholeAttention {
       stats()[2 * row + 1] = own.sum[0];
     }
   }
-  // Joins what the warps have left.
-  DEVICE void join(int share, float factor) const {
+  // Joins what the warps have left, with the token's own key if it is of this share.
+  DEVICE void join(int share, bool has_own, float factor) const {
     for (int item = thread_index(); item < args.group * (D / 4); item += WHOLE_THREADS) {
       const int row = item / (D / 4), column = 4 * (item % (D / 4));
       float largest = -INFINITY, total = 0.0f, out[4] = {0.0f, 0.0f, 0.0f, 0.0f};
       UNROLL
       for (int i = 0; i < WHOLE_WARPS; ++i) largest = fmaxf(largest, stats()[2 * (WHOLE_GROUP * i + row)]);
+      if (has_own) largest = fmaxf(largest, own_scores()[row]);
       UNROLL
       for (int i = 0; i < WHOLE_WARPS; ++i) {
         const int at = WHOLE_GROUP * i + row;
@@ -114,6 +169,12 @@ struct WholeAttention {
         total += by * stats()[2 * at + 1];
         UNROLL
         for (int j = 0; j < 4; ++j) out[j] += by * bits_to_float(four.at[j]);
+      }
+      if (has_own) {
+        const float by = part_of(own_scores()[row], largest, factor);
+        total += by;
+        UNROLL
+        for (int j = 0; j < 4; ++j) out[j] += by * own_value()[column + j];
       }
       const int64_t place = (int64_t(head) * WHOLE_GROUP + row) * SHARES + share;
       const uint64_t upper = pack_bf16(out[2], out[3]);

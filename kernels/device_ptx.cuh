@@ -62,6 +62,22 @@ DEVICE void grid_wait(const uint64_t* count, uint64_t target) {
   }
 }
 
+// Four bytes that are handed to other blocks with a tag beside them, as one number of eight: who finds the tag has the bytes.
+DEVICE void store_tagged(uint64_t* to, uint32_t bits, uint32_t tag) {
+  asm volatile("st.relaxed.gpu.global.u64 [%0], %1;" ::"l"(__cvta_generic_to_global(to)),
+               "l"(uint64_t(tag) << 32 | bits)
+               : "memory");
+}
+// Two of them side by side, from a multiple of 16 on.
+DEVICE void load_tagged(uint64_t (&two)[2], const uint64_t* from) {
+  asm volatile("ld.relaxed.gpu.global.v2.u64 {%0, %1}, [%2];"
+               : "=l"(two[0]), "=l"(two[1])
+               : "l"(__cvta_generic_to_global(from))
+               : "memory");
+}
+// Before what was not there is looked for again.
+DEVICE void let_others_go_on() {}
+
 // Kernels that are queued to overlap (compute capability 9.0): the next one may start, and waits there
 // until all before it have ended and their writes are seen.
 DEVICE void release_next_kernel() {

@@ -79,6 +79,8 @@ void arrive(CountingBarrier* at, int bytes);
 void wait_for_phase(CountingBarrier* at, int parity);
 void copy_row(void* to, const void* from, int bytes, CountingBarrier* arrived);
 void arrive_at_grid(uint64_t* count);
+void store_tagged(uint64_t* to, uint64_t word);
+void let_others_go_on();
 void wait_for_grid(const uint64_t* count, uint64_t target);
 void shuffle(void* const* lanes);
 
@@ -193,6 +195,11 @@ inline void barrier_wait(CopyBarrier* at, uint32_t parity) { emulation::wait_for
 
 inline uint64_t grid_count(const uint64_t* count) { return *count; }
 inline void grid_arrive(uint64_t* count) { emulation::arrive_at_grid(count); }
+inline void store_tagged(uint64_t* to, uint32_t bits, uint32_t tag) {
+  emulation::store_tagged(to, uint64_t(tag) << 32 | bits);
+}
+inline void load_tagged(uint64_t (&two)[2], const uint64_t* from) { memcpy(two, from, 16); }
+inline void let_others_go_on() { emulation::let_others_go_on(); }
 inline void grid_wait(const uint64_t* count, uint64_t target) { emulation::wait_for_grid(count, target); }
 
 inline void copy_async(void* to_shared, const void* from, bool there) {

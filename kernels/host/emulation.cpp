@@ -273,11 +273,19 @@ void arrive_at_grid(uint64_t* count) {
   ++arrivals;
 }
 
+void store_tagged(uint64_t* to, uint64_t word) {
+  if (reinterpret_cast<uintptr_t>(to) % 8) fail("a tagged number is not aligned to 8 bytes");
+  *to = word;
+  ++arrivals;
+}
+
+void let_others_go_on() {
+  scheduler.at_grid.push_back(place.thread);
+  go_home();
+}
+
 void wait_for_grid(const uint64_t* count, uint64_t target) {
-  while (*count < target) {
-    scheduler.at_grid.push_back(place.thread);
-    go_home();
-  }
+  while (*count < target) let_others_go_on();
 }
 
 void multiply_add_bytes(void* const* lanes) {

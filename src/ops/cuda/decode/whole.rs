@@ -206,8 +206,8 @@ impl Product<'_> {
         };
         let first = of(part.stored.bytes, part.stored.outs);
         match (self.kind, part.second) {
-            (Kind::Qkv, _) => [first, first],
-            (_, 0) => [first, None],
+            // Pairs in a head are rows of the same matrix.
+            (Kind::Qkv, _) | (_, 0) => [first, None],
             (_, second) => match of(second, part.stored.outs) {
                 Some(second) => [first, Some(second)],
                 None => [None, None],
@@ -312,8 +312,9 @@ impl Builder {
         }
         let Some(products) = self.products(model) else { return Ok(None) };
         let Sizes { heads, kv_heads, head_dim, .. } = self.sizes;
-        // Sums of warps, with their maxima and sums.
-        let attention_bytes = WARPS * GROUP * (head_dim + 2) * size_of::<f32>();
+        // Sums of warps, with their maxima and sums, and the token's own value and scores.
+        let attention_floats = WARPS * GROUP * (head_dim + 2) + head_dim + GROUP;
+        let attention_bytes = attention_floats * size_of::<f32>();
         let shapes = shapes(&products);
         let Some(places) = Places::of(&products, &shapes, attention_bytes, self.limits) else {
             return Ok(None);
@@ -344,7 +345,14 @@ impl Builder {
         let partial =
             Output::new(&self.device, &[shares.iter().product::<usize>() * head_dim], DType::BF16)?;
         let stats = Output::new(&self.device, &[shares.iter().product::<usize>() * 2], DType::F32)?;
-        args.address(self.query.address()).address(partial.address()).address(stats.address());
+        let mut handed = Output::new(
+            &self.device,
+            &[(heads + 2 * kv_heads) * (head_dim >> 1) * size_of::<u64>()],
+            DType::U8,
+        )?;
+        // No tags of other work.
+        handed.write(&vec![0_u64; (heads + 2 * kv_heads) * (head_dim >> 1)])?;
+        args.address(handed.address()).address(partial.address()).address(stats.address());
         args.counts([heads.checked_div(kv_heads).unwrap_or(0), kv_heads]);
         args.number(self.sizes.scale());
         let Places { scratch, shares, shapes, barriers, rings, .. } = places;
@@ -364,7 +372,7 @@ impl Builder {
                 shared_bytes: places.end,
                 args,
             },
-            buffers: vec![stored, maps, arrived, partial, stats],
+            buffers: vec![stored, maps, arrived, handed, partial, stats],
         }))
     }
 
@@ -446,7 +454,7 @@ impl Builder {
     /// Queries, keys and values, each with blocks of its own.
     fn qkv_parts(&mut self, layer: &DecodeLayer<'_>) -> Option<Vec<Part>> {
         let cache = [self.cache(layer.cache[0])?, self.cache(layer.cache[1])?];
-        let to = [self.query.address(), address(cache[0]).ok()?, address(cache[1]).ok()?];
+        let to = [0, address(cache[0]).ok()?, address(cache[1]).ok()?];
         self.tensors.extend(layer.cache.map(Tensor::clone));
         let stored = self.qkv_matrices(layer)?;
         let pairs: Vec<_> = stored.iter().map(|stored| stored.weights(2)).collect();
