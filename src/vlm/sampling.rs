@@ -96,8 +96,10 @@ impl Sampler {
                 if let Some(allowed) = allowed {
                     allowed.forbid_others(logits, FORBIDDEN);
                 }
-                let candidates = candidates(logits, temperature, top_k, top_p);
-                draw(&candidates, self.share())
+                for logit in &mut *logits {
+                    *logit /= temperature;
+                }
+                drawn(logits, top_k, top_p, self.share())
             }
         };
         Ok(super::positions::small(token))
@@ -211,19 +213,88 @@ impl Survey {
     }
 }
 
-/// Tokens that can be drawn and their probabilities (not yet adding up to one), likeliest first.
-fn candidates(
-    logits: &[f32],
-    temperature: f32,
-    top_k: Option<usize>,
-    top_p: f32,
-) -> Vec<(usize, f64)> {
-    let mut ranked: Vec<(usize, f64)> =
-        logits.iter().map(|logit| f64::from(logit / temperature)).enumerate().collect();
-    ranked.sort_by(|a, b| b.1.total_cmp(&a.1));
-    if let Some(last) = top_k.and_then(|k| ranked.get(k.saturating_sub(1))).map(|last| last.1) {
-        ranked.retain(|candidate| candidate.1 >= last);
+/// The token at `share` of the probability that `top_k` and `top_p` leave, likeliest first.
+fn drawn(logits: &[f32], top_k: Option<usize>, top_p: f32, share: f64) -> usize {
+    let mut ranking = Ranking::new(logits);
+    let all = logits.iter().copied().enumerate();
+    if let Some(last) = top_k.and_then(|k| ranking.at(k.saturating_sub(1))) {
+        // What is as likely as the last one stays, too.
+        let rest = all.filter(|(_, logit)| *logit >= logits[last]);
+        return draw(&candidates(rest, top_p), share);
     }
+    drawn_from_the_upper(logits, ranking, top_p, share)
+        .unwrap_or_else(|| draw(&candidates(all, top_p), share))
+}
+
+/// [`drawn`] without ranking the less likely tokens, which are most; `None` where the order in which their
+/// probabilities are added up might change the token.
+fn drawn_from_the_upper(
+    logits: &[f32],
+    mut ranking: Ranking,
+    top_p: f32,
+    share: f64,
+) -> Option<usize> {
+    /// More than what sums of a whole vocabulary differ by in any two orders, as a part of the sum.
+    const SLACK: f64 = 1e-9;
+    /// Tokens whose logits are so much smaller have no such part, even together.
+    const FAR: f64 = 45.0;
+    let largest = f64::from(logits[ranking.at(0)?]);
+    let weight = |logit: f32| (f64::from(logit) - largest).exp();
+    let is_near = |logit: &f32| largest - f64::from(*logit) < FAR;
+    let total: f64 = logits.iter().copied().filter(is_near).map(weight).sum();
+    let slack = SLACK * total;
+    let part = total * if top_p < 1.0 { f64::from(top_p) } else { share };
+    let (mut upper, mut sum) = (Vec::new(), 0.0);
+    while sum <= part + slack {
+        let token = ranking.at(upper.len())?;
+        upper.push((token, weight(logits[token])));
+        sum += upper.last()?.1;
+        let is_clear = sum < part - slack || sum > part + slack;
+        is_clear.then_some(())?;
+    }
+    match top_p < 1.0 {
+        true => Some(draw(&upper, share)),
+        false => upper.last().map(|last| last.0),
+    }
+}
+
+/// Tokens by their logits, the likeliest first and of equals the first; sorted as far as anyone asked.
+struct Ranking {
+    /// In the upper half the logit's bits, so that larger ones come first; in the lower half the token.
+    keys: Vec<u64>,
+    sorted: usize,
+}
+
+impl Ranking {
+    fn new(logits: &[f32]) -> Self {
+        let key = |(token, logit): (u32, &f32)| {
+            let bits = logit.to_bits();
+            let descending = if logit.is_sign_negative() { bits } else { bits ^ 0x7fff_ffff };
+            u64::from(descending) << 32 | u64::from(token)
+        };
+        Self { keys: (0..).zip(logits).map(key).collect(), sorted: 0 }
+    }
+
+    /// The token of a rank.
+    fn at(&mut self, rank: usize) -> Option<usize> {
+        while self.sorted <= rank && self.sorted < self.keys.len() {
+            let rest = &mut self.keys[self.sorted..];
+            let count = rest.len().min(256 + 15 * self.sorted);
+            if count < rest.len() {
+                rest.select_nth_unstable(count);
+            }
+            rest[..count].sort_unstable();
+            self.sorted += count;
+        }
+        self.keys.get(rank).and_then(|key| usize::try_from(key & 0xffff_ffff).ok())
+    }
+}
+
+/// Tokens that can be drawn and their probabilities (not yet adding up to one), likeliest first.
+fn candidates(logits: impl Iterator<Item = (usize, f32)>, top_p: f32) -> Vec<(usize, f64)> {
+    let mut ranked: Vec<(usize, f64)> =
+        logits.map(|(token, logit)| (token, f64::from(logit))).collect();
+    ranked.sort_by(|a, b| b.1.total_cmp(&a.1));
     let max = ranked.first().map_or(0.0, |first| first.1);
     for candidate in &mut ranked {
         candidate.1 = (candidate.1 - max).exp();
@@ -260,8 +331,16 @@ mod tests {
 
     const LOGITS: [f32; 4] = [1.0, 3.0, 2.0, 0.0];
 
+    /// What [`drawn`] can draw by its definition: everything is sorted.
+    fn by_sorting(logits: &[f32], top_k: Option<usize>, top_p: f32) -> Vec<(usize, f64)> {
+        let mut sorted = logits.to_vec();
+        sorted.sort_by(|a, b| b.total_cmp(a));
+        let least = top_k.and_then(|k| sorted.get(k - 1)).copied().unwrap_or(f32::NEG_INFINITY);
+        candidates(logits.iter().copied().enumerate().filter(|(_, logit)| *logit >= least), top_p)
+    }
+
     fn tokens(top_k: Option<usize>, top_p: f32) -> Vec<usize> {
-        candidates(&LOGITS, 1.0, top_k, top_p).into_iter().map(|(token, _)| token).collect()
+        by_sorting(&LOGITS, top_k, top_p).into_iter().map(|(token, _)| token).collect()
     }
 
     #[test]
@@ -273,6 +352,65 @@ mod tests {
         assert_eq!(tokens(None, 0.6), [1]);
         assert_eq!(tokens(None, 0.8), [1, 2]);
         assert_eq!(tokens(None, 0.95), [1, 2, 0]);
+    }
+
+    #[test]
+    fn what_is_drawn_is_drawn_from_all_sorted_tokens() {
+        let mut random = Mt64::new(3);
+        let mut uniform = move || (random.next_u64() >> 40) as f32 / 16_777_216.0;
+        let mut quickly = 0;
+        for round in 0..240_usize {
+            let size = [1_usize, 2, 255, 256, 257, 4096, 9000][round % 7];
+            let spread = [0.0, 1e-3, 3.0, 30.0, 300.0][round % 5];
+            let mut logits: Vec<f32> = (0..size).map(|_| spread * (uniform() - 0.5)).collect();
+            if round % 3 == 0 {
+                // Many that are equal, zeros of both signs among them.
+                logits.iter_mut().for_each(|logit| *logit = logit.round());
+            }
+            if round % 4 == 0 {
+                logits[size.div_ceil(2)..].fill(FORBIDDEN);
+            }
+            for (top_k, top_p) in [
+                (None, 1.0),
+                (None, 0.9),
+                (None, 0.5),
+                (None, 0.0),
+                (Some(1), 1.0),
+                (Some(50), 0.8),
+                (Some(256), 1.0),
+                (Some(size), 0.999),
+                (Some(size + 1), 1.0),
+            ] {
+                let candidates = by_sorting(&logits, top_k, top_p);
+                for share in [0.0, 0.5, f64::from(uniform()), f64::from(uniform()), 1.0 - 1e-12] {
+                    let case = (round, size, spread, top_k, top_p, share);
+                    assert_eq!(
+                        drawn(&logits, top_k, top_p, share),
+                        draw(&candidates, share),
+                        "{case:?}"
+                    );
+                    let upper = drawn_from_the_upper(&logits, Ranking::new(&logits), top_p, share);
+                    quickly += usize::from(upper.is_some());
+                }
+            }
+        }
+        assert!(quickly > 8000, "only {quickly} of 10800 without ranking all");
+        // Infinite after a tiny temperature.
+        for logits in [[f32::INFINITY, 1.0, f32::INFINITY], [f32::NEG_INFINITY; 3]] {
+            let expected = draw(&by_sorting(&logits, None, 1.0), 0.5);
+            assert_eq!(drawn(&logits, None, 1.0, 0.5), expected);
+        }
+    }
+
+    #[test]
+    fn only_the_upper_tokens_are_sorted() {
+        let logits: Vec<f32> =
+            (0..9000_u16).map(|i| f32::from(i.wrapping_mul(7919) % 9001)).collect();
+        let mut ranking = Ranking::new(&logits);
+        let first = ranking.at(0).map(|token| logits[token]);
+        assert_eq!((first, ranking.sorted), (logits.iter().copied().reduce(f32::max), 256));
+        ranking.at(300);
+        assert_eq!(ranking.sorted, 4352);
     }
 
     #[test]
