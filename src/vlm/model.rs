@@ -423,7 +423,6 @@ impl VisionLanguageModel {
             };
             let logits = decoder.finish(pending, model, &mut cache, call)?;
             let token = sampler.choose(logits, &seen, allowed.as_ref())?;
-            pending = Pending::There(Vec::new());
             seen.push(token);
             if options.stop_tokens.contains(&token) {
                 finish = Finish::Stop;
@@ -434,16 +433,17 @@ impl VisionLanguageModel {
                 constraint.accept(token)?;
                 is_complete = constraint.is_complete();
             }
-            // The device has its next token before anyone hears of this one.
-            if step + 1 < steps && !is_complete {
-                let at = inputs.positions.next + small(step);
-                pending = decoder.start(model, (token, at), &mut cache, call)?;
-            }
+            // The device has its next token before anyone hears of this one. Where it cannot have one, as the
+            // request is cancelled, this one is heard of all the same.
+            let next = (step + 1 < steps && !is_complete).then(|| {
+                decoder.start(model, (token, inputs.positions.next + small(step)), &mut cache, call)
+            });
             hear(&stream.push(token)?, &mut text, on_text);
             if is_complete {
                 finish = Finish::Stop;
-                break;
             }
+            let Some(next) = next.transpose()? else { break };
+            pending = next;
         }
         hear(&stream.finish()?, &mut text, on_text);
         Ok(Generation { tokens: seen.split_off(inputs.tokens.len()), text, finish })

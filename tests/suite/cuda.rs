@@ -207,3 +207,47 @@ fn kernels_follow_the_rule_on_a_device() {
         require(&parity::run_blas(&device, &[0]), 15);
     }
 }
+
+/// The device has its next token before anyone hears of one; a request that is cancelled meanwhile loses none.
+#[cfg(feature = "cuda-emulation")]
+#[test]
+fn the_last_token_before_a_cancelled_one_is_heard_of() {
+    use candle_core::DType;
+    use pentimento::{
+        CancelToken, Error,
+        ops::{cuda::emulated, on_worker},
+        vlm::{GenerateOptions, Sampling, VisionLanguageModel},
+        weights::{ModelFiles, Precision, Storage},
+    };
+
+    use crate::common::Reference;
+
+    let files = ModelFiles::Folder(Reference::open("tiny-qwen-2511").folder);
+    // Plain matrices in host memory are laid out for the CPU, without a prepared pass.
+    let (compute, storage) = (DType::BF16, Storage::Q8_0);
+    let precision = Precision { compute, storage, ..Precision::reference() };
+    let check = || {
+        let model = VisionLanguageModel::load(&files, "text_encoder", &precision).unwrap();
+        let inputs = model.prepare("make it red", &[]).unwrap();
+        let options = GenerateOptions { sampling: Sampling::Greedy, ..model.generate_options() };
+        // Something is heard of each token where none is a part of a character.
+        let write = |cancel: &CancelToken, on_text: &mut dyn FnMut(&str)| {
+            let mut letters = model.constraint("start: /[a-z]{20}/").unwrap();
+            model.generate_within(&inputs, &options, Some(&mut letters), cancel.into(), on_text)
+        };
+        let mut pieces: Vec<String> = Vec::new();
+        write(&CancelToken::new(), &mut |piece| pieces.push(piece.to_owned())).unwrap();
+        assert!(pieces.len() > 2, "{pieces:?}");
+
+        let (cancel, mut heard) = (CancelToken::new(), Vec::new());
+        let result = write(&cancel, &mut |piece| {
+            heard.push(piece.to_owned());
+            cancel.cancel();
+        });
+        assert!(matches!(result, Err(Error::Cancelled)), "{result:?}");
+        // The second one was on its way.
+        assert_eq!(heard, pieces[..2]);
+    };
+    // The emulation is the thread's own, and prompts are read on a worker.
+    on_worker(|| emulated(0, check));
+}
