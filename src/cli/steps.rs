@@ -18,14 +18,23 @@ pub(crate) struct KeptSteps {
 }
 
 impl KeptSteps {
-    /// Makes the folder.
+    /// Makes sure that the first picture can be written; the folder itself is made with it.
     pub(crate) fn new(folder: &Path, overwrite: Overwrite) -> Result<Self> {
-        fs_err::create_dir_all(folder)?;
         let kept =
             Self { folder: folder.to_owned(), overwrite, result: Mutex::new(Ok(Vec::new())) };
-        // What would make the first picture impossible to write is told before any work.
-        pixels::check_output(&kept.path(0), overwrite)?;
+        let absent = |it: &&Path| !it.as_os_str().is_empty() && !it.exists();
+        let absent: Vec<&Path> = folder.ancestors().take_while(absent).collect();
+        let checked =
+            kept.make_folder().and_then(|()| pixels::check_output(&kept.path(0), overwrite));
+        for made in absent {
+            drop(fs_err::remove_dir(made)); // one that someone uses by now stays
+        }
+        checked?;
         Ok(kept)
+    }
+
+    fn make_folder(&self) -> Result<()> {
+        Ok(fs_err::create_dir_all(&self.folder)?)
     }
 
     /// What was done, but not quite as asked; or the first failure.
@@ -40,7 +49,10 @@ impl KeptSteps {
     fn write(&self, index: usize, picture: &Picture) {
         let mut result = self.result.lock().unwrap_or_else(PoisonError::into_inner);
         if let Ok(notes) = &mut *result {
-            match pixels::save(picture, self.path(index), self.overwrite, None) {
+            let saved = self
+                .make_folder()
+                .and_then(|()| pixels::save(picture, self.path(index), self.overwrite, None));
+            match saved {
                 Ok(more) => notes.extend(more),
                 Err(error) => *result = Err(error),
             }

@@ -537,7 +537,19 @@ fn bad_plans_are_wrong_usage() {
     stderr_of(&planned, 2, &["planner prompt", "{request}"]);
     stderr_of(&["plan", "-i", &street], 2, &["--prompt"]);
     let short = ["plan", "-i", &street, "-p", "make it night", "--planner-tokens", "4"];
-    stderr_of(&short, 1, &["not finished after 4 tokens", "<action>", "--planner-tokens"]);
+    let words = ["not finished after 4 tokens", "<action>", "--planner-tokens"];
+    stderr_of(&short, 1, &words);
+    // A folder for the pictures in between is made with the first of them, and must be one that can be.
+    let at = |name: &str| folder.path().join(name).display().to_string();
+    let edit = ["edit", "-i", &street, "-o", &out, "--strategy", "sequential"];
+    let keep = |steps: &str, code: i32, words: &[&str]| {
+        stderr_of(&[&edit[..], &short[3..], &["--keep-steps", steps]].concat(), code, words);
+    };
+    keep(&at("new/steps"), 1, &words);
+    keep(&at("plan.json"), 1, &["plan.json"]);
+    keep(&at("plan.json/steps"), 1, &["plan.json/steps"]);
+    keep(&at(&format!("new/{}", "x".repeat(300))), 1, &["xxx"]);
+    assert!(!folder.path().join("new").exists());
     assert!(!Path::new(&out).exists());
 }
 
