@@ -308,7 +308,7 @@ pub(crate) struct EditArgs {
 #[command(next_help_heading = "LoRA")]
 pub(crate) struct LoraArgs {
     /// LoRA file (safetensors) for the editor, and its strength [default: 1]; repeat for several,
-    /// which add up. A file with Lightning and 4steps or 8steps in its name sets steps, guidance and
+    /// which add up. What is there under the whole text is meant as a path. A file with Lightning and 4steps or 8steps in its name sets steps, guidance and
     /// schedule unless they are asked for
     #[arg(long = "lora", value_name = "FILE[:SCALE]", value_parser = lora)]
     pub(crate) files: Vec<LoraSource>,
@@ -489,7 +489,7 @@ pub(super) fn zero_cond_t(text: &str) -> Result<bool, String> {
 
 /// A path, or a path, a colon and a number.
 fn lora(text: &str) -> Result<LoraSource, String> {
-    let is_name = std::path::Path::new(text).is_file(); // what exists under that name is meant
+    let is_name = std::path::Path::new(text).exists(); // what is there under that name is meant
     let scaled = text.rsplit_once(':').filter(|_| !is_name).and_then(|(path, scale)| {
         Some(LoraSource { path: path.into(), strength: scale.parse().ok()? })
     });

@@ -643,6 +643,16 @@ fn lora_files_change_the_picture_and_are_listed() {
         stderr_of(&arguments, code, words);
     };
     refused("none.safetensors:0.5", 3, &["none.safetensors", "not found"]);
+    // What is there under the whole text is meant, with the strength 1.
+    let numbered = folder.path().join("v:0");
+    fs_err::create_dir(&numbered).unwrap();
+    fs_err::copy(&lora, numbered.join("adapter_model.safetensors")).unwrap();
+    let (whole, summary, _) = edit("whole.png", &[&numbered.display().to_string()]);
+    assert_eq!(
+        (&summary["loras"][0]["name"], &summary["loras"][0]["strength"]),
+        (&"v:0".into(), &1.0.into())
+    );
+    assert_ne!(whole, plain);
     refused(&format!("{lora}:nan"), 2, &["finite"]);
     refused(&format!("{model}/vae/diffusion_pytorch_model.safetensors"), 3, &["low-rank"]);
 }
