@@ -3,7 +3,7 @@
 use std::{collections::BTreeMap, path::Path};
 
 use pentimento::{
-    EditVersion, ModelError, ModelInfo, ModelSource, Result,
+    EditVersion, ModelInfo, ModelSource, Result,
     library::{self, Want},
     pixels::{self, Limits},
     weights::{Checkpoint, Family, family, identify},
@@ -36,16 +36,11 @@ pub(crate) fn tell(path: &Path, json: bool) -> Result<()> {
             super::print(folder(&info).as_bytes())
         };
     }
-    // Opening a named pipe would wait for whoever writes into it.
-    if std::fs::metadata(path).is_ok_and(|found| !found.is_file()) {
-        let (field, found) = ("FILE", format!("{}, a pipe or a device", path.display()));
-        let expected = "a weight file, a model folder or a picture".to_owned();
-        return Err(pentimento::RequestError::Field { field, found, expected }.into());
-    }
-    let is_weights =
-        path.extension().is_some_and(|extension| extension.eq_ignore_ascii_case("safetensors"))
-            || starts_like_weights(path)?;
-    if is_weights {
+    let is_named =
+        path.extension().is_some_and(|extension| extension.eq_ignore_ascii_case("safetensors"));
+    // Why something is no file, or cannot be opened, is told as it is for weights. Opening a named pipe would
+    // wait for whoever writes into it.
+    if is_named || !path.is_file() || starts_like_weights(path).unwrap_or(true) {
         let checkpoint = Checkpoint::open_file(path)?;
         let version = match family(&checkpoint) {
             Some(Family::Transformer) => EditVersion::of_file(path).ok(),
@@ -72,16 +67,10 @@ fn has_weights(folder: &Path) -> bool {
 }
 
 /// A GGUF file, or a safetensors header under another name: a small length and an opening brace.
-fn starts_like_weights(path: &Path) -> Result<bool> {
+fn starts_like_weights(path: &Path) -> std::io::Result<bool> {
     use std::io::Read;
     let mut start = Vec::new();
-    let absent = |error: std::io::Error| ModelError::Missing {
-        path: path.display().to_string(),
-        what: error.kind().to_string(),
-        hint: "pass a weight file, a model folder or a picture".to_owned(),
-    };
-    let file = fs_err::File::open(path).map_err(absent)?;
-    file.take(START_BYTES as u64).read_to_end(&mut start)?;
+    fs_err::File::open(path)?.take(START_BYTES as u64).read_to_end(&mut start)?;
     Ok(start.get(6..9) == Some(&[0, 0, b'{']) || start.starts_with(b"GGUF"))
 }
 

@@ -93,7 +93,7 @@ fn absent(path: &Path, error: &std::io::Error) -> crate::Error {
 fn no_file(path: &Path, is_folder: bool) -> crate::Error {
     let (found, hint) = match is_folder {
         true => ("a folder", "name a weight file in it; a model's folder goes to --model"),
-        false => ("a pipe or a device", "weights are mapped, so save them as a file first"),
+        false => ("a pipe or a device", "files are mapped, so save it as one first"),
     };
     ModelError::Corrupt {
         path: path.display().to_string(),

@@ -78,8 +78,22 @@ fn what_is_no_file_is_told_by_name_and_never_waited_for() {
             told(&[arguments.as_slice(), &[flag, path]].concat(), 3, &words[..1]);
         }
     }
-    told(&[info, pipe.as_os_str()], 2, &["pipe.safetensors", "a pipe or a device"]);
-    told(&[info, OsStr::new("/dev/zero")], 2, &["/dev/zero"]);
+    // All who read weights tell it in the same words, with the same exit code.
+    let sample = Reference::open("tiny-qwen-edit").folder.join("cases/edit_in.png");
+    let edit = ["edit", "-p", "x", "-o", "/tmp/none.png", "--steps", "2", "--area", "64x64", "-i"];
+    let edit: Vec<&OsStr> = edit.iter().map(OsStr::new).chain([sample.as_os_str()]).collect();
+    let missing = folder.path().join("none.safetensors");
+    let device = Path::new("/dev/zero");
+    for (path, words) in [
+        (&*pipe, "a pipe or a device, expected a weight file"),
+        (device, "a pipe or a device, expected a weight file"),
+        (&link, "not found (a link to a file that is not there)"),
+        (&missing, "not found (there is no such file)"),
+    ] {
+        let words = [&*path.to_string_lossy(), words];
+        told(&[info, path.as_os_str()], 3, &words);
+        told(&[&edit[..], &[OsStr::new("--lora"), path.as_os_str()]].concat(), 3, &words);
+    }
     // In a place with models a pipe is passed by; a link that leads nowhere is listed with its fault.
     let list = ["models", "list", "--json", "--models-dir"].map(OsStr::new);
     let output = output(&mut program(&[&list[..], &[folder.path().as_os_str()]].concat()));

@@ -112,15 +112,10 @@ impl LoraFile {
         }
         let in_folder = SAVED_NAMES.iter().map(|name| path.join(name)).find(|file| file.is_file());
         let path = in_folder.as_deref().unwrap_or(path);
-        if !path.is_file() {
-            let what = if path.is_dir() {
-                format!("this is a folder without {}", SAVED_NAMES.join(" or "))
-            } else {
-                "there is no such file".to_owned()
-            };
+        if path.is_dir() {
             return Err(ModelError::Missing {
                 path: path.display().to_string(),
-                what,
+                what: format!("this is a folder without {}", SAVED_NAMES.join(" or ")),
                 hint: "pass the LoRA's safetensors file".to_owned(),
             }
             .into());
