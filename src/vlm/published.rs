@@ -3,7 +3,7 @@
 use serde_json::{Map, Value, json};
 
 use super::canonical_name;
-use crate::weights::Checkpoint;
+use crate::weights::{Checkpoint, depth};
 
 /// A tensor whose length tells the sizes apart.
 const SIGN: &str = "model.layers.0.self_attn.k_proj.bias";
@@ -64,16 +64,13 @@ pub(crate) fn fits(config: &Map<String, Value>, checkpoint: &Checkpoint) -> bool
         .tensors()
         .map(|(name, entry)| (canonical_name(name), entry.shape.as_slice()))
         .collect();
-    let depth = |start: &str| {
-        let index = |name: &str| name.strip_prefix(start)?.split('.').next()?.parse::<usize>().ok();
-        names.iter().filter_map(|(name, _)| index(name)).max().map(|last| last.saturating_add(1))
-    };
+    let blocks = |start: &str| depth(names.iter().map(|(name, _)| name.as_str()), start);
     let embedding = names.iter().find(|(name, _)| name == EMBEDDING).map(|(_, shape)| *shape);
     let vision = config.get("vision_config").and_then(Value::as_object);
     let written = [size(Some(text), "vocab_size"), size(Some(text), "hidden_size")];
     embedding.is_some_and(|shape| shape.iter().copied().map(Some).eq(written))
-        && depth("model.layers.") == size(Some(text), "num_hidden_layers")
-        && depth("visual.blocks.") == size(vision, "depth")
+        && blocks("model.layers.") == size(Some(text), "num_hidden_layers")
+        && blocks("visual.blocks.") == size(vision, "depth")
 }
 
 /// `preprocessor_config.json` of every published size.

@@ -94,6 +94,12 @@ pub fn identify(checkpoint: &Checkpoint) -> Option<&'static str> {
     RULES.iter().find(|(names, _)| names.iter().all(|name| holds(name))).map(|(_, model)| *model)
 }
 
+/// How many blocks there are, by the highest number after `start` in a tensor's name; `None` without any.
+pub(crate) fn depth<'a>(names: impl Iterator<Item = &'a str>, start: &str) -> Option<usize> {
+    let number = |name: &str| name.strip_prefix(start)?.split('.').next()?.parse::<usize>().ok();
+    names.filter_map(number).max().map(|last| last.saturating_add(1))
+}
+
 /// What the file is for, where the tensors tell.
 #[must_use]
 pub fn family(checkpoint: &Checkpoint) -> Option<Family> {

@@ -27,6 +27,7 @@ pub use checkpoint::{Checkpoint, TensorEntry};
 pub use cursor::{AttentionType, Precision, Storage, Weights};
 pub use files::{EmbeddedFile, ModelFiles};
 pub(crate) use files::{model_name, shards};
+pub(crate) use identify::depth;
 pub use identify::{Family, family, identify};
 pub use lora::{LoraFile, LoraReport, LowRankChanges};
 pub use rows::FileRows;

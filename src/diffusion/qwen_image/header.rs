@@ -6,7 +6,7 @@ use super::config::{self, ZERO_COND_MARK};
 use crate::{
     diffusion::config_check::has_all,
     error::{ModelError, Result},
-    weights::{Checkpoint, identify},
+    weights::{Checkpoint, depth, identify},
 };
 
 /// Width of a published head, and how it is shared among the axes of a position.
@@ -82,16 +82,6 @@ impl Header {
         Err(ModelError::TensorsUnused { path, count: others.len(), names }.into())
     }
 
-    /// Blocks, by the highest number in a name.
-    fn layers(&self) -> usize {
-        let block = |name: &str| {
-            let rest = name.strip_prefix("transformer_blocks.")?;
-            rest.split('.').next()?.parse::<usize>().ok()
-        };
-        let last = self.0.tensors().filter_map(|(name, _)| block(name)).max();
-        last.map_or(0, |last| last.saturating_add(1))
-    }
-
     /// Whether the file has the mark of the 2511 version.
     pub(crate) fn is_marked(&self) -> bool {
         self.0.contains(ZERO_COND_MARK)
@@ -158,12 +148,13 @@ impl Header {
     fn dimensions(&self) -> Result<Map<String, Json>> {
         let (dim, head) = (self.side("img_in.weight", 0)?, self.side(HEAD, 0)?);
         let area = config::PATCH * config::PATCH;
+        let names = self.0.tensors().map(|(name, _)| name);
         let config = json!({
             "_class_name": config::CLASS,
             "patch_size": config::PATCH,
             "in_channels": self.side("img_in.weight", 1)?,
             "out_channels": self.side("proj_out.weight", 0)?.div_euclid(area),
-            "num_layers": self.layers(),
+            "num_layers": depth(names, "transformer_blocks.").unwrap_or(0),
             "attention_head_dim": head,
             "num_attention_heads": dim.checked_div(head).unwrap_or(0),
             "joint_attention_dim": self.side("txt_in.weight", 1)?,
