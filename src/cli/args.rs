@@ -209,7 +209,7 @@ pub(crate) struct PlannerArgs {
     #[arg(long, value_name = "N", default_value_t = 512)]
     pub(crate) planner_tokens: usize,
     /// 0 takes the likeliest token each time
-    #[arg(long, value_name = "X", default_value_t = 0.0)]
+    #[arg(long, value_name = "X", allow_negative_numbers = true, default_value_t = 0.0)]
     pub(crate) planner_temperature: f32,
     /// Seed of the planner's sampling, where its temperature is above 0
     #[arg(long, value_name = "N", default_value_t = 0)]
@@ -268,7 +268,7 @@ pub(crate) struct EditArgs {
     #[arg(long, value_name = "RNG", default_value = "cpu", value_parser = rng)]
     pub(crate) rng: Rng,
     /// True classifier-free guidance; above 1 with a negative prompt doubles the work [default: the model's]
-    #[arg(long, value_name = "X")]
+    #[arg(long, value_name = "X", allow_negative_numbers = true)]
     pub(crate) cfg_scale: Option<f64>,
     /// Width of the working size and of the result [default: auto, which follows the input]
     #[arg(short = 'W', long, value_name = "PX", value_parser = side)]
@@ -376,7 +376,7 @@ pub(crate) struct AskArgs {
     #[arg(long, value_name = "N", default_value_t = 256)]
     pub(crate) max_tokens: usize,
     /// 0 takes the likeliest token each time
-    #[arg(long, value_name = "X", default_value_t = 0.0)]
+    #[arg(long, value_name = "X", allow_negative_numbers = true, default_value_t = 0.0)]
     pub(crate) temperature: f64,
     /// Seed of the sampling; -1 or absent draws one
     #[arg(short, long, value_name = "N", allow_hyphen_values = true, value_parser = seed)]

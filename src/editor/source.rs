@@ -70,7 +70,7 @@ impl ModelSource {
                     path: folder.join("model_index.json").display().to_string(),
                     what: what.to_owned(),
                     hint: "pass the folder that holds model_index.json, transformer/, vae/ and \
-                           text_encoder/, or leave --model out to use the miniature pack"
+                           text_encoder/; without --model the miniature pack is used"
                         .to_owned(),
                 }
                 .into())

@@ -91,7 +91,7 @@ fn fits(candidate: &Candidate, want: Want<'_>) -> bool {
 fn missing(name: &str, want: Want<'_>, named: &[&Candidate], places: &Places) -> Error {
     let wanted = match want {
         Want::Folder | Want::ModelOrPart => "a model folder".to_owned(),
-        Want::Any => "a model or a weight file".to_owned(),
+        Want::Any => "a model or a file".to_owned(),
         Want::File(families) => {
             let labels: Vec<&str> = families.iter().map(|family| family.label()).collect();
             format!("a weight file ({})", labels.join(" or "))
@@ -99,9 +99,12 @@ fn missing(name: &str, want: Want<'_>, named: &[&Candidate], places: &Places) ->
     };
     let looked: Vec<String> =
         places.list().iter().map(|place| place.display().to_string()).collect();
-    let looked = if looked.is_empty() { "no place".to_owned() } else { looked.join(", ") };
+    let looked = match looked.is_empty() {
+        true => "only".to_owned(),
+        false => format!("and in {}", looked.join(", ")),
+    };
     let what = match named.first() {
-        None => format!("{wanted} of this name; looked here and in {looked}"),
+        None => format!("{wanted} of this name; looked here {looked}"),
         Some(other) => {
             format!("{wanted} of this name; {} is {}", other.path.display(), kind_of(other))
         }

@@ -179,6 +179,7 @@ fn contradiction(earlier: &Step, later: &Step) -> Option<&'static str> {
 }
 
 #[derive(Deserialize)]
+#[serde(expecting = "an object")]
 struct Versioned {
     version: u32,
 }

@@ -485,6 +485,12 @@ fn a_plan_is_shown_changed_and_carried_out() {
     assert!(picture("steps/step-1.png") != picture("out.png"));
     assert!(!folder.path().join("steps/step-3.png").exists());
 
+    // One pass has nothing in between.
+    let whole = ["-o", &at("c.png"), "--keep-steps", &at("none"), "--steps", "1"];
+    let whole = [&["edit", "-i", &street, "-p", "make it night"], &whole[..]].concat();
+    stderr_of(&whole, 0, &["--keep-steps: nothing was kept"]);
+    assert!(!folder.path().join("none").exists());
+
     // Kept steps are not overwritten, which is said before any work.
     let again = [
         "edit",
@@ -514,6 +520,7 @@ fn bad_plans_are_wrong_usage() {
     };
     for (json, words) in [
         ("{", vec!["plan, line 1, column 1"]),
+        ("[]", vec!["plan, line 1", "expected an object"]),
         (r#"{"version":7,"steps":[]}"#, vec!["version: 7, expected 1"]),
         (r#"{"version":1,"steps":[]}"#, vec!["steps: 0 steps"]),
         (
@@ -546,6 +553,13 @@ fn bad_plans_are_wrong_usage() {
         stderr_of(&[&edit[..], &short[3..], &["--keep-steps", steps]].concat(), code, words);
     };
     keep(&at("new/steps"), 1, &words);
+    // Numbers below zero are numbers, not flags.
+    let negative = |flag: &str| {
+        let words = [&format!("{}: -0.5, expected", flag.trim_start_matches('-'))[..]];
+        stderr_of(&[&edit[..], &short[3..5], &[flag, "-0.5"]].concat(), 2, &words);
+    };
+    negative("--cfg-scale");
+    negative("--planner-temperature");
     keep(&at("plan.json"), 1, &["plan.json"]);
     keep(&at("plan.json/steps"), 1, &["plan.json/steps"]);
     keep(&at(&format!("new/{}", "x".repeat(300))), 1, &["xxx"]);
