@@ -14,14 +14,14 @@ use pentimento::{
 pub(crate) struct KeptSteps {
     folder: PathBuf,
     overwrite: Overwrite,
-    result: Mutex<Result<Vec<String>>>,
+    /// Notes, once something was written.
+    result: Mutex<Result<Option<Vec<String>>>>,
 }
 
 impl KeptSteps {
     /// Makes sure that the first picture can be written; the folder itself is made with it.
     pub(crate) fn new(folder: &Path, overwrite: Overwrite) -> Result<Self> {
-        let kept =
-            Self { folder: folder.to_owned(), overwrite, result: Mutex::new(Ok(Vec::new())) };
+        let kept = Self { folder: folder.to_owned(), overwrite, result: Mutex::new(Ok(None)) };
         let absent = |it: &&Path| !it.as_os_str().is_empty() && !it.exists();
         let absent: Vec<&Path> = folder.ancestors().take_while(absent).collect();
         let checked =
@@ -39,7 +39,9 @@ impl KeptSteps {
 
     /// What was done, but not quite as asked; or the first failure.
     pub(crate) fn finish(self) -> Result<Vec<String>> {
-        self.result.into_inner().unwrap_or_else(PoisonError::into_inner)
+        let notes = self.result.into_inner().unwrap_or_else(PoisonError::into_inner)?;
+        let nothing = "--keep-steps: nothing was kept, as the edit was one pass";
+        Ok(notes.unwrap_or_else(|| vec![nothing.to_owned()]))
     }
 
     fn path(&self, index: usize) -> PathBuf {
@@ -53,7 +55,7 @@ impl KeptSteps {
                 .make_folder()
                 .and_then(|()| pixels::save(picture, self.path(index), self.overwrite, None));
             match saved {
-                Ok(more) => notes.extend(more),
+                Ok(more) => notes.get_or_insert_default().extend(more),
                 Err(error) => *result = Err(error),
             }
         }
