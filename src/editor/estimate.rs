@@ -100,15 +100,16 @@ impl Facts {
         let sizes = Sizes::plan(pipeline, request, side)?;
         let pictures = request.pictures.len();
         let seen = Seen::of(vlm, &sizes.vision)?;
-        let count = |text: &str| tokens(vlm, text, pictures, seen.tokens);
         let mut read = 0;
-        for text in prompts(request).chain(request.negative_prompt.clone()) {
-            read = read.max(count(&pipeline.text(&text, pictures))?);
+        let negative = request.negative_prompt.clone().map(|text| ("negative prompt", text));
+        for (field, text) in prompts(request).map(|text| ("prompt", text)).chain(negative) {
+            let text = pipeline.text(&text, pictures);
+            read = read.max(tokens(vlm, (field, &text), pictures, seen.tokens)?);
         }
         let planned = is_planned(request);
         if planned {
             // What the planner makes of the request is not known yet; it says no more than that.
-            read += tokens(vlm, &request.prompt, 0, 0)? + PLAN_TOKENS;
+            read += tokens(vlm, ("prompt", &request.prompt), 0, 0)? + PLAN_TOKENS;
         }
         let work = (request.prompt.as_str(), sizes.vision.as_slice(), &request.planner);
         let plan = match planned {
@@ -187,10 +188,10 @@ impl Seen {
     }
 }
 
-/// Tokens of a text with `pictures` placeholders that stand for `picture_tokens` in all.
+/// Tokens of a field's text with `pictures` placeholders that stand for `picture_tokens` in all.
 fn tokens(
     vlm: &VisionLanguageModel,
-    text: &str,
+    (field, text): (&'static str, &str),
     pictures: usize,
     picture_tokens: usize,
 ) -> Result<usize> {
@@ -198,7 +199,7 @@ fn tokens(
     if marks != pictures {
         // The template has one for each picture, so what is too many came with the request.
         let found = format!("{} × {IMAGE_PLACEHOLDER}", marks.saturating_sub(pictures));
-        return Err(Error::field("prompt", found, "no mark that stands for a picture"));
+        return Err(Error::field(field, found, "no mark that stands for a picture"));
     }
     Ok(vlm.tokenizer().encode(text)?.len().saturating_sub(pictures) + picture_tokens)
 }
@@ -215,7 +216,8 @@ pub(super) fn plan_load(
     let seen = Seen::of(vlm, sizes)?;
     let mut prompt_tokens = 0;
     for (text, replies) in planner.readings(encoder, sizes.len(), request)? {
-        let read = tokens(vlm, &text, sizes.len(), seen.tokens)? + replies * options.tokens_max;
+        let read = tokens(vlm, ("prompt", &text), sizes.len(), seen.tokens)?
+            + replies * options.tokens_max;
         prompt_tokens = prompt_tokens.max(read);
     }
     let most = vlm.config().text.max_position_embeddings;

@@ -295,8 +295,10 @@ fn usage_is_2_and_model_files_are_3_and_memory_is_4() {
     let marked = ["edit", "-i", &sample, "-o", &out, "--model", &model, "-p", "a <|image_pad|>"];
     for strategy in ["direct", "single"] {
         let marked = [&marked[..], &["--strategy", strategy]].concat();
-        stderr_of(&marked, 2, &["prompt", "<|image_pad|>"]);
+        stderr_of(&marked, 2, &["error: prompt: 1", "<|image_pad|>"]);
     }
+    let marked = ["edit", "-i", &sample, "-o", &out, "--model", &model, "-p", "x", "-n"];
+    stderr_of(&[&marked[..], &["<|image_pad|>"]].concat(), 2, &["error: negative prompt: 1"]);
     stderr_of(&["edit", "-i", "/no/such.png", "-o", &out, "-p", "x"], 1, &["/no/such.png"]);
     stderr_of(
         &["edit", "-i", &sample, "-o", &out, "-p", "x", "--model", "/no/such"],
