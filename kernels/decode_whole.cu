@@ -13,7 +13,8 @@
 // for boxes of 16 rows by 288 bytes reads 4320 to 4470 GB/s; a copy moves 4240. From shared memory alone 8 warps multiply
 // 40 bytes of Q4_K a clock tick, 12 warps 47 and 15 warps 41; memory gives 19. A token of 7B in Q4_K takes 1.55 ms, one
 // kernel after another 1.79. docs/CUDA.md says where the time went, and what has changed since without being timed: a fifth place in
-// rings, places given back before their weights are multiplied, the row converted side by side, addresses read a product ahead.
+// rings, places given back before their weights are multiplied, the row converted side by side, addresses read a product ahead,
+// queries and the token's own key handed to attention with a tag beside each pair instead of by a barrier.
 // Tried, in ms at a time when this took 1.64 to 1.77: rows copied one by one 1.77 instead of 1.68; 16 warps that ask for
 // their own weights 2.19; asking the cache of the second level for weights ahead of the rings, 2 units of a warp 1.86, 8
 // and more 2.4 to 2.5, by the copy engine as by other instructions. In its present form, 1.55: 14 warps that multiply and
@@ -457,6 +458,7 @@ struct Whole {
       // In the warp that has the fewest other keys.
       const bool has_own = share == key_shares - 1;
       if (has_own && warp() == WHOLE_WARPS - 1) attention.leave_own(query, tag());
+      warp_barrier();  // lanes look for what is handed on each by itself
       AttentionSums<D> own;
       own.clear();
       NO_UNROLL
