@@ -120,6 +120,19 @@ fn cases_by_bytes() -> Vec<Case> {
             past: 63,
             ..small
         },
+        // A warp has several tiles of keys, the last token is the only one of its share, and blocks have several shares.
+        Case {
+            name: "Q4_K by bytes, many keys",
+            width: 256,
+            inner: 256,
+            heads: [8, 4, 64],
+            vocab: 50,
+            layers,
+            formats: SAME(k4),
+            capacity: 1540,
+            past: 1534,
+            ..small
+        },
         Case {
             name: "Q8_0 and Q4_K by bytes",
             width: 512,
