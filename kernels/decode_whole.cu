@@ -255,17 +255,9 @@ struct Whole {
     for (int j = 0; j < 8; ++j) numbers[j] *= inverse;
   }
 
-  // This warp's units of a product: how many, and the first.
-  struct Units {
-    int left, tile, unit;
-    DEVICE Units(const WholeShare& share, int warp) : left(share.left(warp)) {
-      const int from = share.from(warp);
-      tile = from / share.units;
-      unit = from - tile * share.units;
-    }
-  };
+  // This warp's units of a product.
   template <class Format>
-  DEVICE void multiply(WholeRing& ring, const WholeShare& share, Units own) const {
+  DEVICE void multiply(WholeRing& ring, const WholeShare& share, WholeUnits own) const {
     using Row = typename Format::Row;
     const int g = lane() >> 2, t = lane() & 3;
     const unsigned char* x = shared_memory();
@@ -402,7 +394,7 @@ struct Whole {
   DEVICE void run(WholeRing& ring, const WholeShare& share, int product, Addresses& at) const {
     using Row = typename Format::Row;
     const int kind = share.kind, own = thread_index() < share.outs ? thread_index() : 0;
-    const Units units(share, warp());
+    const WholeUnits units(share, warp());
     if (kind == WHOLE_DOWN) {
       prepare_plain<Row>(share, at.row);
     } else if (kind == WHOLE_ATTENDED) {

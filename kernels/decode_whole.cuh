@@ -90,11 +90,20 @@ struct WholeShare : UnitPlan {
     out = out < outs ? out : outs - 1;
     return uint32_t(row_of(out) - (pairs && at >= 8 ? head_mask : 0)) * row_bytes;
   }
-  // A warp's units: the first, and how many.
-  DEVICE int from(int warp) const { return warp * per_warp; }
-  DEVICE int left(int warp) const {
-    const int end = from(warp) + per_warp, all_units = tiles * units;
-    return (end < all_units ? end : all_units) - from(warp);
+  // Outputs of a tile.
+  DEVICE int outs_of(int tile) const {
+    const int left = outs - tile * tile_outs;
+    return left < tile_outs ? left : tile_outs;
+  }
+};
+// A warp's units of a product: how many, and the first.
+struct WholeUnits {
+  int left, tile, unit;
+  DEVICE WholeUnits(const WholeShare& share, int warp) {
+    const int from = warp * share.per_warp, end = from + share.per_warp, all = share.tiles * share.units;
+    left = (end < all ? end : all) - from;
+    tile = from / share.units;
+    unit = from - tile * share.units;
   }
 };
 // `ops/cuda/decode/whole.rs` leaves room for as many bytes.
@@ -196,7 +205,7 @@ DEVICE void with_whole_format(int64_t format, const Work& work) {
 }
 
 // A warp's weights on their way: places in shared memory, each with a barrier that ends when the weights are there and one
-// that ends when they are multiplied.
+// that ends when they are multiplied or in registers.
 struct WholeRing {
   unsigned char* slots;
   CountingBarrier *full, *empty;
@@ -251,9 +260,8 @@ struct TileBoxes {
   int row, bytes;
 
   DEVICE TileBoxes(const WholeWeights& weights, const WholeShare& share, int tile) {
-    const int mask = share.head_mask, outs_left = share.outs - tile * share.tile_outs;
-    const int first = share.first + tile * share.tile_outs;
-    const int last = first + (outs_left < share.tile_outs ? outs_left : share.tile_outs) - 1;
+    const int mask = share.head_mask;
+    const int first = share.first + tile * share.tile_outs, last = first + share.outs_of(tile) - 1;
     // Rows of two heads are not neighbours.
     there = weights.map && ((first ^ last) & mask) == 0;
     row = first + (first & mask);
@@ -276,8 +284,7 @@ struct TileBoxes {
 DEVICE void bring_rows(const WholeWeights& weights, const WholeShare& share, unsigned char* to, CountingBarrier* came,
                        int tile, int unit) {
   const int mask = share.head_mask, pairs = share.pairs;
-  const int outs_left = share.outs - tile * share.tile_outs, first = share.first + tile * share.tile_outs;
-  const int last = (outs_left < share.tile_outs ? outs_left : share.tile_outs) - 1;
+  const int first = share.first + tile * share.tile_outs, last = share.outs_of(tile) - 1;
   const int bytes = unit + 1 < share.units ? share.copied : share.last_copied;
   const uint32_t row_bytes = share.row_bytes, start = uint32_t(unit) * share.unit_bytes;
   const uint8_t* rows[2] = {weights.rows + start, (pairs ? weights.second : weights.rows) + start};
@@ -299,8 +306,7 @@ DEVICE void bring_weights(const WholeArgs& args, const WholeShares& shares, int 
   for (int product = 0; product < args.count; ++product) {
     const WholeShare& share = shares[product];
     const WholeWeights weights(args.products[product], share);
-    const int units = share.units, left = share.left(for_warp);
-    int tile = share.from(for_warp) / units, unit = share.from(for_warp) - tile * units;
+    auto [left, tile, unit] = WholeUnits(share, for_warp);
     TileBoxes boxes(weights, share, tile);
     for (int i = 0; i < left; ++i) {
       if (elected()) {  // others must not wait: they could come late and miss a phase
@@ -318,7 +324,7 @@ DEVICE void bring_weights(const WholeArgs& args, const WholeShares& shares, int 
         prefetch_map(next.map);
         prefetch_map(next.second_map);
       }
-      if (++unit < units) continue;
+      if (++unit < share.units) continue;
       unit = 0;
       boxes = TileBoxes(weights, share, ++tile);
     }

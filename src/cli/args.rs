@@ -308,8 +308,8 @@ pub(crate) struct EditArgs {
 #[command(next_help_heading = "LoRA")]
 pub(crate) struct LoraArgs {
     /// LoRA file (safetensors) for the editor, and its strength [default: 1]; repeat for several,
-    /// which add up. What is there under the whole text is meant as a path. A file with Lightning and 4steps or 8steps in its name sets steps, guidance and
-    /// schedule unless they are asked for
+    /// which add up. What is there under the whole text is meant as a path. A file with Lightning and 4steps or
+    /// 8steps in its name sets steps, guidance and schedule unless they are asked for
     #[arg(long = "lora", value_name = "FILE[:SCALE]", value_parser = lora)]
     pub(crate) files: Vec<LoraSource>,
     /// Keep the model's own steps, guidance and schedule with a Lightning file

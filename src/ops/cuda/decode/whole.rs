@@ -98,8 +98,8 @@ impl Part {
     }
 }
 
-/// What a product does, its depth, whether its norm's weight is of float32, and of each matrix outputs, blocks, outputs of a tile and
-/// the format.
+/// What a product does, its depth, whether its norm's weight is of float32, and of each matrix outputs, blocks,
+/// outputs of a tile and the format.
 type Shape = (Kind, usize, bool, Vec<[usize; 4]>);
 
 /// The number of each product's shape, in the order in which they occur, and whether it is the first of that shape.
@@ -345,13 +345,9 @@ impl Builder {
         let partial =
             Output::new(&self.device, &[shares.iter().product::<usize>() * head_dim], DType::BF16)?;
         let stats = Output::new(&self.device, &[shares.iter().product::<usize>() * 2], DType::F32)?;
-        let mut handed = Output::new(
-            &self.device,
-            &[(heads + 2 * kv_heads) * (head_dim >> 1) * size_of::<u64>()],
-            DType::U8,
-        )?;
-        // No tags of other work.
-        handed.write(&vec![0_u64; (heads + 2 * kv_heads) * (head_dim >> 1)])?;
+        let no_tags = vec![0_u64; (heads + 2 * kv_heads) * (head_dim >> 1)];
+        let mut handed = Output::new(&self.device, &[size_of_val(&no_tags[..])], DType::U8)?;
+        handed.write(&no_tags)?;
         args.address(handed.address()).address(partial.address()).address(stats.address());
         args.counts([heads.checked_div(kv_heads).unwrap_or(0), kv_heads]);
         args.number(self.sizes.scale());
