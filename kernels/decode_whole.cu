@@ -37,12 +37,12 @@ struct Whole {
   // Addresses of a product, read from global memory a product ahead.
   struct Addresses {
     const void* norm;
-    const bf16 *row, *bias;
+    const bf16* bias;
     bf16* to;
     // Of the product after attention, which needs none: so attention has the registers.
-    DEVICE Addresses() : norm(nullptr), row(nullptr), bias(nullptr), to(nullptr) {}
+    DEVICE Addresses() : norm(nullptr), bias(nullptr), to(nullptr) {}
     DEVICE Addresses(const WholeProduct& product, int which)
-        : norm(product.norm), row(product.row), bias(product.matrix[which].bias), to(product.matrix[which].to) {}
+        : norm(product.norm), bias(product.matrix[which].bias), to(product.matrix[which].to) {}
   };
   const WholeArgs& args;
   const WholeShares shares;
@@ -71,7 +71,7 @@ struct Whole {
   // What warps that multiply know of the token.
   DEVICE void start() {
     // Before this block has arrived anywhere, less than one launch's has been added.
-    const uint64_t all = uint64_t(args.count) * uint64_t(grid_x());
+    const uint64_t all = uint64_t(args.arrivals) * uint64_t(grid_x());
     target = grid_count(args.arrived) / all * all;
     by_group = reciprocal(int(args.group));
     constexpr int EACH = 128, STEP = WHOLE_WARPS * Attention::KEYS;
@@ -96,10 +96,12 @@ struct Whole {
     to.format = int(matrix.format);
     to.pairs = product.kind == WHOLE_QKV || product.kind == WHOLE_GATE_UP;
     to.head_mask = product.kind == WHOLE_QKV ? -(D / 2) : 0;
+    // Gated outputs are handed on two at a time.
+    const int each = product.kind == WHOLE_GATE_UP ? 2 : 1;
     Share share = {0, 0};
-    if (block < matrix.blocks) share = ::share_of(matrix.outs, block, matrix.blocks);
-    to.first = share.first;
-    to.outs = share.outs;
+    if (block < matrix.blocks) share = ::share_of(matrix.outs / each, block, matrix.blocks);
+    to.first = each * share.first;
+    to.outs = each * share.outs;
     int units = 1;
     with_whole_format(to.format, [&](auto format) {
       using Format = decltype(format);
@@ -116,11 +118,17 @@ struct Whole {
     return to;
   }
 
-  // Barriers of all blocks, in two halves: what comes between does not depend on other blocks.
-  DEVICE void arrive() {
+  // Barriers of all blocks, in two halves: what comes between does not depend on other blocks. In order: what was written before is
+  // seen after `wait`. Otherwise that is likely, and the numbers themselves tell.
+  DEVICE void arrive(bool in_order) {
     whole_barrier();
     target += uint64_t(grid_x());
-    if (thread_index() == 0) grid_arrive(args.arrived);
+    if (thread_index() != 0) return;
+    if (in_order) {
+      grid_arrive(args.arrived, 1);
+    } else {
+      grid_arrive_unordered(args.arrived, 1);
+    }
   }
   // Of what is handed on before the next of them; another one for each layer and token.
   DEVICE uint32_t tag() const { return uint32_t(target); }
@@ -128,11 +136,23 @@ struct Whole {
     if (thread_index() == 0) grid_wait(args.arrived, target);
     whole_barrier();
   }
+  template <class Take>
+  DEVICE static void until_there(const Take& take) {
+    while (!take()) let_others_go_on();
+  }
+
+  // The lowest bit of a number of the residual stream tells which product it comes after, WHOLE_ATTENDED or not: so who reads it
+  // knows whether it is the next one or still the last. All read every number in turn.
+  DEVICE static uint32_t turn_before(int kind) { return kind == WHOLE_GATE_UP; }
+  DEVICE static uint32_t with_turn(float x, uint32_t turn) { return (float_to_bits(x) & ~1u) | turn; }
+  DEVICE uint32_t* stream() const { return reinterpret_cast<uint32_t*>(args.x); }
 
   DEVICE void embed() const {
     const int chunk = int(block_x()) * WHOLE_THREADS + thread_index();
     if (8 * int64_t(chunk) >= args.width) return;
-    embed_chunk(args.embedding, args.state->token, args.width, chunk, args.x);
+    if (args.embedding.bytes) embed_chunk(args.embedding, args.state->token, args.width, chunk, args.x);
+    UNROLL
+    for (int i = 0; i < 8; ++i) stream()[8 * chunk + i] = with_turn(args.x[8 * chunk + i], 0);
   }
 
   DEVICE float* scratch() const { return reinterpret_cast<float*>(shared_memory() + args.scratch_at); }
@@ -144,11 +164,26 @@ struct Whole {
     place_row_bytes<Row>(to, numbers, block + i * WHOLE_WARPS < blocks);
   }
 
+  // Whether eight numbers of the residual stream are there.
+  DEVICE bool take_x(NormedRow::Held& held, int chunk, uint32_t turn) const {
+    held.x[0] = held.x[1] = {{0, 0, 0, 0}};
+    if (8 * int64_t(chunk) >= args.width) return true;
+    uint32_t other = 0;
+    UNROLL
+    for (int half = 0; half < 2; ++half) {
+      load_handed(held.x[half].at, stream() + 8 * chunk + 4 * half);
+      UNROLL
+      for (int i = 0; i < 4; ++i) other |= held.x[half].at[i] ^ turn;
+    }
+    return (other & 1) == 0;
+  }
+
   // Places the row: the residual stream with the weight of a norm whose factor comes later.
   template <class Row>
   DEVICE void prepare_normed(const WholeShare& share, const void* weight) const {
     constexpr int TOGETHER = 2;
     const int blocks = share.blocks;
+    const uint32_t turn = turn_before(share.kind);
     const NormArgs norm{args.x, weight, share.norm_is_float, args.eps, args.width, args.scratch_at};
     NormedRow source(norm);
     // The first weights are asked for before x is there.
@@ -159,10 +194,14 @@ struct Whole {
     for (int block = warp(); block - warp() < blocks; block += TOGETHER * WHOLE_WARPS) {
       UNROLL
       for (int i = 0; i < TOGETHER; ++i) {
-        const int chunk = 32 * (block + i * WHOLE_WARPS) + lane();
-        if (block >= WHOLE_WARPS) source.load_weight(held[i], chunk);
-        source.load_x(held[i], chunk);
+        if (block >= WHOLE_WARPS) source.load_weight(held[i], 32 * (block + i * WHOLE_WARPS) + lane());
       }
+      until_there([&] {
+        bool there = true;
+        UNROLL
+        for (int i = 0; i < TOGETHER; ++i) there &= take_x(held[i], 32 * (block + i * WHOLE_WARPS) + lane(), turn);
+        return there;
+      });
       UNROLL
       for (int i = 0; i < TOGETHER; ++i) {
         float numbers[8];
@@ -174,23 +213,32 @@ struct Whole {
     if (lane() == 0) scratch()[warp()] = sum;
   }
 
-  // Places the row: numbers of bf16.
+  // Places the row: what gate and up come to.
   template <class Row>
-  DEVICE void prepare_plain(const WholeShare& share, const bf16* row) const {
+  DEVICE void prepare_gated(const WholeShare& share) const {
     // That many are asked for, and of these so many converted, together.
     constexpr int TOGETHER = 10, CONVERTED = 5;
     const int blocks = share.blocks;
-    const PlainRows source{row, 256 * int64_t(blocks), 1};
     wait();
     for (int block = warp(); block - warp() < blocks; block += TOGETHER * WHOLE_WARPS) {
       PlainRows::Held held[TOGETHER];
-      UNROLL
-      for (int i = 0; i < TOGETHER; ++i) held[i] = source.load(0, 32 * (block + i * WHOLE_WARPS) + lane());
+      until_there([&] {
+        bool there = true;
+        UNROLL
+        for (int i = 0; i < TOGETHER; ++i) {
+          held[i] = {{{0, 0, 0, 0}}};
+          if (block + i * WHOLE_WARPS >= blocks) continue;
+          load_handed(held[i].words.at, args.gated + 4 * (32 * (block + i * WHOLE_WARPS) + lane()));
+          UNROLL
+          for (int word = 0; word < 4; ++word) there &= held[i].words.at[word] != ABSENT;
+        }
+        return there;
+      });
       UNROLL
       for (int i = 0; i < TOGETHER; ++i) {
         if (i % CONVERTED == 0 && block - warp() + i * WHOLE_WARPS >= blocks) break;
         float numbers[8];
-        source.widen(held[i], numbers);
+        PlainRows::widen(held[i], numbers);
         place<Row>(numbers, block, i, blocks);
       }
     }
@@ -203,22 +251,19 @@ struct Whole {
     const int blocks = share.blocks, group = int(args.group);
     wait();
     for (int block = warp(); block - warp() < blocks; block += TOGETHER * WHOLE_WARPS) {
-      Words held[TOGETHER][SHARES], stats[TOGETHER][SHARES / 2];
-      UNROLL
-      for (int n = 0; n < TOGETHER; ++n) {
-        const int chunk = 32 * (block + n * WHOLE_WARPS) + lane(), own = chunk < 32 * blocks ? chunk : 0;
-        const int query = own / (D / 8), head = quotient(query, by_group), row = query - head * group;
-        const int64_t place = SHARES * (int64_t(head) * WHOLE_GROUP + row);
-        // All are written, or they would take registers from one product to the next.
+      // Of eight numbers the sums of each share, and of each share its maximum and sum.
+      uint64_t held[TOGETHER][SHARES][2], stats[TOGETHER][SHARES];
+      until_there([&] {
+        bool there = true;
         UNROLL
-        for (int i = 0; i < SHARES; ++i) held[n][i] = stats[n][i / 2] = {{0, 0, 0, 0}};
-        UNROLL
-        for (int i = 0; i < SHARES; ++i) {
-          if (i >= key_shares) break;
-          if (i % 2 == 0) stats[n][i / 2] = load_words_fresh(args.stats + 2 * (place + i));
-          held[n][i] = load_words_fresh(args.partial + (place + i) * D + 8 * (own % (D / 8)));
+        for (int n = 0; n < TOGETHER; ++n) {
+          const int chunk = 32 * (block + n * WHOLE_WARPS) + lane(), own = chunk < 32 * blocks ? chunk : 0;
+          const int query = own / (D / 8), head = quotient(query, by_group), row = query - head * group;
+          const int64_t place = SHARES * (int64_t(head) * WHOLE_GROUP + row);
+          there &= take_shares(held[n], stats[n], place, own % (D / 8));
         }
-      }
+        return there;
+      });
       UNROLL
       for (int n = 0; n < TOGETHER; ++n) {
         float numbers[8];
@@ -228,26 +273,54 @@ struct Whole {
     }
   }
 
+  // Whether the shares' sums of eight numbers of a query are there.
+  template <int SHARES>
+  DEVICE bool take_shares(uint64_t (&held)[SHARES][2], uint64_t (&stats)[SHARES], int64_t place, int eighth) const {
+    // All are written, or they would take registers from one product to the next.
+    UNROLL
+    for (int i = 0; i < SHARES; ++i) held[i][0] = held[i][1] = stats[i] = 0;
+    UNROLL
+    for (int i = 0; i < SHARES; i += 2) {
+      if (i >= key_shares) break;
+      uint64_t two[2];
+      load_handed(two, args.stats + place + i);
+      stats[i] = two[0];
+      stats[i + 1] = i + 1 < key_shares ? two[1] : 0;
+    }
+    UNROLL
+    for (int i = 0; i < SHARES; ++i) {
+      if (i >= key_shares) break;
+      load_handed(held[i], args.partial + (place + i) * (D / 4) + 2 * eighth);
+    }
+    bool there = true;
+    UNROLL
+    for (int i = 0; i < SHARES; ++i) {
+      there &= uint32_t(stats[i]) != ABSENT && uint32_t(held[i][0]) != ABSENT && uint32_t(held[i][1]) != ABSENT;
+    }
+    return there;
+  }
+
   // What the shares' sums come to; `stats` holds the maximum and the sum of each.
   template <int SHARES>
-  DEVICE void join_shares(float (&numbers)[8], const Words (&held)[SHARES], const Words (&stats)[SHARES / 2]) const {
+  DEVICE void join_shares(float (&numbers)[8], const uint64_t (&held)[SHARES][2], const uint64_t (&stats)[SHARES]) const {
     float largest = -INFINITY, total = 0.0f;
     UNROLL
     for (int i = 0; i < SHARES; ++i) {
       if (i >= key_shares) break;
-      largest = fmaxf(largest, bits_to_float(stats[i / 2].at[i % 2 * 2]));
+      largest = fmaxf(largest, bits_to_float(uint32_t(stats[i])));
     }
     UNROLL
     for (int j = 0; j < 8; ++j) numbers[j] = 0.0f;
     UNROLL
     for (int i = 0; i < SHARES; ++i) {
       if (i >= key_shares) break;
-      const float by = part_of(bits_to_float(stats[i / 2].at[i % 2 * 2]), largest, factor);
-      total += bits_to_float(stats[i / 2].at[i % 2 * 2 + 1]) * by;
+      const float by = part_of(bits_to_float(uint32_t(stats[i])), largest, factor);
+      total += bits_to_float(uint32_t(stats[i] >> 32)) * by;
       UNROLL
       for (int j = 0; j < 8; j += 2) {
-        numbers[j] += by * low_float(held[i].at[j / 2]);
-        numbers[j + 1] += by * high_float(held[i].at[j / 2]);
+        const uint32_t pair = uint32_t(held[i][j / 4] >> (j & 2 ? 32 : 0));
+        numbers[j] += by * low_float(pair);
+        numbers[j + 1] += by * high_float(pair);
       }
     }
     const float inverse = 1.0f / total;
@@ -365,24 +438,51 @@ struct Whole {
       const float a = sum * by + aid.bias[0], b = second * by + aid.bias[1];
       const float one = a * aid.cos - b * aid.sin, other = b * aid.cos + a * aid.sin;
       const int pair = (before + aid.row / D) * (D / 2) + aid.row % D;
-      store_tagged(args.handed + pair, pack_bf16(one, other), tag());
+      hand_on(args.handed + pair, uint64_t(tag()) << 32 | pack_bf16(one, other));
       if (share.which == 0) return;
       cache[aid.row] = from_float<bf16>(one);
       cache[aid.row + D / 2] = from_float<bf16>(other);
     });
   }
   DEVICE void finish_add(const WholeShare& share, float held) const {
-    float* x = args.x + share.first;
+    const float* x = args.x + share.first;
     finish(share, [&](int out, float sum, float) {
-      x[out] = (out == thread_index() ? held : load_fresh(x + out)) + sum;
+      const float all = (out == thread_index() ? held : load_fresh(x + out)) + sum;
+      hand_on(stream() + share.first + out, with_turn(all, share.kind == WHOLE_ATTENDED));
     });
   }
-  DEVICE void finish_gate_up(const WholeShare& share, bf16* all, float by) const {
-    bf16* to = all + share.first;
-    finish(share, [&](int out, float sum, float up) {
-      const float gate = sum * by;
-      to[out] = from_float<bf16>(gate * sigmoid(gate) * (up * by));
+  // Does something for every two outputs of a block's gated ones.
+  template <class Work>
+  DEVICE void each_gated(const WholeShare& share, const Work& work) const {
+    for (int out = 2 * thread_index(); out < share.outs; out += 2 * WHOLE_THREADS) {
+      work(args.gated + (share.first + out) / 2, out);
+    }
+  }
+  DEVICE void finish_gate_up(const WholeShare& share, float by) const {
+    each_gated(share, [&](uint32_t* to, int out) {
+      float gated[2];
+      UNROLL
+      for (int i = 0; i < 2; ++i) {
+        float sum, up;
+        output(share, out + i, sum, up);
+        const float gate = sum * by;
+        gated[i] = gate * sigmoid(gate) * (up * by);
+      }
+      hand_on(to, pack_bf16(gated[0], gated[1]));
     });
+  }
+  // Takes back what this block has handed on and all have read: before it is handed on again, all have arrived in order.
+  DEVICE void take_back(int kind, int product) const {
+    if (kind == WHOLE_GATE_UP) {
+      Attention attention{args, nullptr, nullptr, 0};
+      each_item([&](int item, int share) {
+        attention.head = item - share * int(args.key_heads);
+        attention.take_back(share);
+      });
+    }
+    const int gate_up = product - 2;
+    if (gate_up < 0 || shares[gate_up].kind != WHOLE_GATE_UP) return;
+    each_gated(shares[gate_up], [](uint32_t* to, int) { hand_on(to, ABSENT); });
   }
   DEVICE void finish_logits(const WholeShare& share, float by) const {
     float* to = args.logits + share.first;
@@ -396,7 +496,7 @@ struct Whole {
     const int kind = share.kind, own = thread_index() < share.outs ? thread_index() : 0;
     const WholeUnits units(share, warp());
     if (kind == WHOLE_DOWN) {
-      prepare_plain<Row>(share, at.row);
+      prepare_gated<Row>(share);
     } else if (kind == WHOLE_ATTENDED) {
       prepare_attended<Row>(share);
     } else {
@@ -412,6 +512,7 @@ struct Whole {
     const float by = adds ? 1.0f : norm_factor();
     const int following = kind == WHOLE_LOGITS ? product : product + 1;
     const Addresses next(args.products[following], shares[following].which);
+    take_back(kind, product);
     multiply<Format>(ring, share, units);
     whole_barrier();
     if (kind == WHOLE_QKV) {
@@ -419,17 +520,27 @@ struct Whole {
     } else if (adds) {
       finish_add(share, held);
     } else if (kind == WHOLE_GATE_UP) {
-      finish_gate_up(share, at.to, by);
+      finish_gate_up(share, by);
     } else {
       finish_logits(share, by);
     }
     at = next;
   }
 
-  // From queries, keys and values that this block has handed on to its shares of attention.
+  // Does something for every key head and share of keys of this block.
+  template <class Work>
+  DEVICE void each_item(const Work& work) const {
+    const int heads = int(args.key_heads), items = heads * key_shares;
+    for (int item = int(block_x()); item < items; item += int(grid_x())) work(item, item / heads);
+  }
+
+  // From queries, keys and values that this block has handed on to its shares of attention. It arrives twice: in order when these are
+  // handed on, and when it has attended.
   DEVICE void attend(const WholeProduct& qkv) {
     const int heads = int(args.key_heads), items = heads * key_shares;
+    const bool attends = int(block_x()) < items;
     whole_barrier();  // sums are read where attention leaves its own
+    if (thread_index() == WHOLE_THREADS - 1) grid_arrive(args.arrived, attends ? 1 : 2);
     Attention attention{args, qkv.matrix[1].to, qkv.matrix[2].to, 0};
     constexpr int STEP = WHOLE_WARPS * Attention::KEYS;
     int item = int(block_x()), share = item / heads;
@@ -441,12 +552,16 @@ struct Whole {
     if (is_there) {
       attention.head = item - share * heads;
       attention.load(tile, first(), end_of_share());
+    } else {
+      tile = {};  // or it would take registers from one product to the next
     }
     while (item < items) {
       attention.head = item - share * heads;
       const int end = end_of_share();
+      attention.take_queries(tag());
+      whole_barrier();
       Words query[Attention::CHUNKS];
-      attention.take_query(query, tag());
+      attention.query_of(query);
       // In the warp that has the fewest other keys.
       const bool has_own = share == key_shares - 1;
       if (has_own && warp() == WHOLE_WARPS - 1) attention.leave_own(query, tag());
@@ -468,6 +583,8 @@ struct Whole {
       item += int(grid_x());
       share = item / heads;
     }
+    if (attends && thread_index() == 0) grid_arrive_unordered(args.arrived, 1);
+    target += 2 * uint64_t(grid_x());
   }
 
   DEVICE void token() {
@@ -482,8 +599,8 @@ struct Whole {
 #endif
     start();
     WholeRing ring(args, warp());
-    if (args.embedding.bytes) embed();
-    arrive();
+    embed();
+    arrive(true);
     Addresses at(args.products[0], shares[0].which);
     NO_UNROLL
     for (int i = 0; i < args.count; ++i) {
@@ -493,8 +610,9 @@ struct Whole {
       if (share.kind == WHOLE_QKV) {
         attend(args.products[i]);
         at = Addresses();
+      } else {
+        arrive(false);
       }
-      arrive();
     }
   }
 };

@@ -168,6 +168,14 @@ struct Parked {
 };
 // Arrivals of blocks, in all.
 static thread_local uint64_t arrivals;
+// What blocks have handed on and others do not find yet.
+struct Handed {
+  void* to;
+  uint64_t word;
+  int bytes;
+  int64_t block;
+};
+static thread_local std::vector<Handed> underway;
 
 static void go_home() { switch_to(scheduler.fibers[place.thread].context, scheduler.home); }
 
@@ -268,14 +276,31 @@ static void load_any(void* const* lanes) {
 void load_matrices(void* const* lanes) { load_any<false>(lanes); }
 void load_matrices_transposed(void* const* lanes) { load_any<true>(lanes); }
 
-void arrive_at_grid(uint64_t* count) {
-  ++*count;
+// Words that are handed on come as late as they may: when all blocks have gone on once more, or when their block arrives in order.
+// Of the `oldest` words those of a block, or of all blocks (-1).
+static void deliver(size_t oldest, int64_t block) {
+  std::vector<Handed> later;
+  for (size_t i = 0; i < underway.size(); ++i) {
+    const Handed& handed = underway[i];
+    if (i >= oldest || (block >= 0 && handed.block != block)) {
+      later.push_back(handed);
+    } else {
+      memcpy(handed.to, &handed.word, size_t(handed.bytes));
+    }
+  }
+  arrivals += underway.size() - later.size();
+  underway = std::move(later);
+}
+
+void hand_on(void* to, uint64_t word, int bytes) {
+  if (reinterpret_cast<uintptr_t>(to) % uintptr_t(bytes)) fail("a word that is handed on is not aligned");
+  underway.push_back({to, word, bytes, place.block[0]});
   ++arrivals;
 }
 
-void store_tagged(uint64_t* to, uint64_t word) {
-  if (reinterpret_cast<uintptr_t>(to) % 8) fail("a tagged number is not aligned to 8 bytes");
-  *to = word;
+void arrive_at_grid(uint64_t* count, uint64_t times, bool is_ordered) {
+  if (is_ordered) deliver(underway.size(), place.block[0]);
+  *count += times;
   ++arrivals;
 }
 
@@ -423,7 +448,7 @@ static BlockState start_block() {
 static bool run_parked(std::vector<Parked>& parked) {
   while (!parked.empty()) {
     const uint64_t before = arrivals;
-    const size_t blocks = parked.size();
+    const size_t blocks = parked.size(), handed = underway.size();  // of the rounds before
     for (size_t i = 0; i < parked.size();) {
       std::swap(scheduler, parked[i].scheduler);
       std::swap(place, parked[i].place);
@@ -441,6 +466,7 @@ static bool run_parked(std::vector<Parked>& parked) {
       free(parked[i].scheduler.stacks);
       parked.erase(parked.begin() + long(i));
     }
+    deliver(handed, -1);
     if (arrivals == before && parked.size() == blocks) {
       snprintf(scheduler.error, sizeof scheduler.error, "kernel %s: blocks wait for blocks that never come",
                scheduler.kernel->name);
@@ -463,6 +489,7 @@ extern "C" const char* pentimento_emulate(const char* name, const int64_t grid[3
                                           uint64_t argument_bytes, uint32_t order) {
   using namespace emulation;
   scheduler.error[0] = 0;
+  underway.clear();
   const Kernel* kernel = kernels();
   while (kernel && strcmp(kernel->name, name) != 0) kernel = kernel->next;
   const char* fault = !kernel                                  ? "there is no such kernel"
@@ -509,5 +536,7 @@ extern "C" const char* pentimento_emulate(const char* name, const int64_t grid[3
       }
     }
   }
-  return run_parked(parked) ? nullptr : scheduler.error;
+  const bool done = run_parked(parked);
+  deliver(underway.size(), -1);
+  return done ? nullptr : scheduler.error;
 }
