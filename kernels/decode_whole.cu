@@ -9,26 +9,33 @@
 // Grid: (multiprocessors, 1, 1), all of it running at a time; 512 threads. `ops/cuda/decode/whole.rs` computes places in shared
 // memory and what each product is.
 //
+// What blocks hand on to each other goes without fences, which take 2000 to 4000 clock ticks while memory is busy: a count says that
+// it is likely there, and each word whether it is. Queries and the token's own key and value have a tag beside them; numbers of the
+// residual stream their turn in the lowest bit; gated numbers and shares of attention replace a NaN that no sum comes to, and
+// their block puts that back when all have read them. Only that has to be seen in order: once a layer, and while others attend.
+//
 // Measured (H200): a barrier of 132 blocks takes 1.0 us, with 14 KB that each reads after it 1.5 us. One warp that asks
 // for boxes of 16 rows by 288 bytes reads 4320 to 4470 GB/s; a copy moves 4240. From shared memory alone 8 warps multiply
-// 40 bytes of Q4_K a clock tick, 12 warps 47 and 15 warps 41; memory gives 19. A token of 7B in Q4_K takes 1.55 ms, one
-// kernel after another 1.79. docs/CUDA.md says where the time went, and what has changed since without being timed: a fifth place in
-// rings, places given back before their weights are multiplied, the row converted side by side, addresses read a product ahead,
-// queries and the token's own key handed to attention with a tag beside each pair instead of by a barrier.
+// 40 bytes of Q4_K a clock tick, 12 warps 47 and 15 warps 41; memory gives 19. A token of 7B in Q4_K took 1.43 to 1.45 ms with
+// fences, and 1.33 to 1.35 when they were left out and nothing was looked at, which gave wrong numbers now and then. docs/CUDA.md says
+// where the time goes.
 // Tried, in ms at a time when this took 1.64 to 1.77: rows copied one by one 1.77 instead of 1.68; 16 warps that ask for
 // their own weights 2.19; asking the cache of the second level for weights ahead of the rings, 2 units of a warp 1.86, 8
-// and more 2.4 to 2.5, by the copy engine as by other instructions. In its present form, 1.55: 14 warps that multiply and
+// and more 2.4 to 2.5, by the copy engine as by other instructions. When it took 1.55: 14 warps that multiply and
 // 2 that bring 1.66, 12 and 4 1.61, 15 and 1 1.65 (shorter rings, and registers do for attention only where the warps
 // that bring give theirs away); the residual stream with a tag beside each number, so that it needs no barriers, 1.64
 // (all blocks ask for the whole row again and again); one loop that converts the row, instead of ten copies of its
-// instructions, takes 7700 ticks and not 5500.
-#include "decode_whole_attention.cuh"
+// instructions, takes 7700 ticks and not 5500. When it took 1.41 to 1.45: weights of the next unit in registers while one is
+// multiplied, 1 % slower, and a unit that is held there across a stop 3 %; asking the cache of the second level for 2, 4 or 6
+// units of gate and up while others attend 1.5, 3 and 5 % slower; pairs of blocks that convert half a row each and store
+// it in both, as fast; reading back what was stored instead of a fence, 1.52; 256 keys of a share instead of 128, 2 % slower; only
+// the instructions of Q4_K, half of all, as fast.
+#include "decode_whole_inputs.cuh"
 
 #ifdef HAS_COUNTING_BARRIERS
 
 template <int D>
-struct Whole {
-  using Attention = WholeAttention<D>;
+struct Whole : WholeInputs<D> {
   // What outputs of queries, keys and values end with.
   struct Aid {
     int row;  // the first of the pair
@@ -44,15 +51,13 @@ struct Whole {
     DEVICE Addresses(const WholeProduct& product, int which)
         : norm(product.norm), bias(product.matrix[which].bias), to(product.matrix[which].to) {}
   };
-  const WholeArgs& args;
-  const WholeShares shares;
-  uint64_t target;
-  int past;                   // keys of earlier tokens
-  int key_shares, keys_each;  // how keys are shared out
-  uint32_t by_group;
-  float factor;               // of scores, for powers of two
+  // What products are computed from.
+  using Inputs = WholeInputs<D>;
+  using Attention = typename Inputs::Attention;
+  using Inputs::args, Inputs::shares, Inputs::target, Inputs::past, Inputs::key_shares, Inputs::keys_each, Inputs::factor;
+  using Inputs::arrive, Inputs::tag, Inputs::stream, Inputs::with_turn, Inputs::scratch;
 
-  DEVICE explicit Whole(const WholeArgs& args) : args(args), shares(args) {
+  DEVICE explicit Whole(const WholeArgs& args) : Inputs(args) {
     for (int i = thread_index(); i < args.count; i += block_threads()) {
       const WholeProduct& product = args.products[i];
       shares.shapes[i] = uint16_t(product.shape);
@@ -66,21 +71,6 @@ struct Whole {
       map_ready(matrix.second_map);
     }
     block_barrier();
-  }
-
-  // What warps that multiply know of the token.
-  DEVICE void start() {
-    // Before this block has arrived anywhere, less than one launch's has been added.
-    const uint64_t all = uint64_t(args.arrivals) * uint64_t(grid_x());
-    target = grid_count(args.arrived) / all * all;
-    by_group = reciprocal(int(args.group));
-    constexpr int EACH = 128, STEP = WHOLE_WARPS * Attention::KEYS;
-    past = int(args.state->past);
-    const int length = past + 1, wanted = (length + EACH - 1) / EACH;
-    const int most = wanted < Attention::SHARES ? wanted : Attention::SHARES;
-    keys_each = ((length + most - 1) / most + STEP - 1) / STEP * STEP;
-    key_shares = (length + keys_each - 1) / keys_each;
-    factor = float(args.scale * 1.4426950408889634);
   }
 
   DEVICE static WholeShare share_of_block(const WholeProduct& product) {
@@ -116,216 +106,6 @@ struct Whole {
     to.by_tile_outs = reciprocal(to.tile_outs);
     to.by_per_warp = reciprocal(to.per_warp);
     return to;
-  }
-
-  // Barriers of all blocks, in two halves: what comes between does not depend on other blocks. In order: what was written before is
-  // seen after `wait`. Otherwise that is likely, and the numbers themselves tell.
-  DEVICE void arrive(bool in_order) {
-    whole_barrier();
-    target += uint64_t(grid_x());
-    if (thread_index() != 0) return;
-    if (in_order) {
-      grid_arrive(args.arrived, 1);
-    } else {
-      grid_arrive_unordered(args.arrived, 1);
-    }
-  }
-  // Of what is handed on before the next of them; another one for each layer and token.
-  DEVICE uint32_t tag() const { return uint32_t(target); }
-  DEVICE void wait() const {
-    if (thread_index() == 0) grid_wait(args.arrived, target);
-    whole_barrier();
-  }
-  template <class Take>
-  DEVICE static void until_there(const Take& take) {
-    while (!take()) let_others_go_on();
-  }
-
-  // The lowest bit of a number of the residual stream tells which product it comes after, WHOLE_ATTENDED or not: so who reads it
-  // knows whether it is the next one or still the last. All read every number in turn.
-  DEVICE static uint32_t turn_before(int kind) { return kind == WHOLE_GATE_UP; }
-  DEVICE static uint32_t with_turn(float x, uint32_t turn) { return (float_to_bits(x) & ~1u) | turn; }
-  DEVICE uint32_t* stream() const { return reinterpret_cast<uint32_t*>(args.x); }
-
-  DEVICE void embed() const {
-    const int chunk = int(block_x()) * WHOLE_THREADS + thread_index();
-    if (8 * int64_t(chunk) >= args.width) return;
-    if (args.embedding.bytes) embed_chunk(args.embedding, args.state->token, args.width, chunk, args.x);
-    UNROLL
-    for (int i = 0; i < 8; ++i) stream()[8 * chunk + i] = with_turn(args.x[8 * chunk + i], 0);
-  }
-
-  DEVICE float* scratch() const { return reinterpret_cast<float*>(shared_memory() + args.scratch_at); }
-
-  // Places eight numbers of each lane: of the warp's i-th block of 256 of the row from `block` on.
-  template <class Row>
-  DEVICE static void place(const float (&numbers)[8], int block, int i, int blocks) {
-    unsigned char* to = shared_memory() + block * Row::X_BYTES + i * WHOLE_WARPS * Row::X_BYTES;
-    place_row_bytes<Row>(to, numbers, block + i * WHOLE_WARPS < blocks);
-  }
-
-  // Whether eight numbers of the residual stream are there.
-  DEVICE bool take_x(NormedRow::Held& held, int chunk, uint32_t turn) const {
-    held.x[0] = held.x[1] = {{0, 0, 0, 0}};
-    if (8 * int64_t(chunk) >= args.width) return true;
-    uint32_t other = 0;
-    UNROLL
-    for (int half = 0; half < 2; ++half) {
-      load_handed(held.x[half].at, stream() + 8 * chunk + 4 * half);
-      UNROLL
-      for (int i = 0; i < 4; ++i) other |= held.x[half].at[i] ^ turn;
-    }
-    return (other & 1) == 0;
-  }
-
-  // Places the row: the residual stream with the weight of a norm whose factor comes later.
-  template <class Row>
-  DEVICE void prepare_normed(const WholeShare& share, const void* weight) const {
-    constexpr int TOGETHER = 2;
-    const int blocks = share.blocks;
-    const uint32_t turn = turn_before(share.kind);
-    const NormArgs norm{args.x, weight, share.norm_is_float, args.eps, args.width, args.scratch_at};
-    NormedRow source(norm);
-    // The first weights are asked for before x is there.
-    typename NormedRow::Held held[TOGETHER];
-    UNROLL
-    for (int i = 0; i < TOGETHER; ++i) source.load_weight(held[i], i * WHOLE_THREADS + thread_index());
-    wait();
-    for (int block = warp(); block - warp() < blocks; block += TOGETHER * WHOLE_WARPS) {
-      UNROLL
-      for (int i = 0; i < TOGETHER; ++i) {
-        if (block >= WHOLE_WARPS) source.load_weight(held[i], 32 * (block + i * WHOLE_WARPS) + lane());
-      }
-      until_there([&] {
-        bool there = true;
-        UNROLL
-        for (int i = 0; i < TOGETHER; ++i) there &= take_x(held[i], 32 * (block + i * WHOLE_WARPS) + lane(), turn);
-        return there;
-      });
-      UNROLL
-      for (int i = 0; i < TOGETHER; ++i) {
-        float numbers[8];
-        source.widen(held[i], numbers);
-        place<Row>(numbers, block, i, blocks);
-      }
-    }
-    const float sum = sum_lanes(source.squares, 32);
-    if (lane() == 0) scratch()[warp()] = sum;
-  }
-
-  // Places the row: what gate and up come to.
-  template <class Row>
-  DEVICE void prepare_gated(const WholeShare& share) const {
-    // That many are asked for, and of these so many converted, together.
-    constexpr int TOGETHER = 10, CONVERTED = 5;
-    const int blocks = share.blocks;
-    wait();
-    for (int block = warp(); block - warp() < blocks; block += TOGETHER * WHOLE_WARPS) {
-      PlainRows::Held held[TOGETHER];
-      until_there([&] {
-        bool there = true;
-        UNROLL
-        for (int i = 0; i < TOGETHER; ++i) {
-          held[i] = {{{0, 0, 0, 0}}};
-          if (block + i * WHOLE_WARPS >= blocks) continue;
-          load_handed(held[i].words.at, args.gated + 4 * (32 * (block + i * WHOLE_WARPS) + lane()));
-          UNROLL
-          for (int word = 0; word < 4; ++word) there &= held[i].words.at[word] != ABSENT;
-        }
-        return there;
-      });
-      UNROLL
-      for (int i = 0; i < TOGETHER; ++i) {
-        if (i % CONVERTED == 0 && block - warp() + i * WHOLE_WARPS >= blocks) break;
-        float numbers[8];
-        PlainRows::widen(held[i], numbers);
-        place<Row>(numbers, block, i, blocks);
-      }
-    }
-  }
-
-  // Places the row: what attention's shares come to.
-  template <class Row>
-  DEVICE void prepare_attended(const WholeShare& share) const {
-    constexpr int SHARES = Attention::SHARES, TOGETHER = WHOLE_HAS_REGISTERS ? 2 : 1;
-    const int blocks = share.blocks, group = int(args.group);
-    wait();
-    for (int block = warp(); block - warp() < blocks; block += TOGETHER * WHOLE_WARPS) {
-      // Of eight numbers the sums of each share, and of each share its maximum and sum.
-      uint64_t held[TOGETHER][SHARES][2], stats[TOGETHER][SHARES];
-      until_there([&] {
-        bool there = true;
-        UNROLL
-        for (int n = 0; n < TOGETHER; ++n) {
-          const int chunk = 32 * (block + n * WHOLE_WARPS) + lane(), own = chunk < 32 * blocks ? chunk : 0;
-          const int query = own / (D / 8), head = quotient(query, by_group), row = query - head * group;
-          const int64_t place = SHARES * (int64_t(head) * WHOLE_GROUP + row);
-          there &= take_shares(held[n], stats[n], place, own % (D / 8));
-        }
-        return there;
-      });
-      UNROLL
-      for (int n = 0; n < TOGETHER; ++n) {
-        float numbers[8];
-        join_shares(numbers, held[n], stats[n]);
-        place<Row>(numbers, block, n, blocks);
-      }
-    }
-  }
-
-  // Whether the shares' sums of eight numbers of a query are there.
-  template <int SHARES>
-  DEVICE bool take_shares(uint64_t (&held)[SHARES][2], uint64_t (&stats)[SHARES], int64_t place, int eighth) const {
-    // All are written, or they would take registers from one product to the next.
-    UNROLL
-    for (int i = 0; i < SHARES; ++i) held[i][0] = held[i][1] = stats[i] = 0;
-    UNROLL
-    for (int i = 0; i < SHARES; i += 2) {
-      if (i >= key_shares) break;
-      uint64_t two[2];
-      load_handed(two, args.stats + place + i);
-      stats[i] = two[0];
-      stats[i + 1] = i + 1 < key_shares ? two[1] : 0;
-    }
-    UNROLL
-    for (int i = 0; i < SHARES; ++i) {
-      if (i >= key_shares) break;
-      load_handed(held[i], args.partial + (place + i) * (D / 4) + 2 * eighth);
-    }
-    bool there = true;
-    UNROLL
-    for (int i = 0; i < SHARES; ++i) {
-      there &= uint32_t(stats[i]) != ABSENT && uint32_t(held[i][0]) != ABSENT && uint32_t(held[i][1]) != ABSENT;
-    }
-    return there;
-  }
-
-  // What the shares' sums come to; `stats` holds the maximum and the sum of each.
-  template <int SHARES>
-  DEVICE void join_shares(float (&numbers)[8], const uint64_t (&held)[SHARES][2], const uint64_t (&stats)[SHARES]) const {
-    float largest = -INFINITY, total = 0.0f;
-    UNROLL
-    for (int i = 0; i < SHARES; ++i) {
-      if (i >= key_shares) break;
-      largest = fmaxf(largest, bits_to_float(uint32_t(stats[i])));
-    }
-    UNROLL
-    for (int j = 0; j < 8; ++j) numbers[j] = 0.0f;
-    UNROLL
-    for (int i = 0; i < SHARES; ++i) {
-      if (i >= key_shares) break;
-      const float by = part_of(bits_to_float(uint32_t(stats[i])), largest, factor);
-      total += bits_to_float(uint32_t(stats[i] >> 32)) * by;
-      UNROLL
-      for (int j = 0; j < 8; j += 2) {
-        const uint32_t pair = uint32_t(held[i][j / 4] >> (j & 2 ? 32 : 0));
-        numbers[j] += by * low_float(pair);
-        numbers[j + 1] += by * high_float(pair);
-      }
-    }
-    const float inverse = 1.0f / total;
-    UNROLL
-    for (int j = 0; j < 8; ++j) numbers[j] *= inverse;
   }
 
   // This warp's units of a product.
@@ -496,11 +276,11 @@ struct Whole {
     const int kind = share.kind, own = thread_index() < share.outs ? thread_index() : 0;
     const WholeUnits units(share, warp());
     if (kind == WHOLE_DOWN) {
-      prepare_gated<Row>(share);
+      this->template prepare_gated<Row>(share);
     } else if (kind == WHOLE_ATTENDED) {
-      prepare_attended<Row>(share);
+      this->template prepare_attended<Row>(share);
     } else {
-      prepare_normed<Row>(share, at.norm);
+      this->template prepare_normed<Row>(share, at.norm);
     }
     // What this thread's first output ends with is asked for early.
     Aid aid = {0, 1.0f, 0.0f, {0.0f, 0.0f}};
@@ -559,13 +339,14 @@ struct Whole {
       attention.head = item - share * heads;
       const int end = end_of_share();
       attention.take_queries(tag());
+      warp_barrier();  // lanes look for what is handed on each by itself
       whole_barrier();
       Words query[Attention::CHUNKS];
       attention.query_of(query);
       // In the warp that has the fewest other keys.
       const bool has_own = share == key_shares - 1;
       if (has_own && warp() == WHOLE_WARPS - 1) attention.leave_own(query, tag());
-      warp_barrier();  // lanes look for what is handed on each by itself
+      warp_barrier();
       AttentionSums<D> own;
       own.clear();
       NO_UNROLL
@@ -597,9 +378,9 @@ struct Whole {
 #ifdef HAS_GROUP_PRODUCTS
     registers_take<208>();
 #endif
-    start();
+    Inputs::start();
     WholeRing ring(args, warp());
-    embed();
+    Inputs::embed();
     arrive(true);
     Addresses at(args.products[0], shares[0].which);
     NO_UNROLL

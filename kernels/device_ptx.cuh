@@ -240,17 +240,6 @@ DEVICE void load_once(uint32_t (&to)[4], const void* from) {
                : "l"(__cvta_generic_to_global(from)));
 }
 
-// Asks for 128 bytes for the cache of the second level.
-DEVICE void prefetch(const void* from) {
-  asm volatile("prefetch.global.L2 [%0];" ::"l"(__cvta_generic_to_global(from)));
-}
-#ifdef HAS_ROW_COPIES
-// Of a multiple of 16 bytes, from such a place on; for one thread.
-DEVICE void prefetch_bytes(const void* from, int bytes) {
-  asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(__cvta_generic_to_global(from)), "r"(bytes) : "memory");
-}
-#endif
-
 // Copies of whole rows, by the copy engine where there is one (compute capability 9.0): `barrier` is done
 // when one thread has said how many bytes it expects and they have come. Elsewhere by the threads.
 using CopyBarrier = uint64_t;
@@ -271,6 +260,10 @@ DEVICE void copy_row(void* to_shared, const void* from, int bytes, CopyBarrier* 
           shared_address(to_shared)),
       "l"(__cvta_generic_to_global(from)), "r"(bytes), "r"(shared_address(barrier))
       : "memory");
+}
+// Asks for a multiple of 16 bytes, from such a place on, for the cache of the second level; for one thread.
+DEVICE void prefetch_bytes(const void* from, int bytes) {
+  asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(__cvta_generic_to_global(from)), "r"(bytes) : "memory");
 }
 DEVICE void barrier_wait(CopyBarrier* barrier, uint32_t parity) {
   asm volatile(
