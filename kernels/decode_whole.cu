@@ -45,17 +45,37 @@ struct Whole : WholeInputs<D> {
   struct Addresses {
     const void* norm;
     const bf16* bias;
-    bf16* to;
+    bf16 *keys, *values;
     // Of the product after attention, which needs none: so attention has the registers.
-    DEVICE Addresses() : norm(nullptr), bias(nullptr), to(nullptr) {}
+    DEVICE Addresses() : norm(nullptr), bias(nullptr), keys(nullptr), values(nullptr) {}
     DEVICE Addresses(const WholeProduct& product, int which)
-        : norm(product.norm), bias(product.matrix[which].bias), to(product.matrix[which].to) {}
+        : norm(product.norm), bias(product.matrix[which].bias), keys(product.matrix[1].to), values(product.matrix[2].to) {}
   };
   // What products are computed from.
   using Inputs = WholeInputs<D>;
   using Attention = typename Inputs::Attention;
   using Inputs::args, Inputs::shares, Inputs::target, Inputs::past, Inputs::key_shares, Inputs::keys_each, Inputs::factor;
   using Inputs::arrive, Inputs::tag, Inputs::stream, Inputs::with_turn, Inputs::scratch;
+
+  // Of attention: where keys and values are, and a warp's first ones, of earlier tokens: these do not depend on other blocks and are
+  // asked for before the query is there.
+  struct Ahead {
+    const bf16 *keys, *values;
+    bool is_there;
+    typename Attention::Tile tile;
+    // All is written, or it would take registers from one product to the next.
+    DEVICE Ahead() : keys(nullptr), values(nullptr), is_there(false), tile{} {}
+    DEVICE Ahead(const Whole& whole, const Addresses& at) : keys(at.keys), values(at.values), is_there(false), tile{} {
+      const int heads = int(whole.args.key_heads), item = int(block_x()), share = item / heads;
+      if (!WHOLE_HAS_REGISTERS || share >= whole.key_shares) return;
+      const Attention attention{whole.args, keys, values, item - share * heads, {}};
+      attention.load(tile, whole.first_of(share), whole.end_of(share));
+      is_there = true;
+    }
+  };
+  // Keys of earlier tokens of a share: a warp's first one, and where all end.
+  DEVICE int first_of(int share) const { return share * keys_each + Attention::KEYS * warp(); }
+  DEVICE int end_of(int share) const { return (share + 1) * keys_each < past ? (share + 1) * keys_each : past; }
 
   DEVICE explicit Whole(const WholeArgs& args) : Inputs(args) {
     for (int i = thread_index(); i < args.count; i += block_threads()) {
@@ -212,7 +232,7 @@ struct Whole : WholeInputs<D> {
   DEVICE void finish_qkv(const WholeShare& share, const Addresses& at, const Aid& held, float by) const {
     // Heads before the matrix's in what is handed on.
     const int before = share.which == 0 ? 0 : int((args.group + share.which - 1) * args.key_heads);
-    bf16* cache = at.to + int64_t(past) * 2 * share.all;
+    bf16* cache = (share.which == 1 ? at.keys : at.values) + int64_t(past) * 2 * share.all;
     finish(share, [&](int out, float sum, float second) {
       const Aid aid = out == thread_index() ? held : aid_of(share, at.bias, out);
       const float a = sum * by + aid.bias[0], b = second * by + aid.bias[1];
@@ -231,15 +251,8 @@ struct Whole : WholeInputs<D> {
       hand_on(stream() + share.first + out, with_turn(all, share.kind == WHOLE_ATTENDED));
     });
   }
-  // Does something for every two outputs of a block's gated ones.
-  template <class Work>
-  DEVICE void each_gated(const WholeShare& share, const Work& work) const {
-    for (int out = 2 * thread_index(); out < share.outs; out += 2 * WHOLE_THREADS) {
-      work(args.gated + (share.first + out) / 2, out);
-    }
-  }
   DEVICE void finish_gate_up(const WholeShare& share, float by) const {
-    each_gated(share, [&](uint32_t* to, int out) {
+    for (int out = 2 * thread_index(); out < share.outs; out += 2 * WHOLE_THREADS) {
       float gated[2];
       UNROLL
       for (int i = 0; i < 2; ++i) {
@@ -248,37 +261,25 @@ struct Whole : WholeInputs<D> {
         const float gate = sum * by;
         gated[i] = gate * sigmoid(gate) * (up * by);
       }
-      hand_on(to, pack_bf16(gated[0], gated[1]));
-    });
-  }
-  // Takes back what this block has handed on and all have read: before it is handed on again, all have arrived in order.
-  DEVICE void take_back(int kind, int product) const {
-    if (kind == WHOLE_GATE_UP) {
-      Attention attention{args, nullptr, nullptr, 0};
-      each_item([&](int item, int share) {
-        attention.head = item - share * int(args.key_heads);
-        attention.take_back(share);
-      });
+      hand_on(args.gated + (share.first + out) / 2, pack_bf16(gated[0], gated[1]));
     }
-    const int gate_up = product - 2;
-    if (gate_up < 0 || shares[gate_up].kind != WHOLE_GATE_UP) return;
-    each_gated(shares[gate_up], [](uint32_t* to, int) { hand_on(to, ABSENT); });
   }
   DEVICE void finish_logits(const WholeShare& share, float by) const {
     float* to = args.logits + share.first;
     finish(share, [&](int out, float sum, float) { to[out] = sum * by; });
   }
 
-  // A product from its row to its outputs. `at` is of the next product afterwards.
+  // A product from its row to its outputs. `at` is of the next product afterwards, and `ahead` of attention after queries, keys and
+  // values.
   template <class Format>
-  DEVICE void run(WholeRing& ring, const WholeShare& share, int product, Addresses& at) const {
+  DEVICE void run(WholeRing& ring, const WholeShare& share, int product, Addresses& at, Ahead& ahead) const {
     using Row = typename Format::Row;
     const int kind = share.kind, own = thread_index() < share.outs ? thread_index() : 0;
     const WholeUnits units(share, warp());
     if (kind == WHOLE_DOWN) {
       this->template prepare_gated<Row>(share);
     } else if (kind == WHOLE_ATTENDED) {
-      this->template prepare_attended<Row>(share);
+      this->template prepare_attended<Row>(share, this->sums_of(product));
     } else {
       this->template prepare_normed<Row>(share, at.norm);
     }
@@ -292,8 +293,9 @@ struct Whole : WholeInputs<D> {
     const float by = adds ? 1.0f : norm_factor();
     const int following = kind == WHOLE_LOGITS ? product : product + 1;
     const Addresses next(args.products[following], shares[following].which);
-    take_back(kind, product);
+    if (kind == WHOLE_QKV || kind == WHOLE_LOGITS) this->take_back(product);
     multiply<Format>(ring, share, units);
+    ahead = kind == WHOLE_QKV ? Ahead(*this, at) : Ahead();
     whole_barrier();
     if (kind == WHOLE_QKV) {
       finish_qkv(share, at, aid, by);
@@ -307,37 +309,16 @@ struct Whole : WholeInputs<D> {
     at = next;
   }
 
-  // Does something for every key head and share of keys of this block.
-  template <class Work>
-  DEVICE void each_item(const Work& work) const {
+  // From queries, keys and values that this block has handed on to its shares of attention.
+  DEVICE void attend(Ahead& ahead, WholeSums to) const {
     const int heads = int(args.key_heads), items = heads * key_shares;
-    for (int item = int(block_x()); item < items; item += int(grid_x())) work(item, item / heads);
-  }
-
-  // From queries, keys and values that this block has handed on to its shares of attention. It arrives twice: in order when these are
-  // handed on, and when it has attended.
-  DEVICE void attend(const WholeProduct& qkv) {
-    const int heads = int(args.key_heads), items = heads * key_shares;
-    const bool attends = int(block_x()) < items;
     whole_barrier();  // sums are read where attention leaves its own
-    if (thread_index() == WHOLE_THREADS - 1) grid_arrive(args.arrived, attends ? 1 : 2);
-    Attention attention{args, qkv.matrix[1].to, qkv.matrix[2].to, 0};
+    Attention attention{args, ahead.keys, ahead.values, 0, to};
     constexpr int STEP = WHOLE_WARPS * Attention::KEYS;
     int item = int(block_x()), share = item / heads;
-    auto first = [&] { return share * keys_each + Attention::KEYS * warp(); };
-    auto end_of_share = [&] { return (share + 1) * keys_each < past ? (share + 1) * keys_each : past; };
-    typename Attention::Tile tile;
-    // Keys of earlier tokens do not depend on other blocks: a warp's first ones are asked for before the query is there.
-    bool is_there = WHOLE_HAS_REGISTERS && item < items;
-    if (is_there) {
-      attention.head = item - share * heads;
-      attention.load(tile, first(), end_of_share());
-    } else {
-      tile = {};  // or it would take registers from one product to the next
-    }
     while (item < items) {
       attention.head = item - share * heads;
-      const int end = end_of_share();
+      const int end = end_of(share);
       attention.take_queries(tag());
       warp_barrier();  // lanes look for what is handed on each by itself
       whole_barrier();
@@ -350,12 +331,12 @@ struct Whole : WholeInputs<D> {
       AttentionSums<D> own;
       own.clear();
       NO_UNROLL
-      for (int start = first(); start < end; start += STEP) {
-        if (!is_there) attention.load(tile, start, end);
-        is_there = false;
-        attention.add(own, tile, query, start, end, factor);
+      for (int start = first_of(share); start < end; start += STEP) {
+        if (!ahead.is_there) attention.load(ahead.tile, start, end);
+        ahead.is_there = false;
+        attention.add(own, ahead.tile, query, start, end, factor);
       }
-      is_there = false;
+      ahead.is_there = false;
       own.finish();
       attention.leave(own);
       whole_barrier();
@@ -364,8 +345,6 @@ struct Whole : WholeInputs<D> {
       item += int(grid_x());
       share = item / heads;
     }
-    if (attends && thread_index() == 0) grid_arrive_unordered(args.arrived, 1);
-    target += 2 * uint64_t(grid_x());
   }
 
   DEVICE void token() {
@@ -386,14 +365,14 @@ struct Whole : WholeInputs<D> {
     NO_UNROLL
     for (int i = 0; i < args.count; ++i) {
       const WholeShare& share = shares[i];
-      with_whole_format(share.format, [&](auto format) { run<decltype(format)>(ring, share, i, at); });
+      Ahead ahead;
+      with_whole_format(share.format, [&](auto format) { run<decltype(format)>(ring, share, i, at, ahead); });
       if (share.kind == WHOLE_LOGITS) return;
       if (share.kind == WHOLE_QKV) {
-        attend(args.products[i]);
+        attend(ahead, this->sums_of(i));
         at = Addresses();
-      } else {
-        arrive(false);
       }
+      arrive(share.kind == WHOLE_QKV && this->is_idle());
     }
   }
 };

@@ -21,6 +21,7 @@ struct WholeMatrix {
 // What is multiplied, and what follows: queries, keys and values; attention, added to the residual stream; gate and up;
 // these, added; logits.
 constexpr int WHOLE_QKV = 0, WHOLE_ATTENDED = 1, WHOLE_GATE_UP = 2, WHOLE_DOWN = 3, WHOLE_LOGITS = 4;
+constexpr int WHOLE_LAYER = 4;  // products of a layer
 
 struct WholeProduct {
   int64_t kind, depth;
@@ -41,12 +42,11 @@ struct WholeArgs {
   double eps;
   float* logits;
   uint64_t* arrived;      // of blocks at barriers, a multiple of all of a launch between launches
-  int64_t arrivals;       // of a block in a launch
   // Queries, the new key and the new value, [heads, key heads, key heads][D / 2]: numbers i and i + D / 2 of a head in bf16, and a tag.
   uint64_t* handed;
   uint32_t* gated;        // gate times up in bf16, two numbers a word; ABSENT between launches, as the next two are
-  uint64_t* partial;      // of attention, sums of each share in bf16 [key heads][8][SHARES][D / 4 of four numbers]
-  uint64_t* stats;        // [key heads][8][SHARES], maximum and sum in float32
+  uint64_t* partial;      // of attention, sums of each share in bf16 [2][key heads][8][SHARES][D / 4 of four numbers]
+  uint64_t* stats;        // [2][key heads][8][SHARES], maximum and sum in float32
   int64_t group, key_heads;  // query heads that share a key head, at most 8
   double scale;           // of scores, positive
   // Places in shared memory; the row with its sums, or what warps have attended to, is at the start.

@@ -4,6 +4,11 @@
 
 #ifdef HAS_COUNTING_BARRIERS
 
+// Where shares of attention are handed on.
+struct WholeSums {
+  uint64_t *partial, *stats;
+};
+
 // A warp's part of attention: 16 keys at a time, from memory to registers. Numbers of a key lie in the order in which loads of 16
 // bytes bring them, and so do those of a query; columns of values too.
 template <int D>
@@ -16,6 +21,7 @@ struct WholeAttention {
   const WholeArgs& args;
   const bf16 *keys, *values;
   int head;
+  WholeSums to;
 
   DEVICE Words chunk(const bf16* from, int key, int end, int column) const {
     if (key >= end) return {{0, 0, 0, 0}};
@@ -194,22 +200,10 @@ struct WholeAttention {
         UNROLL
         for (int j = 0; j < 4; ++j) out[j] += by * own_value()[column + j];
       }
+      const int64_t place = (int64_t(head) * WHOLE_GROUP + row) * SHARES + share;
       const uint64_t upper = pack_bf16(out[2], out[3]);
-      hand_on_share(share, item, upper << 32 | pack_bf16(out[0], out[1]),
-                    uint64_t(float_to_bits(total)) << 32 | float_to_bits(largest));
-    }
-  }
-  // Of an item of `join`.
-  DEVICE void hand_on_share(int share, int item, uint64_t four, uint64_t stats) const {
-    const int64_t place = (int64_t(head) * WHOLE_GROUP + item / (D / 4)) * SHARES + share;
-    const int column = item % (D / 4);
-    hand_on(args.partial + place * (D / 4) + column, four);
-    if (column == 0) hand_on(args.stats + place, stats);
-  }
-  // After all have read it.
-  DEVICE void take_back(int share) const {
-    for (int item = thread_index(); item < args.group * (D / 4); item += WHOLE_THREADS) {
-      hand_on_share(share, item, ABSENT_WORDS, ABSENT_WORDS);
+      hand_on(to.partial + place * (D / 4) + column / 4, upper << 32 | pack_bf16(out[0], out[1]));
+      if (column == 0) hand_on(to.stats + place, uint64_t(float_to_bits(total)) << 32 | float_to_bits(largest));
     }
   }
 };

@@ -13,6 +13,7 @@ struct WholeInputs {
   uint64_t target;
   int past;                   // keys of earlier tokens
   int key_shares, keys_each;  // how keys are shared out
+  int idle_from;              // the first block that does not attend; the first one of all, if all do
   uint32_t by_group;
   float factor;               // of scores, for powers of two
 
@@ -21,7 +22,7 @@ struct WholeInputs {
   // What warps that multiply know of the token.
   DEVICE void start() {
     // Before this block has arrived anywhere, less than one launch's has been added.
-    const uint64_t all = uint64_t(args.arrivals) * uint64_t(grid_x());
+    const uint64_t all = uint64_t(args.count) * uint64_t(grid_x());
     target = grid_count(args.arrived) / all * all;
     by_group = reciprocal(int(args.group));
     constexpr int EACH = 128, STEP = WHOLE_WARPS * Attention::KEYS;
@@ -31,6 +32,8 @@ struct WholeInputs {
     keys_each = ((length + most - 1) / most + STEP - 1) / STEP * STEP;
     key_shares = (length + keys_each - 1) / keys_each;
     factor = float(args.scale * 1.4426950408889634);
+    const int64_t items = args.key_heads * key_shares;
+    idle_from = items < grid_x() ? int(items) : 0;
   }
 
   // Barriers of all blocks, in two halves: what comes between does not depend on other blocks. In order: what was written before is
@@ -69,6 +72,25 @@ struct WholeInputs {
     if (args.embedding.bytes) embed_chunk(args.embedding, args.state->token, args.width, chunk, args.x);
     UNROLL
     for (int i = 0; i < 8; ++i) stream()[8 * chunk + i] = with_turn(args.x[8 * chunk + i], 0);
+  }
+
+  // Where attention of a layer hands its sums on: layers take turns.
+  DEVICE WholeSums sums_of(int product) const {
+    const int64_t places = args.key_heads * WHOLE_GROUP * Attention::SHARES, before = product / WHOLE_LAYER % 2 * places;
+    return {args.partial + before * (D / 4), args.stats + before};
+  }
+  // What was handed on in the layer before and all have read is ABSENT again. Blocks that do not attend say so, since only they arrive
+  // in order then; before it is handed on again all have waited for them.
+  DEVICE bool is_idle() const { return block_x() >= idle_from; }
+  DEVICE void take_back(int product) const {
+    if (product < WHOLE_LAYER || !is_idle()) return;
+    const int blocks = int(grid_x()) - idle_from, all = blocks * WHOLE_THREADS;
+    const int own = (int(block_x()) - idle_from) * WHOLE_THREADS + thread_index();
+    const int gated = shares[product - 1].blocks * 128, places = int(args.key_heads) * WHOLE_GROUP * Attention::SHARES;
+    const WholeSums sums = sums_of(product - WHOLE_LAYER);
+    for (int i = own; i < gated; i += all) hand_on(args.gated + i, ABSENT);
+    for (int i = own; i < places * (D / 4); i += all) hand_on(sums.partial + i, ABSENT_WORDS);
+    for (int i = own; i < places; i += all) hand_on(sums.stats + i, ABSENT_WORDS);
   }
 
   DEVICE float* scratch() const { return reinterpret_cast<float*>(shared_memory() + args.scratch_at); }
@@ -162,7 +184,7 @@ struct WholeInputs {
 
   // Places the row: what attention's shares come to.
   template <class Row>
-  DEVICE void prepare_attended(const WholeShare& share) const {
+  DEVICE void prepare_attended(const WholeShare& share, WholeSums from) const {
     constexpr int SHARES = Attention::SHARES, TOGETHER = WHOLE_HAS_REGISTERS ? 2 : 1;
     const int blocks = share.blocks, group = int(args.group);
     wait();
@@ -176,7 +198,7 @@ struct WholeInputs {
           const int chunk = 32 * (block + n * WHOLE_WARPS) + lane(), own = chunk < 32 * blocks ? chunk : 0;
           const int query = own / (D / 8), head = quotient(query, by_group), row = query - head * group;
           const int64_t place = SHARES * (int64_t(head) * WHOLE_GROUP + row);
-          there &= take_shares(held[n], stats[n], place, own % (D / 8));
+          there &= take_shares(held[n], stats[n], from.partial + place * (D / 4) + 2 * (own % (D / 8)), from.stats + place);
         }
         return there;
       });
@@ -191,7 +213,8 @@ struct WholeInputs {
 
   // Whether the shares' sums of eight numbers of a query are there.
   template <int SHARES>
-  DEVICE bool take_shares(uint64_t (&held)[SHARES][2], uint64_t (&stats)[SHARES], int64_t place, int eighth) const {
+  DEVICE bool take_shares(uint64_t (&held)[SHARES][2], uint64_t (&stats)[SHARES], const uint64_t* partial_at,
+                          const uint64_t* stats_at) const {
     // All are written, or they would take registers from one product to the next.
     UNROLL
     for (int i = 0; i < SHARES; ++i) held[i][0] = held[i][1] = stats[i] = 0;
@@ -199,14 +222,14 @@ struct WholeInputs {
     for (int i = 0; i < SHARES; i += 2) {
       if (i >= key_shares) break;
       uint64_t two[2];
-      load_handed(two, args.stats + place + i);
+      load_handed(two, stats_at + i);
       stats[i] = two[0];
       stats[i + 1] = i + 1 < key_shares ? two[1] : 0;
     }
     UNROLL
     for (int i = 0; i < SHARES; ++i) {
       if (i >= key_shares) break;
-      load_handed(held[i], args.partial + (place + i) * (D / 4) + 2 * eighth);
+      load_handed(held[i], partial_at + i * (D / 4));
     }
     bool there = true;
     UNROLL

@@ -358,15 +358,13 @@ impl Builder {
             }
         }
         args.address(self.x.address()).count(self.sizes.width).number(self.eps);
-        // Queries, keys and values are handed on before attention, and what it comes to after it.
-        let twice = products.iter().filter(|product| product.kind == Kind::Qkv).count();
         args.address(self.logits.address()).address(arrived.address());
-        args.count(products.len() + twice);
         let shares = kv_heads * SHARES * GROUP;
         let handed = self.words(0_u64, (heads + 2 * kv_heads) * (head_dim >> 1))?;
         let gated = self.words(ABSENT, self.sizes.inner.div_ceil(GATED))?;
-        let partial = self.words([ABSENT; 2], shares * (head_dim >> 2))?;
-        let stats = self.words([ABSENT; 2], shares)?;
+        // Of one layer and the next.
+        let partial = self.words([ABSENT; 2], 2 * shares * (head_dim >> 2))?;
+        let stats = self.words([ABSENT; 2], 2 * shares)?;
         args.address(handed.address()).address(gated.address());
         args.address(partial.address()).address(stats.address());
         args.counts([heads.checked_div(kv_heads).unwrap_or(0), kv_heads]);
