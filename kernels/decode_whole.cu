@@ -9,33 +9,24 @@
 // Grid: (multiprocessors, 1, 1), all of it running at a time; 512 threads. `ops/cuda/decode/whole.rs` computes places in shared
 // memory and what each product is.
 //
-// What blocks hand on to each other goes without fences, which take 2000 to 4000 clock ticks while memory is busy: a count says that
-// it is likely there, and each word whether it is. Queries and the token's own key and value have a tag beside them; numbers of the
-// residual stream their turn in the lowest bit; gated numbers and shares of attention replace a NaN that no sum comes to, and
-// their block puts that back when all have read them. Only that has to be seen in order: once a layer, and while others attend.
-//
 // Measured (H200): a barrier of 132 blocks takes 1.0 us, with 14 KB that each reads after it 1.5 us. One warp that asks
 // for boxes of 16 rows by 288 bytes reads 4320 to 4470 GB/s; a copy moves 4240. From shared memory alone 8 warps multiply
-// 40 bytes of Q4_K a clock tick, 12 warps 47 and 15 warps 41; memory gives 19. A token of 7B in Q4_K took 1.43 to 1.45 ms with
-// fences, and 1.33 to 1.35 when they were left out and nothing was looked at, which gave wrong numbers now and then. docs/CUDA.md says
-// where the time goes.
+// 40 bytes of Q4_K a clock tick, 12 warps 47 and 15 warps 41; memory gives 19. A token of 7B in Q4_K takes 1.42 to 1.45 ms, one
+// kernel after another 1.79. docs/CUDA.md says where the time goes and what else was tried.
 // Tried, in ms at a time when this took 1.64 to 1.77: rows copied one by one 1.77 instead of 1.68; 16 warps that ask for
 // their own weights 2.19; asking the cache of the second level for weights ahead of the rings, 2 units of a warp 1.86, 8
 // and more 2.4 to 2.5, by the copy engine as by other instructions. When it took 1.55: 14 warps that multiply and
 // 2 that bring 1.66, 12 and 4 1.61, 15 and 1 1.65 (shorter rings, and registers do for attention only where the warps
 // that bring give theirs away); the residual stream with a tag beside each number, so that it needs no barriers, 1.64
 // (all blocks ask for the whole row again and again); one loop that converts the row, instead of ten copies of its
-// instructions, takes 7700 ticks and not 5500. When it took 1.41 to 1.45: weights of the next unit in registers while one is
-// multiplied, 1 % slower, and a unit that is held there across a stop 3 %; asking the cache of the second level for 2, 4 or 6
-// units of gate and up while others attend 1.5, 3 and 5 % slower; pairs of blocks that convert half a row each and store
-// it in both, as fast; reading back what was stored instead of a fence, 1.52; 256 keys of a share instead of 128, 2 % slower; only
-// the instructions of Q4_K, half of all, as fast.
-#include "decode_whole_inputs.cuh"
+// instructions, takes 7700 ticks and not 5500.
+#include "decode_whole_attention.cuh"
 
 #ifdef HAS_COUNTING_BARRIERS
 
 template <int D>
-struct Whole : WholeInputs<D> {
+struct Whole {
+  using Attention = WholeAttention<D>;
   // What outputs of queries, keys and values end with.
   struct Aid {
     int row;  // the first of the pair
@@ -44,40 +35,22 @@ struct Whole : WholeInputs<D> {
   // Addresses of a product, read from global memory a product ahead.
   struct Addresses {
     const void* norm;
-    const bf16* bias;
-    bf16 *keys, *values;
+    const bf16 *row, *bias;
+    bf16* to;
     // Of the product after attention, which needs none: so attention has the registers.
-    DEVICE Addresses() : norm(nullptr), bias(nullptr), keys(nullptr), values(nullptr) {}
+    DEVICE Addresses() : norm(nullptr), row(nullptr), bias(nullptr), to(nullptr) {}
     DEVICE Addresses(const WholeProduct& product, int which)
-        : norm(product.norm), bias(product.matrix[which].bias), keys(product.matrix[1].to), values(product.matrix[2].to) {}
+        : norm(product.norm), row(product.row), bias(product.matrix[which].bias), to(product.matrix[which].to) {}
   };
-  // What products are computed from.
-  using Inputs = WholeInputs<D>;
-  using Attention = typename Inputs::Attention;
-  using Inputs::args, Inputs::shares, Inputs::target, Inputs::past, Inputs::key_shares, Inputs::keys_each, Inputs::factor;
-  using Inputs::arrive, Inputs::tag, Inputs::stream, Inputs::with_turn, Inputs::scratch;
+  const WholeArgs& args;
+  const WholeShares shares;
+  uint64_t target;
+  int past;                   // keys of earlier tokens
+  int key_shares, keys_each;  // how keys are shared out
+  uint32_t by_group;
+  float factor;               // of scores, for powers of two
 
-  // Of attention: where keys and values are, and a warp's first ones, of earlier tokens: these do not depend on other blocks and are
-  // asked for before the query is there.
-  struct Ahead {
-    const bf16 *keys, *values;
-    bool is_there;
-    typename Attention::Tile tile;
-    // All is written, or it would take registers from one product to the next.
-    DEVICE Ahead() : keys(nullptr), values(nullptr), is_there(false), tile{} {}
-    DEVICE Ahead(const Whole& whole, const Addresses& at) : keys(at.keys), values(at.values), is_there(false), tile{} {
-      const int heads = int(whole.args.key_heads), item = int(block_x()), share = item / heads;
-      if (!WHOLE_HAS_REGISTERS || share >= whole.key_shares) return;
-      const Attention attention{whole.args, keys, values, item - share * heads, {}};
-      attention.load(tile, whole.first_of(share), whole.end_of(share));
-      is_there = true;
-    }
-  };
-  // Keys of earlier tokens of a share: a warp's first one, and where all end.
-  DEVICE int first_of(int share) const { return share * keys_each + Attention::KEYS * warp(); }
-  DEVICE int end_of(int share) const { return (share + 1) * keys_each < past ? (share + 1) * keys_each : past; }
-
-  DEVICE explicit Whole(const WholeArgs& args) : Inputs(args) {
+  DEVICE explicit Whole(const WholeArgs& args) : args(args), shares(args) {
     for (int i = thread_index(); i < args.count; i += block_threads()) {
       const WholeProduct& product = args.products[i];
       shares.shapes[i] = uint16_t(product.shape);
@@ -93,6 +66,21 @@ struct Whole : WholeInputs<D> {
     block_barrier();
   }
 
+  // What warps that multiply know of the token.
+  DEVICE void start() {
+    // Before this block has arrived anywhere, less than one launch's has been added.
+    const uint64_t all = uint64_t(args.count) * uint64_t(grid_x());
+    target = grid_count(args.arrived) / all * all;
+    by_group = reciprocal(int(args.group));
+    constexpr int EACH = 128, STEP = WHOLE_WARPS * Attention::KEYS;
+    past = int(args.state->past);
+    const int length = past + 1, wanted = (length + EACH - 1) / EACH;
+    const int most = wanted < Attention::SHARES ? wanted : Attention::SHARES;
+    keys_each = ((length + most - 1) / most + STEP - 1) / STEP * STEP;
+    key_shares = (length + keys_each - 1) / keys_each;
+    factor = float(args.scale * 1.4426950408889634);
+  }
+
   DEVICE static WholeShare share_of_block(const WholeProduct& product) {
     WholeShare to;
     int64_t block = block_x();
@@ -106,12 +94,10 @@ struct Whole : WholeInputs<D> {
     to.format = int(matrix.format);
     to.pairs = product.kind == WHOLE_QKV || product.kind == WHOLE_GATE_UP;
     to.head_mask = product.kind == WHOLE_QKV ? -(D / 2) : 0;
-    // Gated outputs are handed on two at a time.
-    const int each = product.kind == WHOLE_GATE_UP ? 2 : 1;
     Share share = {0, 0};
-    if (block < matrix.blocks) share = ::share_of(matrix.outs / each, block, matrix.blocks);
-    to.first = each * share.first;
-    to.outs = each * share.outs;
+    if (block < matrix.blocks) share = ::share_of(matrix.outs, block, matrix.blocks);
+    to.first = share.first;
+    to.outs = share.outs;
     int units = 1;
     with_whole_format(to.format, [&](auto format) {
       using Format = decltype(format);
@@ -126,6 +112,145 @@ struct Whole : WholeInputs<D> {
     to.by_tile_outs = reciprocal(to.tile_outs);
     to.by_per_warp = reciprocal(to.per_warp);
     return to;
+  }
+
+  // Barriers of all blocks, in two halves: what comes between does not depend on other blocks.
+  DEVICE void arrive() {
+    whole_barrier();
+    target += uint64_t(grid_x());
+    if (thread_index() == 0) grid_arrive(args.arrived);
+  }
+  // Of what is handed on before the next of them; another one for each layer and token.
+  DEVICE uint32_t tag() const { return uint32_t(target); }
+  DEVICE void wait() const {
+    if (thread_index() == 0) grid_wait(args.arrived, target);
+    whole_barrier();
+  }
+
+  DEVICE void embed() const {
+    const int chunk = int(block_x()) * WHOLE_THREADS + thread_index();
+    if (8 * int64_t(chunk) >= args.width) return;
+    embed_chunk(args.embedding, args.state->token, args.width, chunk, args.x);
+  }
+
+  DEVICE float* scratch() const { return reinterpret_cast<float*>(shared_memory() + args.scratch_at); }
+
+  // Places eight numbers of each lane: of the warp's i-th block of 256 of the row from `block` on.
+  template <class Row>
+  DEVICE static void place(const float (&numbers)[8], int block, int i, int blocks) {
+    unsigned char* to = shared_memory() + block * Row::X_BYTES + i * WHOLE_WARPS * Row::X_BYTES;
+    place_row_bytes<Row>(to, numbers, block + i * WHOLE_WARPS < blocks);
+  }
+
+  // Places the row: the residual stream with the weight of a norm whose factor comes later.
+  template <class Row>
+  DEVICE void prepare_normed(const WholeShare& share, const void* weight) const {
+    constexpr int TOGETHER = 2;
+    const int blocks = share.blocks;
+    const NormArgs norm{args.x, weight, share.norm_is_float, args.eps, args.width, args.scratch_at};
+    NormedRow source(norm);
+    // The first weights are asked for before x is there.
+    typename NormedRow::Held held[TOGETHER];
+    UNROLL
+    for (int i = 0; i < TOGETHER; ++i) source.load_weight(held[i], i * WHOLE_THREADS + thread_index());
+    wait();
+    for (int block = warp(); block - warp() < blocks; block += TOGETHER * WHOLE_WARPS) {
+      UNROLL
+      for (int i = 0; i < TOGETHER; ++i) {
+        const int chunk = 32 * (block + i * WHOLE_WARPS) + lane();
+        if (block >= WHOLE_WARPS) source.load_weight(held[i], chunk);
+        source.load_x(held[i], chunk);
+      }
+      UNROLL
+      for (int i = 0; i < TOGETHER; ++i) {
+        float numbers[8];
+        source.widen(held[i], numbers);
+        place<Row>(numbers, block, i, blocks);
+      }
+    }
+    const float sum = sum_lanes(source.squares, 32);
+    if (lane() == 0) scratch()[warp()] = sum;
+  }
+
+  // Places the row: numbers of bf16.
+  template <class Row>
+  DEVICE void prepare_plain(const WholeShare& share, const bf16* row) const {
+    // That many are asked for, and of these so many converted, together.
+    constexpr int TOGETHER = 10, CONVERTED = 5;
+    const int blocks = share.blocks;
+    const PlainRows source{row, 256 * int64_t(blocks), 1};
+    wait();
+    for (int block = warp(); block - warp() < blocks; block += TOGETHER * WHOLE_WARPS) {
+      PlainRows::Held held[TOGETHER];
+      UNROLL
+      for (int i = 0; i < TOGETHER; ++i) held[i] = source.load(0, 32 * (block + i * WHOLE_WARPS) + lane());
+      UNROLL
+      for (int i = 0; i < TOGETHER; ++i) {
+        if (i % CONVERTED == 0 && block - warp() + i * WHOLE_WARPS >= blocks) break;
+        float numbers[8];
+        source.widen(held[i], numbers);
+        place<Row>(numbers, block, i, blocks);
+      }
+    }
+  }
+
+  // Places the row: what attention's shares come to.
+  template <class Row>
+  DEVICE void prepare_attended(const WholeShare& share) const {
+    constexpr int SHARES = Attention::SHARES, TOGETHER = WHOLE_HAS_REGISTERS ? 2 : 1;
+    const int blocks = share.blocks, group = int(args.group);
+    wait();
+    for (int block = warp(); block - warp() < blocks; block += TOGETHER * WHOLE_WARPS) {
+      Words held[TOGETHER][SHARES], stats[TOGETHER][SHARES / 2];
+      UNROLL
+      for (int n = 0; n < TOGETHER; ++n) {
+        const int chunk = 32 * (block + n * WHOLE_WARPS) + lane(), own = chunk < 32 * blocks ? chunk : 0;
+        const int query = own / (D / 8), head = quotient(query, by_group), row = query - head * group;
+        const int64_t place = SHARES * (int64_t(head) * WHOLE_GROUP + row);
+        // All are written, or they would take registers from one product to the next.
+        UNROLL
+        for (int i = 0; i < SHARES; ++i) held[n][i] = stats[n][i / 2] = {{0, 0, 0, 0}};
+        UNROLL
+        for (int i = 0; i < SHARES; ++i) {
+          if (i >= key_shares) break;
+          if (i % 2 == 0) stats[n][i / 2] = load_words_fresh(args.stats + 2 * (place + i));
+          held[n][i] = load_words_fresh(args.partial + (place + i) * D + 8 * (own % (D / 8)));
+        }
+      }
+      UNROLL
+      for (int n = 0; n < TOGETHER; ++n) {
+        float numbers[8];
+        join_shares(numbers, held[n], stats[n]);
+        place<Row>(numbers, block, n, blocks);
+      }
+    }
+  }
+
+  // What the shares' sums come to; `stats` holds the maximum and the sum of each.
+  template <int SHARES>
+  DEVICE void join_shares(float (&numbers)[8], const Words (&held)[SHARES], const Words (&stats)[SHARES / 2]) const {
+    float largest = -INFINITY, total = 0.0f;
+    UNROLL
+    for (int i = 0; i < SHARES; ++i) {
+      if (i >= key_shares) break;
+      largest = fmaxf(largest, bits_to_float(stats[i / 2].at[i % 2 * 2]));
+    }
+    UNROLL
+    for (int j = 0; j < 8; ++j) numbers[j] = 0.0f;
+    UNROLL
+    for (int i = 0; i < SHARES; ++i) {
+      if (i >= key_shares) break;
+      const float by = part_of(bits_to_float(stats[i / 2].at[i % 2 * 2]), largest, factor);
+      total += bits_to_float(stats[i / 2].at[i % 2 * 2 + 1]) * by;
+      UNROLL
+      for (int j = 0; j < 8; j += 2) {
+        numbers[j] += by * low_float(held[i].at[j / 2]);
+        numbers[j + 1] += by * high_float(held[i].at[j / 2]);
+      }
+    }
+    const float inverse = 1.0f / total;
+    UNROLL
+    for (int j = 0; j < 8; ++j) numbers[j] *= inverse;
   }
 
   // This warp's units of a product.
@@ -232,56 +357,48 @@ struct Whole : WholeInputs<D> {
   DEVICE void finish_qkv(const WholeShare& share, const Addresses& at, const Aid& held, float by) const {
     // Heads before the matrix's in what is handed on.
     const int before = share.which == 0 ? 0 : int((args.group + share.which - 1) * args.key_heads);
-    bf16* cache = (share.which == 1 ? at.keys : at.values) + int64_t(past) * 2 * share.all;
+    bf16* cache = at.to + int64_t(past) * 2 * share.all;
     finish(share, [&](int out, float sum, float second) {
       const Aid aid = out == thread_index() ? held : aid_of(share, at.bias, out);
       const float a = sum * by + aid.bias[0], b = second * by + aid.bias[1];
       const float one = a * aid.cos - b * aid.sin, other = b * aid.cos + a * aid.sin;
       const int pair = (before + aid.row / D) * (D / 2) + aid.row % D;
-      hand_on(args.handed + pair, uint64_t(tag()) << 32 | pack_bf16(one, other));
+      store_tagged(args.handed + pair, pack_bf16(one, other), tag());
       if (share.which == 0) return;
       cache[aid.row] = from_float<bf16>(one);
       cache[aid.row + D / 2] = from_float<bf16>(other);
     });
   }
   DEVICE void finish_add(const WholeShare& share, float held) const {
-    const float* x = args.x + share.first;
+    float* x = args.x + share.first;
     finish(share, [&](int out, float sum, float) {
-      const float all = (out == thread_index() ? held : load_fresh(x + out)) + sum;
-      hand_on(stream() + share.first + out, with_turn(all, share.kind == WHOLE_ATTENDED));
+      x[out] = (out == thread_index() ? held : load_fresh(x + out)) + sum;
     });
   }
-  DEVICE void finish_gate_up(const WholeShare& share, float by) const {
-    for (int out = 2 * thread_index(); out < share.outs; out += 2 * WHOLE_THREADS) {
-      float gated[2];
-      UNROLL
-      for (int i = 0; i < 2; ++i) {
-        float sum, up;
-        output(share, out + i, sum, up);
-        const float gate = sum * by;
-        gated[i] = gate * sigmoid(gate) * (up * by);
-      }
-      hand_on(args.gated + (share.first + out) / 2, pack_bf16(gated[0], gated[1]));
-    }
+  DEVICE void finish_gate_up(const WholeShare& share, bf16* all, float by) const {
+    bf16* to = all + share.first;
+    finish(share, [&](int out, float sum, float up) {
+      const float gate = sum * by;
+      to[out] = from_float<bf16>(gate * sigmoid(gate) * (up * by));
+    });
   }
   DEVICE void finish_logits(const WholeShare& share, float by) const {
     float* to = args.logits + share.first;
     finish(share, [&](int out, float sum, float) { to[out] = sum * by; });
   }
 
-  // A product from its row to its outputs. `at` is of the next product afterwards, and `ahead` of attention after queries, keys and
-  // values.
+  // A product from its row to its outputs. `at` is of the next product afterwards.
   template <class Format>
-  DEVICE void run(WholeRing& ring, const WholeShare& share, int product, Addresses& at, Ahead& ahead) const {
+  DEVICE void run(WholeRing& ring, const WholeShare& share, int product, Addresses& at) const {
     using Row = typename Format::Row;
     const int kind = share.kind, own = thread_index() < share.outs ? thread_index() : 0;
     const WholeUnits units(share, warp());
     if (kind == WHOLE_DOWN) {
-      this->template prepare_gated<Row>(share);
+      prepare_plain<Row>(share, at.row);
     } else if (kind == WHOLE_ATTENDED) {
-      this->template prepare_attended<Row>(share, this->sums_of(product));
+      prepare_attended<Row>(share);
     } else {
-      this->template prepare_normed<Row>(share, at.norm);
+      prepare_normed<Row>(share, at.norm);
     }
     // What this thread's first output ends with is asked for early.
     Aid aid = {0, 1.0f, 0.0f, {0.0f, 0.0f}};
@@ -293,16 +410,14 @@ struct Whole : WholeInputs<D> {
     const float by = adds ? 1.0f : norm_factor();
     const int following = kind == WHOLE_LOGITS ? product : product + 1;
     const Addresses next(args.products[following], shares[following].which);
-    if (kind == WHOLE_QKV || kind == WHOLE_LOGITS) this->take_back(product);
     multiply<Format>(ring, share, units);
-    ahead = kind == WHOLE_QKV ? Ahead(*this, at) : Ahead();
     whole_barrier();
     if (kind == WHOLE_QKV) {
       finish_qkv(share, at, aid, by);
     } else if (adds) {
       finish_add(share, held);
     } else if (kind == WHOLE_GATE_UP) {
-      finish_gate_up(share, by);
+      finish_gate_up(share, at.to, by);
     } else {
       finish_logits(share, by);
     }
@@ -310,33 +425,41 @@ struct Whole : WholeInputs<D> {
   }
 
   // From queries, keys and values that this block has handed on to its shares of attention.
-  DEVICE void attend(Ahead& ahead, WholeSums to) const {
+  DEVICE void attend(const WholeProduct& qkv) {
     const int heads = int(args.key_heads), items = heads * key_shares;
     whole_barrier();  // sums are read where attention leaves its own
-    Attention attention{args, ahead.keys, ahead.values, 0, to};
+    Attention attention{args, qkv.matrix[1].to, qkv.matrix[2].to, 0};
     constexpr int STEP = WHOLE_WARPS * Attention::KEYS;
     int item = int(block_x()), share = item / heads;
+    auto first = [&] { return share * keys_each + Attention::KEYS * warp(); };
+    auto end_of_share = [&] { return (share + 1) * keys_each < past ? (share + 1) * keys_each : past; };
+    typename Attention::Tile tile;
+    // Keys of earlier tokens do not depend on other blocks: a warp's first ones are asked for before the query is there.
+    bool is_there = WHOLE_HAS_REGISTERS && item < items;
+    if (is_there) {
+      attention.head = item - share * heads;
+      attention.load(tile, first(), end_of_share());
+    } else {
+      tile = {};  // or it would take registers from one product to the next
+    }
     while (item < items) {
       attention.head = item - share * heads;
-      const int end = end_of(share);
-      attention.take_queries(tag());
-      warp_barrier();  // lanes look for what is handed on each by itself
-      whole_barrier();
+      const int end = end_of_share();
       Words query[Attention::CHUNKS];
-      attention.query_of(query);
+      attention.take_query(query, tag());
       // In the warp that has the fewest other keys.
       const bool has_own = share == key_shares - 1;
       if (has_own && warp() == WHOLE_WARPS - 1) attention.leave_own(query, tag());
-      warp_barrier();
+      warp_barrier();  // lanes look for what is handed on each by itself
       AttentionSums<D> own;
       own.clear();
       NO_UNROLL
-      for (int start = first_of(share); start < end; start += STEP) {
-        if (!ahead.is_there) attention.load(ahead.tile, start, end);
-        ahead.is_there = false;
-        attention.add(own, ahead.tile, query, start, end, factor);
+      for (int start = first(); start < end; start += STEP) {
+        if (!is_there) attention.load(tile, start, end);
+        is_there = false;
+        attention.add(own, tile, query, start, end, factor);
       }
-      ahead.is_there = false;
+      is_there = false;
       own.finish();
       attention.leave(own);
       whole_barrier();
@@ -357,22 +480,21 @@ struct Whole : WholeInputs<D> {
 #ifdef HAS_GROUP_PRODUCTS
     registers_take<208>();
 #endif
-    Inputs::start();
+    start();
     WholeRing ring(args, warp());
-    Inputs::embed();
-    arrive(true);
+    if (args.embedding.bytes) embed();
+    arrive();
     Addresses at(args.products[0], shares[0].which);
     NO_UNROLL
     for (int i = 0; i < args.count; ++i) {
       const WholeShare& share = shares[i];
-      Ahead ahead;
-      with_whole_format(share.format, [&](auto format) { run<decltype(format)>(ring, share, i, at, ahead); });
+      with_whole_format(share.format, [&](auto format) { run<decltype(format)>(ring, share, i, at); });
       if (share.kind == WHOLE_LOGITS) return;
       if (share.kind == WHOLE_QKV) {
-        attend(ahead, this->sums_of(i));
+        attend(args.products[i]);
         at = Addresses();
       }
-      arrive(share.kind == WHOLE_QKV && this->is_idle());
+      arrive();
     }
   }
 };

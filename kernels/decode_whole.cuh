@@ -9,7 +9,7 @@ struct WholeMatrix {
   const uint8_t* bytes;
   const uint8_t* second;  // of `up`, beside a gate
   const bf16* bias;       // [rows], or null
-  bf16* to;               // the cache's keys or values [token][key heads][D]
+  bf16* to;               // the cache's keys or values [token][key heads][D], gated [outs]
   int64_t outs;           // outputs; of queries, keys and values pairs of them
   int64_t format;         // 0 q4_k, 1 q6_k, 2 q8_0
   int64_t blocks;         // that share it
@@ -21,7 +21,6 @@ struct WholeMatrix {
 // What is multiplied, and what follows: queries, keys and values; attention, added to the residual stream; gate and up;
 // these, added; logits.
 constexpr int WHOLE_QKV = 0, WHOLE_ATTENDED = 1, WHOLE_GATE_UP = 2, WHOLE_DOWN = 3, WHOLE_LOGITS = 4;
-constexpr int WHOLE_LAYER = 4;  // products of a layer
 
 struct WholeProduct {
   int64_t kind, depth;
@@ -29,6 +28,7 @@ struct WholeProduct {
   int64_t sums_at;          // a place in shared memory, behind the row
   const void* norm;       // [depth] in bf16 or float32, of the residual stream; or null
   int64_t norm_is_float;
+  const bf16* row;        // [depth] of WHOLE_DOWN
   WholeMatrix matrix[3];  // of queries, keys and values; otherwise the first
 };
 
@@ -44,19 +44,14 @@ struct WholeArgs {
   uint64_t* arrived;      // of blocks at barriers, a multiple of all of a launch between launches
   // Queries, the new key and the new value, [heads, key heads, key heads][D / 2]: numbers i and i + D / 2 of a head in bf16, and a tag.
   uint64_t* handed;
-  uint32_t* gated;        // gate times up in bf16, two numbers a word; ABSENT between launches, as the next two are
-  uint64_t* partial;      // of attention, sums of each share in bf16 [2][key heads][8][SHARES][D / 4 of four numbers]
-  uint64_t* stats;        // [2][key heads][8][SHARES], maximum and sum in float32
+  bf16* partial;          // of attention, sums of each share [key heads][8][SHARES][D]
+  float* stats;           // [key heads][8][SHARES][maximum, sum]
   int64_t group, key_heads;  // query heads that share a key head, at most 8
   double scale;           // of scores, positive
   // Places in shared memory; the row with its sums, or what warps have attended to, is at the start.
   int64_t scratch_at, shares_at, shapes_at, barriers_at, rings_at;
   int64_t slot_bytes, slots;  // of a warp's ring
 };
-
-// Of words that blocks hand on, one that is not there: no sum comes to such a NaN of float32, or to two such NaNs of bf16.
-constexpr uint32_t ABSENT = 0xffffffffu;
-constexpr uint64_t ABSENT_WORDS = ~uint64_t(0);
 
 constexpr int WHOLE_WARPS = 8, WHOLE_THREADS = 32 * WHOLE_WARPS;  // that multiply; as many bring weights
 constexpr int WHOLE_SLOTS_MAX = 8;
@@ -252,16 +247,11 @@ struct WholeRing {
 // attended to, the memory is busy with weights.
 template <int D>
 DEVICE void bring_keys(const WholeArgs& args, const WholeProduct& qkv, int which) {
-  constexpr int PIECE = 1024;  // numbers
-  const int64_t numbers = args.state->past * args.key_heads * D;
-  const int pieces = int((numbers + PIECE - 1) / PIECE), all = int(grid_x()) * WHOLE_WARPS;
-  if (elected()) {
-    for (int i = which * int(grid_x()) + int(block_x()); i < 2 * pieces; i += all) {
-      const int64_t at = int64_t(i < pieces ? i : i - pieces) * PIECE, left = numbers - at;
-      prefetch_bytes(qkv.matrix[i < pieces ? 1 : 2].to + at, int(sizeof(bf16)) * int(left < PIECE ? left : PIECE));
-    }
+  constexpr int LINE = 64;  // numbers of 128 bytes
+  const int lines = int(args.state->past * args.key_heads) * (D / LINE), all = int(grid_x()) * WHOLE_THREADS;
+  for (int line = (int(block_x()) * WHOLE_WARPS + which) * 32 + lane(); line < 2 * lines; line += all) {
+    prefetch(line < lines ? qkv.matrix[1].to + int64_t(line) * LINE : qkv.matrix[2].to + int64_t(line - lines) * LINE);
   }
-  warp_barrier();
 }
 
 // The boxes of a tile. What the first one needs is computed before a place is free for it.

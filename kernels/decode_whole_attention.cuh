@@ -4,24 +4,17 @@
 
 #ifdef HAS_COUNTING_BARRIERS
 
-// Where shares of attention are handed on.
-struct WholeSums {
-  uint64_t *partial, *stats;
-};
-
 // A warp's part of attention: 16 keys at a time, from memory to registers. Numbers of a key lie in the order in which loads of 16
 // bytes bring them, and so do those of a query; columns of values too.
 template <int D>
 struct WholeAttention {
   static constexpr int KEYS = 16, CHUNKS = D / 32, PARTS = D / 64, SHARES = 8;
-  static constexpr int QUERY_STRIDE = D + 8;  // so that eight rows lie in different banks
   struct Tile {
     Words key[2][CHUNKS], value[PARTS][4];
   };
   const WholeArgs& args;
   const bf16 *keys, *values;
   int head;
-  WholeSums to;
 
   DEVICE Words chunk(const bf16* from, int key, int end, int column) const {
     if (key >= end) return {{0, 0, 0, 0}};
@@ -48,7 +41,7 @@ struct WholeAttention {
     while (true) {
       uint32_t missing = 0;
       UNROLL
-      for (int n = 0; n < N; ++n) load_handed(words[n], at[n]);
+      for (int n = 0; n < N; ++n) load_tagged(words[n], at[n]);
       UNROLL
       for (int n = 0; n < N; ++n) missing |= (words[n][0] >> 32 ^ tag) | (words[n][1] >> 32 ^ tag);
       if (missing == 0) return;
@@ -71,27 +64,11 @@ struct WholeAttention {
       to[n / 4 + HALF].at[n % 4] = select_bytes(one, next, 0x7632);
     }
   }
-  // The queries of the head in shared memory, [row][QUERY_STRIDE]; all threads together take each word once.
-  DEVICE void take_queries(uint32_t tag) const {
-    for (int i = thread_index(); i < int(args.group) * (D / 4); i += WHOLE_THREADS) {
-      const int row = i / (D / 4), pair = 2 * (i % (D / 4));
-      const uint64_t* const at[1] = {handed(head * args.group + row) + pair};
-      uint64_t words[1][2];
-      take(words, at, tag);
-      const uint32_t one = uint32_t(words[0][0]), next = uint32_t(words[0][1]);
-      uint32_t* to = queries() + (row * QUERY_STRIDE + pair) / 2;
-      to[0] = select_bytes(one, next, 0x5410);
-      to[D / 4] = select_bytes(one, next, 0x7632);
-    }
-  }
-  // A lane's numbers of its query, zeros where it has none.
-  DEVICE void query_of(Words (&query)[CHUNKS]) const {
+  DEVICE void take_query(Words (&query)[CHUNKS], uint32_t tag) const {
     const int row = lane() >> 2;
     UNROLL
-    for (int j = 0; j < CHUNKS; ++j) {
-      query[j] = {{0, 0, 0, 0}};
-      if (row < args.group) query[j] = load_words(queries() + (row * QUERY_STRIDE + 32 * j + 8 * (lane() & 3)) / 2);
-    }
+    for (int j = 0; j < CHUNKS; ++j) query[j] = {{0, 0, 0, 0}};
+    if (row < args.group) take_row(query, head * args.group + row, tag);
   }
   // Leaves the scores of the token's own key and its value in shared memory, for one warp.
   DEVICE void leave_own(const Words (&query)[CHUNKS], uint32_t tag) const {
@@ -151,12 +128,11 @@ struct WholeAttention {
     }
   }
   // Leaves the warp's sums in shared memory: [warp][8][D], and [warp][8][maximum, sum] after them; of the token's own key a value
-  // [D] and scores [8] follow, and then the queries.
+  // [D] and scores [8] follow.
   DEVICE static float* sums() { return reinterpret_cast<float*>(shared_memory()); }
   DEVICE static float* stats() { return sums() + WHOLE_WARPS * WHOLE_GROUP * D; }
   DEVICE static float* own_value() { return stats() + 2 * WHOLE_WARPS * WHOLE_GROUP; }
   DEVICE static float* own_scores() { return own_value() + D; }
-  DEVICE static uint32_t* queries() { return reinterpret_cast<uint32_t*>(own_scores() + WHOLE_GROUP); }
   DEVICE void leave(const AttentionSums<D>& own) const {
     const int row = WHOLE_GROUP * warp() + (lane() >> 2), c = lane() & 3;
     UNROLL
@@ -202,8 +178,11 @@ struct WholeAttention {
       }
       const int64_t place = (int64_t(head) * WHOLE_GROUP + row) * SHARES + share;
       const uint64_t upper = pack_bf16(out[2], out[3]);
-      hand_on(to.partial + place * (D / 4) + column / 4, upper << 32 | pack_bf16(out[0], out[1]));
-      if (column == 0) hand_on(to.stats + place, uint64_t(float_to_bits(total)) << 32 | float_to_bits(largest));
+      *reinterpret_cast<uint64_t*>(args.partial + place * D + column) = upper << 32 | pack_bf16(out[0], out[1]);
+      if (column > 0) continue;
+      float* stats = args.stats + 2 * place;
+      stats[0] = largest;
+      stats[1] = total;
     }
   }
 };

@@ -54,35 +54,24 @@ DEVICE uint64_t grid_count(const uint64_t* count) {
                : "memory");
   return found;
 }
-DEVICE void grid_arrive(uint64_t* count, uint64_t times) {
-  asm volatile("red.release.gpu.global.add.u64 [%0], %1;" ::"l"(__cvta_generic_to_global(count)), "l"(times) : "memory");
-}
-// Without a word about what was written before, and without waiting for it: two to four thousand clock ticks while memory is busy.
-DEVICE void grid_arrive_unordered(uint64_t* count, uint64_t times) {
-  asm volatile("red.relaxed.gpu.global.add.u64 [%0], %1;" ::"l"(__cvta_generic_to_global(count)), "l"(times) : "memory");
+DEVICE void grid_arrive(uint64_t* count) {
+  asm volatile("red.release.gpu.global.add.u64 [%0], 1;" ::"l"(__cvta_generic_to_global(count)) : "memory");
 }
 DEVICE void grid_wait(const uint64_t* count, uint64_t target) {
   while (grid_count(count) < target) {
   }
 }
 
-// A word that is handed to other blocks: at once, but in no order with other words. So the word itself must say whether it is there.
-DEVICE void hand_on(uint32_t* to, uint32_t word) {
-  asm volatile("st.relaxed.gpu.global.u32 [%0], %1;" ::"l"(__cvta_generic_to_global(to)), "r"(word) : "memory");
-}
-DEVICE void hand_on(uint64_t* to, uint64_t word) {
-  asm volatile("st.relaxed.gpu.global.u64 [%0], %1;" ::"l"(__cvta_generic_to_global(to)), "l"(word) : "memory");
-}
-// Such words side by side, from a multiple of 16 on.
-DEVICE void load_handed(uint32_t (&words)[4], const uint32_t* from) {
-  asm volatile("ld.relaxed.gpu.global.v4.u32 {%0, %1, %2, %3}, [%4];"
-               : "=r"(words[0]), "=r"(words[1]), "=r"(words[2]), "=r"(words[3])
-               : "l"(__cvta_generic_to_global(from))
+// Four bytes that are handed to other blocks with a tag beside them, as one number of eight: who finds the tag has the bytes.
+DEVICE void store_tagged(uint64_t* to, uint32_t bits, uint32_t tag) {
+  asm volatile("st.relaxed.gpu.global.u64 [%0], %1;" ::"l"(__cvta_generic_to_global(to)),
+               "l"(uint64_t(tag) << 32 | bits)
                : "memory");
 }
-DEVICE void load_handed(uint64_t (&words)[2], const uint64_t* from) {
+// Two of them side by side, from a multiple of 16 on.
+DEVICE void load_tagged(uint64_t (&two)[2], const uint64_t* from) {
   asm volatile("ld.relaxed.gpu.global.v2.u64 {%0, %1}, [%2];"
-               : "=l"(words[0]), "=l"(words[1])
+               : "=l"(two[0]), "=l"(two[1])
                : "l"(__cvta_generic_to_global(from))
                : "memory");
 }
@@ -240,6 +229,11 @@ DEVICE void load_once(uint32_t (&to)[4], const void* from) {
                : "l"(__cvta_generic_to_global(from)));
 }
 
+// Asks for 128 bytes for the cache of the second level.
+DEVICE void prefetch(const void* from) {
+  asm volatile("prefetch.global.L2 [%0];" ::"l"(__cvta_generic_to_global(from)));
+}
+
 // Copies of whole rows, by the copy engine where there is one (compute capability 9.0): `barrier` is done
 // when one thread has said how many bytes it expects and they have come. Elsewhere by the threads.
 using CopyBarrier = uint64_t;
@@ -260,10 +254,6 @@ DEVICE void copy_row(void* to_shared, const void* from, int bytes, CopyBarrier* 
           shared_address(to_shared)),
       "l"(__cvta_generic_to_global(from)), "r"(bytes), "r"(shared_address(barrier))
       : "memory");
-}
-// Asks for a multiple of 16 bytes, from such a place on, for the cache of the second level; for one thread.
-DEVICE void prefetch_bytes(const void* from, int bytes) {
-  asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(__cvta_generic_to_global(from)), "r"(bytes) : "memory");
 }
 DEVICE void barrier_wait(CopyBarrier* barrier, uint32_t parity) {
   asm volatile(

@@ -351,7 +351,7 @@ struct PlainRows {
     if (row >= rows || 8 * int64_t(chunk) >= depth) return {{{0, 0, 0, 0}}};
     return {load_words_fresh(x + row * depth + 8 * chunk)};
   }
-  DEVICE static void widen(const Held& held, float (&to)[8]) {
+  DEVICE void widen(const Held& held, float (&to)[8]) const {
     UNROLL
     for (int i = 0; i < 4; ++i) {
       to[2 * i] = low_float(held.words.at[i]);

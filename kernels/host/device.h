@@ -78,8 +78,8 @@ void start_barrier(CountingBarrier* at, int count);
 void arrive(CountingBarrier* at, int bytes);
 void wait_for_phase(CountingBarrier* at, int parity);
 void copy_row(void* to, const void* from, int bytes, CountingBarrier* arrived);
-void arrive_at_grid(uint64_t* count, uint64_t times, bool is_ordered);
-void hand_on(void* to, uint64_t word, int bytes);
+void arrive_at_grid(uint64_t* count);
+void store_tagged(uint64_t* to, uint64_t word);
 void let_others_go_on();
 void wait_for_grid(const uint64_t* count, uint64_t target);
 void shuffle(void* const* lanes);
@@ -183,7 +183,7 @@ float half_to_float(uint16_t half);
 inline float widen_half(uint32_t word) { return half_to_float(uint16_t(word)); }
 inline void load_once(uint32_t (&to)[4], const void* from) { memcpy(to, from, 16); }
 
-inline void prefetch_bytes(const void*, int) {}
+inline void prefetch(const void*) {}
 inline bool elected() { return lane() == 0; }
 using CopyBarrier = uint64_t;
 inline void barrier_start(CopyBarrier* at) { emulation::start_barrier(at, 1); }
@@ -194,12 +194,11 @@ inline void copy_row(void* to_shared, const void* from, int bytes, CopyBarrier* 
 inline void barrier_wait(CopyBarrier* at, uint32_t parity) { emulation::wait_for_phase(at, int(parity)); }
 
 inline uint64_t grid_count(const uint64_t* count) { return *count; }
-inline void grid_arrive(uint64_t* count, uint64_t times) { emulation::arrive_at_grid(count, times, true); }
-inline void grid_arrive_unordered(uint64_t* count, uint64_t times) { emulation::arrive_at_grid(count, times, false); }
-inline void hand_on(uint32_t* to, uint32_t word) { emulation::hand_on(to, word, 4); }
-inline void hand_on(uint64_t* to, uint64_t word) { emulation::hand_on(to, word, 8); }
-inline void load_handed(uint32_t (&words)[4], const uint32_t* from) { memcpy(words, from, 16); }
-inline void load_handed(uint64_t (&words)[2], const uint64_t* from) { memcpy(words, from, 16); }
+inline void grid_arrive(uint64_t* count) { emulation::arrive_at_grid(count); }
+inline void store_tagged(uint64_t* to, uint32_t bits, uint32_t tag) {
+  emulation::store_tagged(to, uint64_t(tag) << 32 | bits);
+}
+inline void load_tagged(uint64_t (&two)[2], const uint64_t* from) { memcpy(two, from, 16); }
 inline void let_others_go_on() { emulation::let_others_go_on(); }
 inline void grid_wait(const uint64_t* count, uint64_t target) { emulation::wait_for_grid(count, target); }
 

@@ -169,13 +169,12 @@ struct Parked {
 // Arrivals of blocks, in all.
 static thread_local uint64_t arrivals;
 // What blocks have handed on and others do not find yet.
-struct Handed {
-  void* to;
+struct Tagged {
+  uint64_t* to;
   uint64_t word;
-  int bytes;
   int64_t block;
 };
-static thread_local std::vector<Handed> underway;
+static thread_local std::vector<Tagged> underway;
 
 static void go_home() { switch_to(scheduler.fibers[place.thread].context, scheduler.home); }
 
@@ -276,31 +275,31 @@ static void load_any(void* const* lanes) {
 void load_matrices(void* const* lanes) { load_any<false>(lanes); }
 void load_matrices_transposed(void* const* lanes) { load_any<true>(lanes); }
 
-// Words that are handed on come as late as they may: when all blocks have gone on once more, or when their block arrives in order.
-// Of the `oldest` words those of a block, or of all blocks (-1).
+// Tagged numbers come as late as they may: when all blocks have gone on once more, or when their block arrives. Of the `oldest` ones
+// those of a block, or of all blocks (-1).
 static void deliver(size_t oldest, int64_t block) {
-  std::vector<Handed> later;
+  std::vector<Tagged> later;
   for (size_t i = 0; i < underway.size(); ++i) {
-    const Handed& handed = underway[i];
-    if (i >= oldest || (block >= 0 && handed.block != block)) {
-      later.push_back(handed);
+    const Tagged& tagged = underway[i];
+    if (i >= oldest || (block >= 0 && tagged.block != block)) {
+      later.push_back(tagged);
     } else {
-      memcpy(handed.to, &handed.word, size_t(handed.bytes));
+      *tagged.to = tagged.word;
     }
   }
   arrivals += underway.size() - later.size();
   underway = std::move(later);
 }
 
-void hand_on(void* to, uint64_t word, int bytes) {
-  if (reinterpret_cast<uintptr_t>(to) % uintptr_t(bytes)) fail("a word that is handed on is not aligned");
-  underway.push_back({to, word, bytes, place.block[0]});
+void arrive_at_grid(uint64_t* count) {
+  deliver(underway.size(), place.block[0]);
+  ++*count;
   ++arrivals;
 }
 
-void arrive_at_grid(uint64_t* count, uint64_t times, bool is_ordered) {
-  if (is_ordered) deliver(underway.size(), place.block[0]);
-  *count += times;
+void store_tagged(uint64_t* to, uint64_t word) {
+  if (reinterpret_cast<uintptr_t>(to) % 8) fail("a tagged number is not aligned to 8 bytes");
+  underway.push_back({to, word, place.block[0]});
   ++arrivals;
 }
 
@@ -448,7 +447,7 @@ static BlockState start_block() {
 static bool run_parked(std::vector<Parked>& parked) {
   while (!parked.empty()) {
     const uint64_t before = arrivals;
-    const size_t blocks = parked.size(), handed = underway.size();  // of the rounds before
+    const size_t blocks = parked.size(), tagged = underway.size();  // of the rounds before
     for (size_t i = 0; i < parked.size();) {
       std::swap(scheduler, parked[i].scheduler);
       std::swap(place, parked[i].place);
@@ -466,7 +465,7 @@ static bool run_parked(std::vector<Parked>& parked) {
       free(parked[i].scheduler.stacks);
       parked.erase(parked.begin() + long(i));
     }
-    deliver(handed, -1);
+    deliver(tagged, -1);
     if (arrivals == before && parked.size() == blocks) {
       snprintf(scheduler.error, sizeof scheduler.error, "kernel %s: blocks wait for blocks that never come",
                scheduler.kernel->name);

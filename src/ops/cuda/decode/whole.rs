@@ -1,7 +1,6 @@
 //! A token's pass as one kernel: `kernels/decode_whole.cu`. Its blocks, one a multiprocessor, wait for each other
 //! between products, and weights are asked for across the ends of products.
 
-use bytemuck::NoUninit;
 use candle_core::{DType, Result, Tensor};
 
 use super::{
@@ -24,10 +23,6 @@ const THREADS: usize = 2 * 32 * WARPS;
 /// The most query heads that share a key head, and the most shares of keys.
 const GROUP: usize = 8;
 const SHARES: usize = 8;
-/// Numbers between the queries of a head in shared memory.
-const QUERY_PADDING: usize = 8;
-/// Gated numbers of a word that is handed on.
-const GATED: usize = 2;
 /// Depth of a block of weights, and outputs of a tile.
 const PIECE: usize = 256;
 const TILE: usize = 16;
@@ -89,11 +84,18 @@ struct Part {
     stored: Stored,
     /// Of `up`.
     second: u64,
-    /// Of keys and values, in the cache.
     to: u64,
     /// Outputs, or pairs of them.
     outs: usize,
     blocks: usize,
+}
+
+impl Part {
+    /// Outputs of a tile: as even as the largest share of a block can be cut into tiles of at most `most`.
+    fn tile_outs(&self, most: usize) -> usize {
+        let share = self.outs.div_ceil(self.blocks.max(1));
+        share.div_ceil(share.div_ceil(most).max(1)).max(1)
+    }
 }
 
 /// What a product does, its depth, whether its norm's weight is of float32, and of each matrix outputs, blocks,
@@ -117,17 +119,14 @@ fn shapes(products: &[Product<'_>]) -> Vec<(usize, bool)> {
     products.iter().map(number).collect()
 }
 
-/// Of words that blocks hand on, one that is not there.
-const ABSENT: u32 = u32::MAX;
-
 /// The row that a product multiplies.
 enum Row<'a> {
     /// The residual stream with a norm's weight.
     Normed(&'a Tensor),
     /// What attention comes to.
     Attended,
-    /// What gate and up come to.
-    Gated,
+    /// bf16.
+    Plain(u64),
 }
 
 /// A product of all blocks, as `WholeProduct`.
@@ -141,23 +140,6 @@ impl Product<'_> {
     /// Outputs of a tile at most.
     fn tile(&self) -> usize {
         if matches!(self.kind, Kind::Qkv | Kind::GateUp) { TILE >> 1 } else { TILE }
-    }
-
-    /// Outputs that shares are multiples of: gated ones are handed on two at a time.
-    fn together(&self) -> usize {
-        if self.kind == Kind::GateUp { GATED } else { 1 }
-    }
-
-    /// Outputs of the largest share of a block.
-    fn share(&self, part: &Part) -> usize {
-        let each = self.together();
-        each * part.outs.div_ceil(each).div_ceil(part.blocks.max(1))
-    }
-
-    /// Outputs of a tile: as even as the largest share of a block can be cut.
-    fn tile_outs(&self, part: &Part) -> usize {
-        let share = self.share(part);
-        share.div_ceil(share.div_ceil(self.tile()).max(1)).max(1)
     }
 
     fn depth(&self) -> usize {
@@ -184,7 +166,7 @@ impl Product<'_> {
     fn shape(&self) -> Shape {
         let is_float = matches!(self.row, Row::Normed(weight) if weight.dtype() == DType::F32);
         let part = |part: &Part| {
-            [part.outs, part.blocks, self.tile_outs(part), part.stored.weights(1).number()]
+            [part.outs, part.blocks, part.tile_outs(self.tile()), part.stored.weights(1).number()]
         };
         (self.kind, self.depth(), is_float, self.parts.iter().map(part).collect())
     }
@@ -199,12 +181,10 @@ impl Product<'_> {
     /// Shared memory of the sums of the largest share.
     fn sums_bytes(&self) -> usize {
         let of = |part: &Part| {
+            let tile = part.tile_outs(self.tile());
             let blocks = Unit::of(part.stored.format).map_or(1, |unit| unit.blocks);
             let units = self.depth().div_ceil(PIECE).div_ceil(blocks);
-            let of_share = |outs| sums_bytes([outs, 1], [self.tile_outs(part), units], WARPS);
-            // Shares have as many outputs, or those of one word less.
-            let most = self.share(part);
-            of_share(most).max(of_share(most + 1 - self.together()))
+            sums_bytes([part.outs, part.blocks], [tile, units], WARPS)
         };
         self.parts.iter().map(of).max().unwrap_or(0)
     }
@@ -219,7 +199,7 @@ impl Product<'_> {
                 address,
                 rows,
                 row_bytes: part.stored.row_bytes(),
-                box_rows: self.tile_outs(part),
+                box_rows: part.tile_outs(self.tile()),
                 box_bytes: unit.row_bytes,
             };
             boxes.fit().then_some(boxes)
@@ -252,14 +232,17 @@ impl Product<'_> {
         args.counts([kind, self.depth(), shape]).flag(is_first);
         args.count(self.row_bytes().unwrap_or(0));
         match self.row {
-            Row::Normed(weight) => args.tensor(Some(weight))?.flag(weight.dtype() == DType::F32),
-            Row::Attended | Row::Gated => args.address(0).flag(false),
+            Row::Normed(weight) => {
+                args.tensor(Some(weight))?.flag(weight.dtype() == DType::F32).address(0)
+            }
+            Row::Attended => args.address(0).flag(false).address(0),
+            Row::Plain(row) => args.address(0).flag(false).address(row),
         };
         for part in &self.parts {
             let format = part.stored.weights(1).number();
             args.address(part.stored.bytes).address(part.second);
             args.address(part.stored.bias.unwrap_or(0)).address(part.to);
-            args.counts([part.outs, format, part.blocks, self.tile_outs(part)]);
+            args.counts([part.outs, format, part.blocks, part.tile_outs(self.tile())]);
             (0..2).for_each(|_| _ = args.address(maps.next().unwrap_or(0)));
         }
         for _ in self.parts.len()..MATRICES {
@@ -329,10 +312,9 @@ impl Builder {
         }
         let Some(products) = self.products(model) else { return Ok(None) };
         let Sizes { heads, kv_heads, head_dim, .. } = self.sizes;
-        // Sums of warps, with their maxima and sums, the token's own value and scores, and queries.
+        // Sums of warps, with their maxima and sums, and the token's own value and scores.
         let attention_floats = WARPS * GROUP * (head_dim + 2) + head_dim + GROUP;
-        let query_bytes = GROUP * (head_dim + QUERY_PADDING) * size_of::<u16>();
-        let attention_bytes = attention_floats * size_of::<f32>() + query_bytes;
+        let attention_bytes = attention_floats * size_of::<f32>();
         let shapes = shapes(&products);
         let Some(places) = Places::of(&products, &shapes, attention_bytes, self.limits) else {
             return Ok(None);
@@ -359,14 +341,14 @@ impl Builder {
         }
         args.address(self.x.address()).count(self.sizes.width).number(self.eps);
         args.address(self.logits.address()).address(arrived.address());
-        let shares = kv_heads * SHARES * GROUP;
-        let handed = self.words(0_u64, (heads + 2 * kv_heads) * (head_dim >> 1))?;
-        let gated = self.words(ABSENT, self.sizes.inner.div_ceil(GATED))?;
-        // Of one layer and the next.
-        let partial = self.words([ABSENT; 2], 2 * shares * (head_dim >> 2))?;
-        let stats = self.words([ABSENT; 2], 2 * shares)?;
-        args.address(handed.address()).address(gated.address());
-        args.address(partial.address()).address(stats.address());
+        let shares = [kv_heads, SHARES, GROUP];
+        let partial =
+            Output::new(&self.device, &[shares.iter().product::<usize>() * head_dim], DType::BF16)?;
+        let stats = Output::new(&self.device, &[shares.iter().product::<usize>() * 2], DType::F32)?;
+        let no_tags = vec![0_u64; (heads + 2 * kv_heads) * (head_dim >> 1)];
+        let mut handed = Output::new(&self.device, &[size_of_val(&no_tags[..])], DType::U8)?;
+        handed.write(&no_tags)?;
+        args.address(handed.address()).address(partial.address()).address(stats.address());
         args.counts([heads.checked_div(kv_heads).unwrap_or(0), kv_heads]);
         args.number(self.sizes.scale());
         let Places { scratch, shares, shapes, barriers, rings, .. } = places;
@@ -386,7 +368,7 @@ impl Builder {
                 shared_bytes: places.end,
                 args,
             },
-            buffers: vec![stored, maps, arrived, handed, gated, partial, stats],
+            buffers: vec![stored, maps, arrived, handed, partial, stats],
         }))
     }
 
@@ -411,14 +393,6 @@ impl Builder {
         Ok((stored, places))
     }
 
-    /// So many words in device memory that blocks hand on.
-    fn words<T: NoUninit>(&self, word: T, count: usize) -> Result<Output> {
-        let words = vec![word; count];
-        let mut to = Output::new(&self.device, &[size_of_val(&words[..])], DType::U8)?;
-        to.write(&words)?;
-        Ok(to)
-    }
-
     /// `args` in device memory.
     fn stored_args(&self, args: &Args) -> Result<Output> {
         let bytes: &[u8] = bytemuck::cast_slice(&args.0);
@@ -434,7 +408,7 @@ impl Builder {
             products.extend(self.products_of(layer)?);
         }
         let (width, vocab) = (self.sizes.width, self.sizes.vocab);
-        let head = self.part(model.head, [vocab, width])?;
+        let head = self.part(model.head, [vocab, width], 0)?;
         self.norm(model.norm)?;
         let row = Row::Normed(model.norm);
         products.push(Product { kind: Kind::Logits, row, parts: vec![head] });
@@ -448,30 +422,29 @@ impl Builder {
         self.norm(layer.norm)?;
         self.norm(layer.mlp_norm)?;
         let qkv = self.qkv_parts(layer)?;
-        let out = self.part(layer.out, [width, queries])?;
+        let out = self.part(layer.out, [width, queries], self.x.address())?;
         let [gate, up] = self.gate_up_matrices(layer)?;
-        let gate = Part { second: up.bytes, ..self.shared(gate, GATED) };
-        let down = self.part(layer.down, [width, inner])?;
+        let gate = Part { second: up.bytes, ..self.shared(gate, self.inner.address()) };
+        let down = self.part(layer.down, [width, inner], self.x.address())?;
+        let gated = self.inner.address();
         let product = |kind, row, parts| Product { kind, row, parts };
         Some([
             product(Kind::Qkv, Row::Normed(layer.norm), qkv),
             product(Kind::Attended, Row::Attended, vec![out]),
             product(Kind::GateUp, Row::Normed(layer.mlp_norm), vec![gate]),
-            product(Kind::Down, Row::Gated, vec![down]),
+            product(Kind::Down, Row::Plain(gated), vec![down]),
         ])
     }
 
     /// A matrix that all blocks share.
-    fn part(&mut self, linear: &PackedLinear, [outs, depth]: [usize; 2]) -> Option<Part> {
+    fn part(&mut self, linear: &PackedLinear, [outs, depth]: [usize; 2], to: u64) -> Option<Part> {
         let stored = self.stored(linear, outs, depth)?;
-        Some(self.shared(stored, 1))
+        Some(self.shared(stored, to))
     }
 
-    /// With so many outputs at a time.
-    fn shared(&self, stored: Stored, each: usize) -> Part {
+    fn shared(&self, stored: Stored, to: u64) -> Part {
         let outs = stored.outs;
-        let blocks = self.limits.multiprocessors.min(outs.div_ceil(each));
-        Part { blocks, stored, second: 0, to: 0, outs }
+        Part { blocks: self.limits.multiprocessors.min(outs), stored, second: 0, to, outs }
     }
 
     /// Queries, keys and values, each with blocks of its own.
