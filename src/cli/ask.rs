@@ -1,5 +1,7 @@
 //! `pentimento ask`
 
+use std::sync::atomic::{AtomicBool, Ordering};
+
 use pentimento::{AskRequest, Assistant, Event, Observer, Result};
 
 use super::{args::AskArgs, model, progress::Bar};
@@ -8,6 +10,8 @@ use super::{args::AskArgs, model, progress::Bar};
 struct Speaker<'a> {
     bar: &'a Bar,
     speak: bool,
+    /// Whether the answer has begun.
+    spoke: AtomicBool,
 }
 
 impl Observer for Speaker<'_> {
@@ -15,6 +19,7 @@ impl Observer for Speaker<'_> {
         let Event::Text(piece) = event else { return self.bar.event(event) };
         if self.speak {
             self.bar.clear();
+            self.spoke.store(true, Ordering::Relaxed);
             if let Err(error) = super::print(piece.as_bytes()) {
                 tracing::debug!(%error, "stdout is gone");
             }
@@ -31,10 +36,13 @@ pub(crate) fn run(args: AskArgs) -> Result<()> {
 
     let bar = Bar::new(args.report.quiet);
     let options = model::options(&args.model, &request.cancel)?;
-    let speaker = Speaker { bar: &bar, speak: !args.report.json };
+    let speaker = Speaker { bar: &bar, speak: !args.report.json, spoke: AtomicBool::new(false) };
     let result = Assistant::open(&model::source(&args.model)?, &options, &bar)
         .and_then(|assistant| assistant.ask(&request, &speaker));
     bar.clear();
+    if result.is_err() && speaker.spoke.into_inner() {
+        super::print_line("")?;
+    }
     let outcome = result?;
     if args.report.json {
         return super::print_json(&outcome);

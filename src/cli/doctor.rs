@@ -99,8 +99,11 @@ fn text(report: &Value) -> String {
         yes_no(&report["features"]["mini"])
     ));
     for device in report["devices"].as_array().into_iter().flatten() {
+        let name = word(&device["name"]);
         let state = device["reason"].as_str().unwrap_or("usable");
-        lines.push(format!("device    {}: {state}", word(&device["name"])));
+        // The reason names the device, too.
+        let state = state.split_once(&format!("{name}: ")).map_or(state, |(_, why)| why);
+        lines.push(format!("device    {name}: {state}"));
     }
     let instructions: Vec<&str> = report["cpu"]["instructions"]
         .as_array()

@@ -3,6 +3,7 @@
 use std::fmt;
 
 use serde::{Deserialize, Serialize};
+use serde_json::Value;
 
 use super::{action::Action, decomposition::Decomposition, text::normalized};
 use crate::error::{RequestError, Result};
@@ -58,6 +59,22 @@ impl Step {
     }
 }
 
+/// Refuses lists where objects belong: they would pass for the fields in their order.
+fn check_objects(plan: &Value) -> Result<()> {
+    let refuse = |place: &str| Err(refused(place, "a list", "an object"));
+    if plan.is_array() {
+        return refuse("the plan");
+    }
+    if plan["decomposition"].is_array() {
+        return refuse("decomposition");
+    }
+    let steps = plan["steps"].as_array().into_iter().flatten();
+    match steps.clone().position(Value::is_array) {
+        Some(index) => refuse(&format!("steps[{index}]")),
+        None => Ok(()),
+    }
+}
+
 impl Plan {
     /// A plan made by hand.
     #[must_use]
@@ -82,6 +99,8 @@ impl Plan {
             )
         })?;
         let text = text.trim_start_matches('\u{feff}');
+        let shape: Value = serde_json::from_str(text).map_err(|error| at(&error))?;
+        check_objects(&shape)?;
         // The version is looked at first: another version may have other fields.
         let version = serde_json::from_str::<Versioned>(text).map_err(|error| at(&error))?.version;
         if version != PLAN_VERSION {
@@ -239,6 +258,13 @@ mod tests {
         assert!(error(r#"{"version":2,"steps":[]}"#).contains("version: 2, expected 1"));
         assert!(error(r#"{"version":1,"steps":[],"colour":1}"#).contains("colour"));
         assert!(error(&plan(&[])).contains("steps: 0 steps"));
+        for (list, place) in [
+            (r#"[1,"r",null,[]]"#, "the plan: a list"),
+            (r#"{"version":1,"steps":[["add","ball","","add a ball"]]}"#, "steps[0]: a list"),
+            (r#"{"version":1,"decomposition":[[],[],[]],"steps":[]}"#, "decomposition: a list"),
+        ] {
+            assert!(error(list).contains(place), "{}", error(list));
+        }
         let many = vec![step("add", "ball", ""); 1000];
         assert!(error(&plan(&many)).contains("1000 steps, expected 1 to 32"));
         assert!(error(&plan(&[step("explode", "car", "")])).contains("explode"));

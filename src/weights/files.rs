@@ -130,12 +130,16 @@ impl ModelFiles {
         }
     }
 
-    /// A JSON file.
+    /// A JSON file that holds an object.
     ///
     /// # Errors
     /// A file that is missing or does not hold a `T`.
     pub fn read_json<T: DeserializeOwned>(&self, path: &str) -> Result<T> {
         let text = self.read_text(path)?;
+        // A list would pass for the fields in their order.
+        if text.trim_start().starts_with('[') {
+            return Err(self.corrupt(path, "a list", "a JSON object"));
+        }
         serde_json::from_str(&text)
             .map_err(|error| self.corrupt(path, &error.to_string(), "a JSON file of its kind"))
     }

@@ -443,6 +443,8 @@ fn ask_answers_and_info_and_doctor_tell() {
 
     let doctor = text(&run(&["doctor"], 0).stdout);
     assert!(doctor.contains("cpu: usable") && doctor.contains("mini"), "{doctor}");
+    #[cfg(not(feature = "cuda"))]
+    assert_eq!(doctor.matches("cuda:0").count(), 1, "{doctor}");
     serde_json::from_slice::<serde_json::Value>(&run(&["doctor", "--json"], 0).stdout).unwrap();
     for shell in ["bash", "zsh", "fish"] {
         assert!(text(&run(&["completions", shell], 0).stdout).contains("pentimento"));
@@ -522,7 +524,7 @@ fn bad_plans_are_wrong_usage() {
     };
     for (json, words) in [
         ("{", vec!["plan, line 1, column 1"]),
-        ("[]", vec!["plan, line 1", "expected an object"]),
+        ("[]", vec!["the plan: a list", "expected an object"]),
         (r#"{"version":7,"steps":[]}"#, vec!["version: 7, expected 1"]),
         (r#"{"version":1,"steps":[]}"#, vec!["steps: 0 steps"]),
         (
