@@ -40,8 +40,11 @@ pub(crate) fn run(args: AskArgs) -> Result<()> {
     let result = Assistant::open(&model::source(&args.model)?, &options, &bar)
         .and_then(|assistant| assistant.ask(&request, &speaker));
     bar.clear();
-    if result.is_err() && speaker.spoke.into_inner() {
-        super::print_line("")?;
+    if result.is_err()
+        && speaker.spoke.into_inner()
+        && let Err(error) = super::print_line("")
+    {
+        tracing::debug!(%error, "stdout is gone");
     }
     let outcome = result?;
     if args.report.json {
