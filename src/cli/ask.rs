@@ -20,10 +20,15 @@ impl Observer for Speaker<'_> {
         if self.speak {
             self.bar.clear();
             self.spoke.store(true, Ordering::Relaxed);
-            if let Err(error) = super::print(piece.as_bytes()) {
-                tracing::debug!(%error, "stdout is gone");
-            }
+            say(piece);
         }
+    }
+}
+
+/// Prints `text`, if there is still anyone who reads it.
+fn say(text: &str) {
+    if let Err(error) = super::print(text.as_bytes()) {
+        tracing::debug!(%error, "stdout is gone");
     }
 }
 
@@ -40,11 +45,8 @@ pub(crate) fn run(args: AskArgs) -> Result<()> {
     let result = Assistant::open(&model::source(&args.model)?, &options, &bar)
         .and_then(|assistant| assistant.ask(&request, &speaker));
     bar.clear();
-    if result.is_err()
-        && speaker.spoke.into_inner()
-        && let Err(error) = super::print_line("")
-    {
-        tracing::debug!(%error, "stdout is gone");
+    if result.is_err() && speaker.spoke.into_inner() {
+        say("\n");
     }
     let outcome = result?;
     if args.report.json {

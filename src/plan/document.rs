@@ -59,20 +59,9 @@ impl Step {
     }
 }
 
-/// Refuses lists where objects belong: they would pass for the fields in their order.
-fn check_objects(plan: &Value) -> Result<()> {
-    let refuse = |place: &str| Err(refused(place, "a list", "an object"));
-    if plan.is_array() {
-        return refuse("the plan");
-    }
-    if plan["decomposition"].is_array() {
-        return refuse("decomposition");
-    }
-    let steps = plan["steps"].as_array().into_iter().flatten();
-    match steps.clone().position(Value::is_array) {
-        Some(index) => refuse(&format!("steps[{index}]")),
-        None => Ok(()),
-    }
+/// Refuses a list where an object belongs: it would pass for the fields in their order.
+fn check_object(place: &str, value: &Value) -> Result<()> {
+    if value.is_array() { Err(refused(place, "a list", "an object")) } else { Ok(()) }
 }
 
 impl Plan {
@@ -100,11 +89,15 @@ impl Plan {
         })?;
         let text = text.trim_start_matches('\u{feff}');
         let shape: Value = serde_json::from_str(text).map_err(|error| at(&error))?;
-        check_objects(&shape)?;
+        check_object("the plan", &shape)?;
         // The version is looked at first: another version may have other fields.
         let version = serde_json::from_str::<Versioned>(text).map_err(|error| at(&error))?.version;
         if version != PLAN_VERSION {
             return Err(refused("version", version, &PLAN_VERSION.to_string()));
+        }
+        check_object("decomposition", &shape["decomposition"])?;
+        for (index, step) in shape["steps"].as_array().into_iter().flatten().enumerate() {
+            check_object(&format!("steps[{index}]"), step)?;
         }
         let plan: Self = serde_json::from_str(text).map_err(|error| at(&error))?;
         plan.check()?;
@@ -262,6 +255,7 @@ mod tests {
             (r#"[1,"r",null,[]]"#, "the plan: a list"),
             (r#"{"version":1,"steps":[["add","ball","","add a ball"]]}"#, "steps[0]: a list"),
             (r#"{"version":1,"decomposition":[[],[],[]],"steps":[]}"#, "decomposition: a list"),
+            (r#"{"version":2,"steps":[["add"]]}"#, "version: 2, expected 1"),
         ] {
             assert!(error(list).contains(place), "{}", error(list));
         }

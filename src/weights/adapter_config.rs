@@ -111,8 +111,7 @@ impl AdapterConfig {
     /// # Errors
     /// As [`Self::load`].
     pub(super) fn from_json(files: &ModelFiles, path: &str, text: &str) -> Result<Self> {
-        let raw: RawConfig = serde_json::from_str(text)
-            .map_err(|error| files.corrupt(path, &error.to_string(), "a JSON file of its kind"))?;
+        let raw: RawConfig = files.parse_json(path, text)?;
         let fields = Fields { files, path, map: raw.rest };
         fields.expect("peft_type", &["LORA"])?;
         fields.check_init()?;

@@ -135,12 +135,16 @@ impl ModelFiles {
     /// # Errors
     /// A file that is missing or does not hold a `T`.
     pub fn read_json<T: DeserializeOwned>(&self, path: &str) -> Result<T> {
-        let text = self.read_text(path)?;
+        self.parse_json(path, &self.read_text(path)?)
+    }
+
+    /// What `text` holds, which messages call `path`.
+    pub(crate) fn parse_json<T: DeserializeOwned>(&self, path: &str, text: &str) -> Result<T> {
         // A list would pass for the fields in their order.
         if text.trim_start().starts_with('[') {
             return Err(self.corrupt(path, "a list", "a JSON object"));
         }
-        serde_json::from_str(&text)
+        serde_json::from_str(text)
             .map_err(|error| self.corrupt(path, &error.to_string(), "a JSON file of its kind"))
     }
 
