@@ -56,7 +56,7 @@ struct Whole {
       shares.shapes[i] = uint16_t(product.shape);
       if (product.is_first) shares.of_shapes[product.shape] = share_of_block(product);
     }
-    if (warp() < WHOLE_WARPS && lane() == 0) WholeRing(args, warp()).start();
+    WholeRing(args).start();
     block_barrier();
     for (int i = thread_index(); i < args.count; i += block_threads()) {
       const WholeMatrix& matrix = args.products[i].matrix[shares[i].which];
@@ -111,6 +111,10 @@ struct Whole {
     static_cast<UnitPlan&>(to) = UnitPlan::of_tiles(to.outs, int(matrix.tile_outs), units, WHOLE_WARPS);
     to.by_tile_outs = reciprocal(to.tile_outs);
     to.by_per_warp = reciprocal(to.per_warp);
+    to.by_units = reciprocal(to.units);
+    to.all_units = to.tiles * to.units;
+    to.warps = (to.all_units + to.per_warp - 1) / to.per_warp;
+    to.last = to.all_units - (to.warps - 1) * to.per_warp;
     return to;
   }
 
@@ -253,9 +257,9 @@ struct Whole {
     for (int j = 0; j < 8; ++j) numbers[j] *= inverse;
   }
 
-  // This warp's units of a product.
+  // This warp's units of a product, whose first is the ring's.
   template <class Format>
-  DEVICE void multiply(WholeRing& ring, const WholeShare& share, WholeUnits own) const {
+  DEVICE void multiply(WholeRing ring, const WholeShare& share, WholeUnits own) const {
     using Row = typename Format::Row;
     const int g = lane() >> 2, t = lane() & 3;
     const unsigned char* x = shared_memory();
@@ -263,6 +267,8 @@ struct Whole {
     typename Row::Columns columns = Row::columns(x, g, t);
     const int units = share.units, blocks = share.blocks;
     auto& [left, tile, unit] = own;
+    int number = 0;
+    ring.advance(warp());
     float sums[1][2] = {{0.0f, 0.0f}};
     uint32_t offset[2] = {0, 0};  // of a tile's weights
     auto aim = [&] {
@@ -286,6 +292,7 @@ struct Whole {
       if (Format::IN_REGISTERS) ring.give_back();
       Format::multiply(sums, held, x, columns, block, blocks - block, t);
       if (!Format::IN_REGISTERS) ring.give_back();
+      ring.advance(share.turn(number++));
       --left;
       ++unit;
       if (unit < units && left > 0) continue;
@@ -411,6 +418,7 @@ struct Whole {
     const int following = kind == WHOLE_LOGITS ? product : product + 1;
     const Addresses next(args.products[following], shares[following].which);
     multiply<Format>(ring, share, units);
+    ring.advance(share.all_units);
     whole_barrier();
     if (kind == WHOLE_QKV) {
       finish_qkv(share, at, aid, by);
@@ -473,15 +481,15 @@ struct Whole {
   DEVICE void token() {
     if (warp() >= WHOLE_WARPS) {
 #ifdef HAS_GROUP_PRODUCTS
-      registers_give<48>();
+      registers_give<56>();
 #endif
       return bring_weights<D>(args, shares, warp() - WHOLE_WARPS);
     }
 #ifdef HAS_GROUP_PRODUCTS
-    registers_take<208>();
+    registers_take<216>();
 #endif
     start();
-    WholeRing ring(args, warp());
+    WholeRing ring(args);
     if (args.embedding.bytes) embed();
     arrive();
     Addresses at(args.products[0], shares[0].which);
@@ -499,7 +507,7 @@ struct Whole {
   }
 };
 
-KERNEL(decode_whole_d64, WholeArgs, 512, 1) { Whole<64>(args).token(); }
-KERNEL(decode_whole_d128, WholeArgs, 512, 1) { Whole<128>(args).token(); }
+KERNEL(decode_whole_d64, WholeArgs, 384, 1) { Whole<64>(args).token(); }
+KERNEL(decode_whole_d128, WholeArgs, 384, 1) { Whole<128>(args).token(); }
 
 #endif

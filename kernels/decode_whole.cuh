@@ -50,11 +50,17 @@ struct WholeArgs {
   double scale;           // of scores, positive
   // Places in shared memory; the row with its sums, or what warps have attended to, is at the start.
   int64_t scratch_at, shares_at, shapes_at, barriers_at, rings_at;
-  int64_t slot_bytes, slots;  // of a warp's ring
+  int64_t slot_bytes, slots;  // of the ring
 };
 
-constexpr int WHOLE_WARPS = 8, WHOLE_THREADS = 32 * WHOLE_WARPS;  // that multiply; as many bring weights
-constexpr int WHOLE_SLOTS_MAX = 8;
+constexpr int WHOLE_WARPS = 8, WHOLE_THREADS = 32 * WHOLE_WARPS;  // that multiply
+// Warps that bring weights, each every fourth unit; the ring's places are a multiple of these.
+constexpr int WHOLE_BRINGING = 4;
+constexpr int WHOLE_SLOTS_MAX = 64;
+// Units that are on their way at most; those that are there do not count. More would only wait before the memory, and
+// everything else that is read behind them. A multiple of the warps that bring.
+constexpr int WHOLE_UNDER_WAY = 12;
+static_assert(WHOLE_UNDER_WAY % WHOLE_BRINGING == 0, "a warp waits for a unit of another");
 // Whether warps that multiply have those of warps that bring.
 #ifdef HAS_GROUP_PRODUCTS
 constexpr bool WHOLE_HAS_REGISTERS = true;
@@ -72,7 +78,8 @@ DEVICE int quotient(int x, uint32_t reciprocal) { return int(uint64_t(uint32_t(x
 
 // A block's share of the products of a shape; computed once.
 struct WholeShare : UnitPlan {
-  uint32_t row_bytes, unit_bytes, by_tile_outs, by_per_warp;
+  uint32_t row_bytes, unit_bytes, by_tile_outs, by_per_warp, by_units;
+  int all_units, warps, last;  // warps that have units, and how many the last of these has
   int copied, last_copied;  // bytes of a row of a unit, and of the last one of a tile; see the formats
   int first, outs, head_mask, all;  // all: outputs of the matrix
   int kind, format, which, pairs, norm_is_float;
@@ -90,6 +97,8 @@ struct WholeShare : UnitPlan {
     out = out < outs ? out : outs - 1;
     return uint32_t(row_of(out) - (pairs && at >= 8 ? head_mask : 0)) * row_bytes;
   }
+  // Warps that have a unit of this number, so that it is its turn: warps take their first units, their second ones, and so on.
+  DEVICE int turn(int number) const { return number < last ? warps : warps - 1; }
   // Outputs of a tile.
   DEVICE int outs_of(int tile) const {
     const int left = outs - tile * tile_outs;
@@ -100,14 +109,14 @@ struct WholeShare : UnitPlan {
 struct WholeUnits {
   int left, tile, unit;
   DEVICE WholeUnits(const WholeShare& share, int warp) {
-    const int from = warp * share.per_warp, end = from + share.per_warp, all = share.tiles * share.units;
-    left = (end < all ? end : all) - from;
+    const int from = warp * share.per_warp;
+    left = warp + 1 < share.warps ? share.per_warp : warp < share.warps ? share.last : 0;
     tile = from / share.units;
     unit = from - tile * share.units;
   }
 };
 // `ops/cuda/decode/whole.rs` leaves room for as many bytes.
-static_assert(sizeof(WholeShare) == 88, "a share has another size");
+static_assert(sizeof(WholeShare) == 104, "a share has another size");
 
 // What a block has of all products, in shared memory: its shares of the shapes, and the shape of each product.
 struct WholeShares {
@@ -204,42 +213,52 @@ DEVICE void with_whole_format(int64_t format, const Work& work) {
   work(WholeQ8_0());
 }
 
-// A warp's weights on their way: places in shared memory, each with a barrier that ends when the weights are there and one
-// that ends when they are multiplied or in registers.
+// Weights on their way, in the order in which warps take them: places in shared memory, each with a barrier that ends when the
+// weights are there and one that ends when they are multiplied or in registers.
 struct WholeRing {
   unsigned char* slots;
   CountingBarrier *full, *empty;
   int slot_bytes, count, slot;
   int parity;
 
-  DEVICE WholeRing(const WholeArgs& args, int warp) : slot_bytes(int(args.slot_bytes)), count(int(args.slots)) {
-    full = reinterpret_cast<CountingBarrier*>(shared_memory() + args.barriers_at) + 2 * WHOLE_SLOTS_MAX * warp;
+  DEVICE explicit WholeRing(const WholeArgs& args) : slot_bytes(int(args.slot_bytes)), count(int(args.slots)) {
+    full = reinterpret_cast<CountingBarrier*>(shared_memory() + args.barriers_at);
     empty = full + WHOLE_SLOTS_MAX;
-    slots = shared_memory() + args.rings_at + warp * count * slot_bytes;
+    slots = shared_memory() + args.rings_at;
     slot = parity = 0;
   }
   DEVICE void start() const {
-    for (int i = 0; i < count; ++i) {
+    for (int i = thread_index(); i < count; i += block_threads()) {
       barrier_start(full + i, 1);
       barrier_start(empty + i, 1);
     }
     barriers_started();
   }
   DEVICE unsigned char* at() const { return slots + slot * slot_bytes; }
-  DEVICE void advance() {
-    slot = slot + 1 == count ? 0 : slot + 1;
-    if (slot == 0) parity ^= 1;
+  DEVICE void advance(int by) {
+    slot += by;
+    while (slot >= count) {
+      slot -= count;
+      parity ^= 1;
+    }
   }
-  // The oldest unit, when it is there.
+  // The unit of this place, when it is there.
   DEVICE const unsigned char* take() const {
     barrier_wait(full + slot, parity);
     return at();
   }
   // After all lanes have read it.
-  DEVICE void give_back() {
+  DEVICE void give_back() const {
     warp_barrier();
     if (lane() == 0) barrier_arrive(empty + slot);
-    advance();
+  }
+  // Before the unit after so many is asked for, by one thread: there is a place, and of those before it few are on their way.
+  // These are the same warp's as a place's units are, so that it misses no phase of a place.
+  DEVICE void wait_for_place(int before) const {
+    barrier_wait(empty + slot, parity ^ 1);
+    if (before < WHOLE_UNDER_WAY) return;
+    const bool wraps = slot < WHOLE_UNDER_WAY;
+    barrier_wait(full + slot - WHOLE_UNDER_WAY + (wraps ? count : 0), wraps ? parity ^ 1 : parity);
   }
 };
 
@@ -248,8 +267,8 @@ struct WholeRing {
 template <int D>
 DEVICE void bring_keys(const WholeArgs& args, const WholeProduct& qkv, int which) {
   constexpr int LINE = 64;  // numbers of 128 bytes
-  const int lines = int(args.state->past * args.key_heads) * (D / LINE), all = int(grid_x()) * WHOLE_THREADS;
-  for (int line = (int(block_x()) * WHOLE_WARPS + which) * 32 + lane(); line < 2 * lines; line += all) {
+  const int lines = int(args.state->past * args.key_heads) * (D / LINE), all = int(grid_x()) * 32 * WHOLE_BRINGING;
+  for (int line = (int(block_x()) * WHOLE_BRINGING + which) * 32 + lane(); line < 2 * lines; line += all) {
     prefetch(line < lines ? qkv.matrix[1].to + int64_t(line) * LINE : qkv.matrix[2].to + int64_t(line - lines) * LINE);
   }
 }
@@ -299,36 +318,44 @@ DEVICE void bring_rows(const WholeWeights& weights, const WholeShare& share, uns
   }
 }
 
-// Brings the weights of all products for a warp that multiplies.
+// Brings every fourth unit of all products, in the order in which warps take them.
 template <int D>
-DEVICE void bring_weights(const WholeArgs& args, const WholeShares& shares, int for_warp) {
-  WholeRing ring(args, for_warp);
+DEVICE void bring_weights(const WholeArgs& args, const WholeShares& shares, int which) {
+  WholeRing ring(args);
+  int before = 0;  // units of earlier products
   for (int product = 0; product < args.count; ++product) {
     const WholeShare& share = shares[product];
     const WholeWeights weights(args.products[product], share);
-    auto [left, tile, unit] = WholeUnits(share, for_warp);
-    TileBoxes boxes(weights, share, tile);
-    for (int i = 0; i < left; ++i) {
+    const int early = before & (WHOLE_BRINGING - 1), first = (which - early) & (WHOLE_BRINGING - 1);
+    WholeRing own = ring;
+    own.advance(first);
+    int warp = first, number = 0;
+    for (int i = which - early; i - which < share.all_units; i += WHOLE_BRINGING) {
+      // No warp is ahead of the others, or one that multiplies could come to a place two turns early.
+      named_barrier(2, 32 * WHOLE_BRINGING);
+      if (i < 0 || i >= share.all_units) continue;
+      while (warp >= share.turn(number)) warp -= share.turn(number++);
+      const int at = warp * share.per_warp + number, tile = quotient(at, share.by_units), unit = at - tile * share.units;
+      const TileBoxes boxes(weights, share, tile);
       if (elected()) {  // others must not wait: they could come late and miss a phase
-        barrier_wait(ring.empty + ring.slot, ring.parity ^ 1);
+        own.wait_for_place(before + i);
         if (boxes.there) {
-          boxes.bring(weights, share, ring.at(), unit, ring.full + ring.slot);
+          boxes.bring(weights, share, own.at(), unit, own.full + own.slot);
         } else {
-          bring_rows(weights, share, ring.at(), ring.full + ring.slot, tile, unit);
+          bring_rows(weights, share, own.at(), own.full + own.slot, tile, unit);
         }
       }
-      warp_barrier();
-      ring.advance();
-      if (i == 0 && for_warp == 0 && product + 1 < args.count && elected()) {
+      own.advance(WHOLE_BRINGING);
+      warp += WHOLE_BRINGING;
+      if (i == 0 && product + 1 < args.count && elected()) {
         const WholeWeights next(args.products[product + 1], shares[product + 1]);
         prefetch_map(next.map);
         prefetch_map(next.second_map);
       }
-      if (++unit < share.units) continue;
-      unit = 0;
-      boxes = TileBoxes(weights, share, ++tile);
     }
-    if (share.kind == WHOLE_QKV) bring_keys<D>(args, args.products[product], for_warp);
+    ring.advance(share.all_units);
+    before += share.all_units;
+    if (share.kind == WHOLE_QKV) bring_keys<D>(args, args.products[product], which);
   }
 }
 

@@ -17,23 +17,24 @@ use super::{
 };
 use crate::ops::PackedLinear;
 
-/// Warps that multiply; as many bring weights.
+/// Warps that multiply, and those that bring weights.
 const WARPS: usize = 8;
-const THREADS: usize = 2 * 32 * WARPS;
+const BRINGING: usize = 4;
+const THREADS: usize = 32 * (WARPS + BRINGING);
 /// The most query heads that share a key head, and the most shares of keys.
 const GROUP: usize = 8;
 const SHARES: usize = 8;
 /// Depth of a block of weights, and outputs of a tile.
 const PIECE: usize = 256;
 const TILE: usize = 16;
-/// Bytes of a `WholeShare`, of a norm's sums, and of a warp's barriers.
-const SHARE_BYTES: usize = 88;
+/// Bytes of a `WholeShare`, of a norm's sums, and of the ring's barriers.
+const SHARE_BYTES: usize = 104;
 const SCRATCH: usize = 128;
-const BARRIERS: usize = 128;
+const BARRIERS: usize = 1024;
 /// Where copies of the machine end.
 const ALIGNMENT: usize = 128;
-/// Places of a warp's ring.
-const SLOTS: std::ops::RangeInclusive<usize> = 2..=8;
+/// Places of the ring; with fewer a warp could take what is in a place two turns early.
+const SLOTS: std::ops::RangeInclusive<usize> = 24..=64;
 /// Bytes of a `BoxMap`.
 const MAP_BYTES: u64 = (TILE_MAP * size_of::<u64>()) as u64;
 /// Matrices of a product.
@@ -265,7 +266,7 @@ struct Places {
 }
 
 impl Places {
-    /// `None` where there is no room for two places of a ring.
+    /// `None` where there is no room for the fewest places of a ring.
     fn of(
         products: &[Product<'_>],
         shapes: &[(usize, bool)],
@@ -284,10 +285,11 @@ impl Places {
         let shapes_at = shares + shape_count * SHARE_BYTES;
         let shape_bytes = products.len() * size_of::<u16>();
         let barriers = (shapes_at + shape_bytes).next_multiple_of(ALIGNMENT);
-        let rings = barriers + WARPS * BARRIERS;
+        let rings = barriers + BARRIERS;
         let room = limits.shared_bytes.checked_sub(rings)?;
-        let slots = room.checked_div(WARPS * slot_bytes)?.min(*SLOTS.end());
-        let end = rings + WARPS * slots * slot_bytes;
+        let slots = room.checked_div(slot_bytes)?.min(*SLOTS.end());
+        let slots = slots - slots % BRINGING;
+        let end = rings + slots * slot_bytes;
         SLOTS.contains(&slots).then_some(Self {
             scratch,
             shares,
