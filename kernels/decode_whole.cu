@@ -56,7 +56,7 @@ struct Whole {
       shares.shapes[i] = uint16_t(product.shape);
       if (product.is_first) shares.of_shapes[product.shape] = share_of_block(product);
     }
-    WholeRing(args).start();
+    if (warp() < WHOLE_BRINGING && lane() == 0) WholeRing(args, warp()).start();
     block_barrier();
     for (int i = thread_index(); i < args.count; i += block_threads()) {
       const WholeMatrix& matrix = args.products[i].matrix[shares[i].which];
@@ -112,9 +112,9 @@ struct Whole {
     to.by_tile_outs = reciprocal(to.tile_outs);
     to.by_per_warp = reciprocal(to.per_warp);
     to.by_units = reciprocal(to.units);
-    to.all_units = to.tiles * to.units;
-    to.warps = (to.all_units + to.per_warp - 1) / to.per_warp;
-    to.last = to.all_units - (to.warps - 1) * to.per_warp;
+    const int all = to.tiles * to.units;
+    to.warps = (all + to.per_warp - 1) / to.per_warp;
+    to.last = all - (to.warps - 1) * to.per_warp;
     return to;
   }
 
@@ -257,7 +257,7 @@ struct Whole {
     for (int j = 0; j < 8; ++j) numbers[j] *= inverse;
   }
 
-  // This warp's units of a product, whose first is the ring's.
+  // This warp's units of a product, in turn with those of the other warp that has the ring.
   template <class Format>
   DEVICE void multiply(WholeRing ring, const WholeShare& share, WholeUnits own) const {
     using Row = typename Format::Row;
@@ -267,8 +267,8 @@ struct Whole {
     typename Row::Columns columns = Row::columns(x, g, t);
     const int units = share.units, blocks = share.blocks;
     auto& [left, tile, unit] = own;
-    int number = 0;
-    ring.advance(warp());
+    int others = share.units_of(warp() ^ WHOLE_BRINGING);  // left
+    if (warp() >= WHOLE_BRINGING) ring.advance(1);
     float sums[1][2] = {{0.0f, 0.0f}};
     uint32_t offset[2] = {0, 0};  // of a tile's weights
     auto aim = [&] {
@@ -292,8 +292,9 @@ struct Whole {
       if (Format::IN_REGISTERS) ring.give_back();
       Format::multiply(sums, held, x, columns, block, blocks - block, t);
       if (!Format::IN_REGISTERS) ring.give_back();
-      ring.advance(share.turn(number++));
       --left;
+      // The first of the two has as many units as the second, or more, which follow one after the other then.
+      ring.advance(others-- > 0 ? 2 : 1);
       ++unit;
       if (unit < units && left > 0) continue;
       const int sharer = warp() - quotient(tile * units, share.by_per_warp);
@@ -418,7 +419,7 @@ struct Whole {
     const int following = kind == WHOLE_LOGITS ? product : product + 1;
     const Addresses next(args.products[following], shares[following].which);
     multiply<Format>(ring, share, units);
-    ring.advance(share.all_units);
+    ring.advance(units.left + share.units_of(warp() ^ WHOLE_BRINGING));
     whole_barrier();
     if (kind == WHOLE_QKV) {
       finish_qkv(share, at, aid, by);
@@ -432,11 +433,17 @@ struct Whole {
     at = next;
   }
 
+  // The cache's keys and values; the addresses lie in global memory.
+  struct Cache {
+    const bf16 *keys, *values;
+    DEVICE explicit Cache(const WholeProduct& qkv) : keys(qkv.matrix[1].to), values(qkv.matrix[2].to) {}
+  };
+
   // From queries, keys and values that this block has handed on to its shares of attention.
-  DEVICE void attend(const WholeProduct& qkv) {
+  DEVICE void attend(const Cache& cache) {
     const int heads = int(args.key_heads), items = heads * key_shares;
     whole_barrier();  // sums are read where attention leaves its own
-    Attention attention{args, qkv.matrix[1].to, qkv.matrix[2].to, 0};
+    Attention attention{args, cache.keys, cache.values, 0};
     constexpr int STEP = WHOLE_WARPS * Attention::KEYS;
     int item = int(block_x()), share = item / heads;
     auto first = [&] { return share * keys_each + Attention::KEYS * warp(); };
@@ -489,17 +496,18 @@ struct Whole {
     registers_take<216>();
 #endif
     start();
-    WholeRing ring(args);
+    WholeRing ring(args, warp() % WHOLE_BRINGING);
     if (args.embedding.bytes) embed();
     arrive();
     Addresses at(args.products[0], shares[0].which);
     NO_UNROLL
     for (int i = 0; i < args.count; ++i) {
       const WholeShare& share = shares[i];
+      const Cache cache(args.products[i]);  // asked for a product ahead of attention
       with_whole_format(share.format, [&](auto format) { run<decltype(format)>(ring, share, i, at); });
       if (share.kind == WHOLE_LOGITS) return;
       if (share.kind == WHOLE_QKV) {
-        attend(args.products[i]);
+        attend(cache);
         at = Addresses();
       }
       arrive();

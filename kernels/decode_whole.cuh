@@ -50,17 +50,17 @@ struct WholeArgs {
   double scale;           // of scores, positive
   // Places in shared memory; the row with its sums, or what warps have attended to, is at the start.
   int64_t scratch_at, shares_at, shapes_at, barriers_at, rings_at;
-  int64_t slot_bytes, slots;  // of the ring
+  int64_t slot_bytes, slots;  // of one of four rings
 };
 
 constexpr int WHOLE_WARPS = 8, WHOLE_THREADS = 32 * WHOLE_WARPS;  // that multiply
-// Warps that bring weights, each every fourth unit; the ring's places are a multiple of these.
+// Warps that bring weights, each for the warps that multiply of this number and of this plus 4.
 constexpr int WHOLE_BRINGING = 4;
-constexpr int WHOLE_SLOTS_MAX = 64;
-// Units that are on their way at most; those that are there do not count. More would only wait before the memory, and
-// everything else that is read behind them. A multiple of the warps that bring.
-constexpr int WHOLE_UNDER_WAY = 12;
-static_assert(WHOLE_UNDER_WAY % WHOLE_BRINGING == 0, "a warp waits for a unit of another");
+constexpr int WHOLE_SLOTS_MAX = 16;  // of a warp that brings
+// Units that are on their way to one of them at most; those that are there do not count. More would only wait before the memory,
+// and everything else that is read behind them.
+constexpr int WHOLE_UNDER_WAY = 3;
+static_assert(WHOLE_WARPS == 2 * WHOLE_BRINGING, "a ring is for two warps");
 // Whether warps that multiply have those of warps that bring.
 #ifdef HAS_GROUP_PRODUCTS
 constexpr bool WHOLE_HAS_REGISTERS = true;
@@ -79,7 +79,7 @@ DEVICE int quotient(int x, uint32_t reciprocal) { return int(uint64_t(uint32_t(x
 // A block's share of the products of a shape; computed once.
 struct WholeShare : UnitPlan {
   uint32_t row_bytes, unit_bytes, by_tile_outs, by_per_warp, by_units;
-  int all_units, warps, last;  // warps that have units, and how many the last of these has
+  int warps, last;  // warps that have units, and how many the last of these has
   int copied, last_copied;  // bytes of a row of a unit, and of the last one of a tile; see the formats
   int first, outs, head_mask, all;  // all: outputs of the matrix
   int kind, format, which, pairs, norm_is_float;
@@ -97,8 +97,8 @@ struct WholeShare : UnitPlan {
     out = out < outs ? out : outs - 1;
     return uint32_t(row_of(out) - (pairs && at >= 8 ? head_mask : 0)) * row_bytes;
   }
-  // Warps that have a unit of this number, so that it is its turn: warps take their first units, their second ones, and so on.
-  DEVICE int turn(int number) const { return number < last ? warps : warps - 1; }
+  // Units of a warp; earlier ones have as many or more.
+  DEVICE int units_of(int warp) const { return warp + 1 < warps ? per_warp : warp < warps ? last : 0; }
   // Outputs of a tile.
   DEVICE int outs_of(int tile) const {
     const int left = outs - tile * tile_outs;
@@ -110,13 +110,13 @@ struct WholeUnits {
   int left, tile, unit;
   DEVICE WholeUnits(const WholeShare& share, int warp) {
     const int from = warp * share.per_warp;
-    left = warp + 1 < share.warps ? share.per_warp : warp < share.warps ? share.last : 0;
+    left = share.units_of(warp);
     tile = from / share.units;
     unit = from - tile * share.units;
   }
 };
 // `ops/cuda/decode/whole.rs` leaves room for as many bytes.
-static_assert(sizeof(WholeShare) == 104, "a share has another size");
+static_assert(sizeof(WholeShare) == 100, "a share has another size");
 
 // What a block has of all products, in shared memory: its shares of the shapes, and the shape of each product.
 struct WholeShares {
@@ -213,22 +213,22 @@ DEVICE void with_whole_format(int64_t format, const Work& work) {
   work(WholeQ8_0());
 }
 
-// Weights on their way, in the order in which warps take them: places in shared memory, each with a barrier that ends when the
-// weights are there and one that ends when they are multiplied or in registers.
+// Weights on their way to two warps that multiply, which take them in turn: places in shared memory, each with a barrier that ends
+// when the weights are there and one that ends when they are multiplied or in registers.
 struct WholeRing {
   unsigned char* slots;
   CountingBarrier *full, *empty;
   int slot_bytes, count, slot;
   int parity;
 
-  DEVICE explicit WholeRing(const WholeArgs& args) : slot_bytes(int(args.slot_bytes)), count(int(args.slots)) {
-    full = reinterpret_cast<CountingBarrier*>(shared_memory() + args.barriers_at);
+  DEVICE WholeRing(const WholeArgs& args, int which) : slot_bytes(int(args.slot_bytes)), count(int(args.slots)) {
+    full = reinterpret_cast<CountingBarrier*>(shared_memory() + args.barriers_at) + 2 * WHOLE_SLOTS_MAX * which;
     empty = full + WHOLE_SLOTS_MAX;
-    slots = shared_memory() + args.rings_at;
+    slots = shared_memory() + args.rings_at + which * count * slot_bytes;
     slot = parity = 0;
   }
   DEVICE void start() const {
-    for (int i = thread_index(); i < count; i += block_threads()) {
+    for (int i = 0; i < count; ++i) {
       barrier_start(full + i, 1);
       barrier_start(empty + i, 1);
     }
@@ -252,13 +252,12 @@ struct WholeRing {
     warp_barrier();
     if (lane() == 0) barrier_arrive(empty + slot);
   }
-  // Before the unit after so many is asked for, by one thread: there is a place, and of those before it few are on their way.
-  // These are the same warp's as a place's units are, so that it misses no phase of a place.
-  DEVICE void wait_for_place(int before) const {
+  // Before a unit is asked for, by one thread: there is a place, and of `before` earlier ones at most so many are on their way.
+  DEVICE void wait_for_place(int before, int most) const {
     barrier_wait(empty + slot, parity ^ 1);
-    if (before < WHOLE_UNDER_WAY) return;
-    const bool wraps = slot < WHOLE_UNDER_WAY;
-    barrier_wait(full + slot - WHOLE_UNDER_WAY + (wraps ? count : 0), wraps ? parity ^ 1 : parity);
+    if (before < most) return;
+    const bool wraps = slot < most;
+    barrier_wait(full + slot - most + (wraps ? count : 0), wraps ? parity ^ 1 : parity);
   }
 };
 
@@ -318,43 +317,38 @@ DEVICE void bring_rows(const WholeWeights& weights, const WholeShare& share, uns
   }
 }
 
-// Brings every fourth unit of all products, in the order in which warps take them.
+// Brings the weights of all products to two warps that multiply.
 template <int D>
 DEVICE void bring_weights(const WholeArgs& args, const WholeShares& shares, int which) {
-  WholeRing ring(args);
-  int before = 0;  // units of earlier products
+  WholeRing ring(args, which);
+  int before = 0;  // units that were asked for
   for (int product = 0; product < args.count; ++product) {
     const WholeShare& share = shares[product];
     const WholeWeights weights(args.products[product], share);
-    const int early = before & (WHOLE_BRINGING - 1), first = (which - early) & (WHOLE_BRINGING - 1);
-    WholeRing own = ring;
-    own.advance(first);
-    int warp = first, number = 0;
-    for (int i = which - early; i - which < share.all_units; i += WHOLE_BRINGING) {
-      // No warp is ahead of the others, or one that multiplies could come to a place two turns early.
-      named_barrier(2, 32 * WHOLE_BRINGING);
-      if (i < 0 || i >= share.all_units) continue;
-      while (warp >= share.turn(number)) warp -= share.turn(number++);
-      const int at = warp * share.per_warp + number, tile = quotient(at, share.by_units), unit = at - tile * share.units;
+    const int second = share.units_of(which + WHOLE_BRINGING), all = share.units_of(which) + second;
+    for (int i = 0; i < all; ++i) {
+      const bool in_turn = i < 2 * second;
+      const int warp = in_turn && i % 2 ? which + WHOLE_BRINGING : which;
+      const int at = warp * share.per_warp + (in_turn ? i / 2 : i - second);
+      const int tile = quotient(at, share.by_units), unit = at - tile * share.units;
       const TileBoxes boxes(weights, share, tile);
       if (elected()) {  // others must not wait: they could come late and miss a phase
-        own.wait_for_place(before + i);
+        ring.wait_for_place(before, WHOLE_UNDER_WAY);
         if (boxes.there) {
-          boxes.bring(weights, share, own.at(), unit, own.full + own.slot);
+          boxes.bring(weights, share, ring.at(), unit, ring.full + ring.slot);
         } else {
-          bring_rows(weights, share, own.at(), own.full + own.slot, tile, unit);
+          bring_rows(weights, share, ring.at(), ring.full + ring.slot, tile, unit);
         }
       }
-      own.advance(WHOLE_BRINGING);
-      warp += WHOLE_BRINGING;
-      if (i == 0 && product + 1 < args.count && elected()) {
+      warp_barrier();
+      ring.advance(1);
+      ++before;
+      if (i == 0 && which == 0 && product + 1 < args.count && elected()) {
         const WholeWeights next(args.products[product + 1], shares[product + 1]);
         prefetch_map(next.map);
         prefetch_map(next.second_map);
       }
     }
-    ring.advance(share.all_units);
-    before += share.all_units;
     if (share.kind == WHOLE_QKV) bring_keys<D>(args, args.products[product], which);
   }
 }

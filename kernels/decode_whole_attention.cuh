@@ -16,23 +16,25 @@ struct WholeAttention {
   const bf16 *keys, *values;
   int head;
 
-  DEVICE Words chunk(const bf16* from, int key, int end, int column) const {
-    if (key >= end) return {{0, 0, 0, 0}};
-    return load_words_fresh(from + (int64_t(key) * args.key_heads + head) * D + column);
-  }
+  // Keys from `end` on, of which the scores do not count, are the last one before it.
   DEVICE void load(Tile& tile, int start, int end) const {
-    const int n = lane() >> 2, c = lane() & 3;
+    const int n = lane() >> 2, c = lane() & 3, last = end > 0 ? end - 1 : 0;
+    const uint32_t row_bytes = uint32_t(args.key_heads) * D * sizeof(bf16);
+    auto row = [&](const bf16* from, int key, int column) {
+      const uint32_t own = uint32_t(key < last ? key : last);
+      return reinterpret_cast<const unsigned char*>(from + head * D + column) + uint64_t(own) * row_bytes;
+    };
     UNROLL
     for (int i = 0; i < 2; ++i) {
+      const unsigned char* from = row(keys, start + 8 * i + n, 8 * c);
       UNROLL
-      for (int j = 0; j < CHUNKS; ++j) tile.key[i][j] = chunk(keys, start + 8 * i + n, end, 32 * j + 8 * c);
+      for (int j = 0; j < CHUNKS; ++j) tile.key[i][j] = load_words_fresh(from + 64 * j);
     }
     UNROLL
-    for (int part = 0; part < PARTS; ++part) {
+    for (int i = 0; i < 4; ++i) {
+      const unsigned char* from = row(values, start + 8 * (i >> 1) + 2 * c + (i & 1), 8 * n);
       UNROLL
-      for (int i = 0; i < 4; ++i) {
-        tile.value[part][i] = chunk(values, start + 8 * (i >> 1) + 2 * c + (i & 1), end, 64 * part + 8 * n);
-      }
+      for (int part = 0; part < PARTS; ++part) tile.value[part][i] = load_words_fresh(from + 128 * part);
     }
   }
   // What other blocks hand on with this tag, as soon as it is there: N times two words, see WholeArgs.

@@ -209,8 +209,8 @@ impl Timed<'_> {
         Ok(())
     }
 
-    /// Times an answer whose tokens are chosen, one with logits on the host after each token, and one without;
-    /// returns the logits after its first tokens.
+    /// Times an answer whose tokens are chosen, one with logits on the host after each token, and one without, each
+    /// right after the prompt; returns the logits after its first tokens.
     fn answer(
         &mut self,
         model: &RandomLanguageModel,
@@ -220,7 +220,7 @@ impl Timed<'_> {
     ) -> Result<Vec<f32>> {
         let off = starts == DecodeStarts::Off;
         let tokens = if off { ANSWER_BY_OPERATIONS } else { ANSWER }.div_ceil(self.shrink);
-        let (mut writing, _) = model.read(prompt, 4 * ANSWER)?;
+        let (mut writing, _) = model.read(prompt, ANSWER)?;
         let plan = model.plan(&mut writing)?;
         let (recorded, whole) =
             plan.map_or((false, false), |plan| (plan.is_recorded(), plan.is_whole()));
@@ -236,8 +236,12 @@ impl Timed<'_> {
         }
         let mut first = model.write(&mut writing, token(0, config))?.to_vec();
         first.extend_from_slice(model.write(&mut writing, token(1, config))?);
+        drop(writing);
         let bytes = weight_bytes(config);
-        let each = |until: Until, writing: &mut Writing| -> Result<f64> {
+        let each = |until: Until| -> Result<f64> {
+            let (mut writing, _) = model.read(prompt, ANSWER + 2)?;
+            let writing = &mut writing;
+            (0..2).try_for_each(|i| model.write(writing, token(i, config)).map(drop))?;
             self.device.synchronize()?;
             let start = Instant::now();
             for i in 0..tokens {
@@ -251,9 +255,9 @@ impl Timed<'_> {
             self.device.synchronize()?;
             Ok(start.elapsed().as_secs_f64() / count(tokens))
         };
-        let with_logits = each(Until::Read, &mut writing)?;
-        let without = if off { None } else { Some(each(Until::Queued, &mut writing)?) };
-        let chosen = each(Until::Chosen, &mut writing)?;
+        let with_logits = each(Until::Read)?;
+        let without = if off { None } else { Some(each(Until::Queued)?) };
+        let chosen = each(Until::Chosen)?;
         let rate = 1.0 / with_logits;
         let what = format!("answer by {name}, a token with its logits");
         self.add(

@@ -27,14 +27,14 @@ const SHARES: usize = 8;
 /// Depth of a block of weights, and outputs of a tile.
 const PIECE: usize = 256;
 const TILE: usize = 16;
-/// Bytes of a `WholeShare`, of a norm's sums, and of the ring's barriers.
-const SHARE_BYTES: usize = 104;
+/// Bytes of a `WholeShare`, of a norm's sums, and of the rings' barriers.
+const SHARE_BYTES: usize = 100;
 const SCRATCH: usize = 128;
 const BARRIERS: usize = 1024;
 /// Where copies of the machine end.
 const ALIGNMENT: usize = 128;
-/// Places of the ring; with fewer a warp could take what is in a place two turns early.
-const SLOTS: std::ops::RangeInclusive<usize> = 24..=64;
+/// Places of a ring, of which each warp that brings has one.
+const SLOTS: std::ops::RangeInclusive<usize> = 6..=16;
 /// Bytes of a `BoxMap`.
 const MAP_BYTES: u64 = (TILE_MAP * size_of::<u64>()) as u64;
 /// Matrices of a product.
@@ -266,7 +266,7 @@ struct Places {
 }
 
 impl Places {
-    /// `None` where there is no room for the fewest places of a ring.
+    /// `None` where there is no room for the rings.
     fn of(
         products: &[Product<'_>],
         shapes: &[(usize, bool)],
@@ -287,9 +287,8 @@ impl Places {
         let barriers = (shapes_at + shape_bytes).next_multiple_of(ALIGNMENT);
         let rings = barriers + BARRIERS;
         let room = limits.shared_bytes.checked_sub(rings)?;
-        let slots = room.checked_div(slot_bytes)?.min(*SLOTS.end());
-        let slots = slots - slots % BRINGING;
-        let end = rings + slots * slot_bytes;
+        let slots = room.checked_div(BRINGING * slot_bytes)?.min(*SLOTS.end());
+        let end = rings + BRINGING * slots * slot_bytes;
         SLOTS.contains(&slots).then_some(Self {
             scratch,
             shares,
