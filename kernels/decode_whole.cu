@@ -57,6 +57,7 @@ struct Whole {
       if (product.is_first) shares.of_shapes[product.shape] = share_of_block(product);
     }
     if (warp() < WHOLE_BRINGING && lane() == 0) WholeRing(args, warp()).start();
+    for (int i = thread_index(); i < D; i += block_threads()) angles()[i] = args.angles[i];
     block_barrier();
     for (int i = thread_index(); i < args.count; i += block_threads()) {
       const WholeMatrix& matrix = args.products[i].matrix[shares[i].which];
@@ -73,7 +74,7 @@ struct Whole {
     target = grid_count(args.arrived) / all * all;
     by_group = reciprocal(int(args.group));
     constexpr int EACH = 128, STEP = WHOLE_WARPS * Attention::KEYS;
-    past = int(args.state->past);
+    past = int(args.past);
     const int length = past + 1, wanted = (length + EACH - 1) / EACH;
     const int most = wanted < Attention::SHARES ? wanted : Attention::SHARES;
     keys_each = ((length + most - 1) / most + STEP - 1) / STEP * STEP;
@@ -134,9 +135,10 @@ struct Whole {
   DEVICE void embed() const {
     const int chunk = int(block_x()) * WHOLE_THREADS + thread_index();
     if (8 * int64_t(chunk) >= args.width) return;
-    embed_chunk(args.embedding, args.state->token, args.width, chunk, args.x);
+    embed_chunk(args.embedding, args.token, args.width, chunk, args.x);
   }
 
+  DEVICE float* angles() const { return reinterpret_cast<float*>(shared_memory() + args.angles_at); }
   DEVICE float* scratch() const { return reinterpret_cast<float*>(shared_memory() + args.scratch_at); }
 
   // Places eight numbers of each lane: of the warp's i-th block of 256 of the row from `block` on.
@@ -311,12 +313,11 @@ struct Whole {
   }
 
   DEVICE Aid aid_of(const WholeShare& share, const bf16* bias, int out) const {
-    const float* angles = decode_angles(args.state);
     const int row = share.row_of(out), pair = row & (D - 1);
     Aid aid = {row, 1.0f, 0.0f, {0.0f, 0.0f}};
     if (share.which < 2) {
-      aid.cos = angles[pair];
-      aid.sin = angles[D / 2 + pair];
+      aid.cos = angles()[pair];
+      aid.sin = angles()[D / 2 + pair];
     }
     if (bias) {
       aid.bias[0] = to_float(bias[row]);

@@ -35,7 +35,6 @@ struct WholeProduct {
 struct WholeArgs {
   const WholeProduct* products;
   int64_t count;          // of products
-  const DecodeState* state;
   StoredRows embedding;   // no bytes: the host has written the row to x
   float* x;               // the residual stream [width]
   int64_t width;
@@ -49,8 +48,10 @@ struct WholeArgs {
   int64_t group, key_heads;  // query heads that share a key head, at most 8
   double scale;           // of scores, positive
   // Places in shared memory; the row with its sums, or what warps have attended to, is at the start.
-  int64_t scratch_at, shares_at, shapes_at, barriers_at, rings_at;
+  int64_t scratch_at, angles_at, shares_at, shapes_at, barriers_at, rings_at;
   int64_t slot_bytes, slots;  // of one of four rings
+  int64_t token, past;        // tokens in the cache before this one
+  float angles[128];          // cosines [D / 2] and sines [D / 2] of the token's position
 };
 
 constexpr int WHOLE_WARPS = 8, WHOLE_THREADS = 32 * WHOLE_WARPS;  // that multiply
@@ -60,6 +61,8 @@ constexpr int WHOLE_SLOTS_MAX = 16;  // of a warp that brings
 // Units that are on their way to one of them at most; those that are there do not count. More would only wait before the memory,
 // and everything else that is read behind them.
 constexpr int WHOLE_UNDER_WAY = 3;
+// The same of those that are asked for long before they are multiplied, while blocks wait for each other and attend.
+constexpr int WHOLE_UNDER_WAY_EARLY = 1;
 static_assert(WHOLE_WARPS == 2 * WHOLE_BRINGING, "a ring is for two warps");
 // Whether warps that multiply have those of warps that bring.
 #ifdef HAS_GROUP_PRODUCTS
@@ -266,7 +269,7 @@ struct WholeRing {
 template <int D>
 DEVICE void bring_keys(const WholeArgs& args, const WholeProduct& qkv, int which) {
   constexpr int LINE = 64;  // numbers of 128 bytes
-  const int lines = int(args.state->past * args.key_heads) * (D / LINE), all = int(grid_x()) * 32 * WHOLE_BRINGING;
+  const int lines = int(args.past * args.key_heads) * (D / LINE), all = int(grid_x()) * 32 * WHOLE_BRINGING;
   for (int line = (int(block_x()) * WHOLE_BRINGING + which) * 32 + lane(); line < 2 * lines; line += all) {
     prefetch(line < lines ? qkv.matrix[1].to + int64_t(line) * LINE : qkv.matrix[2].to + int64_t(line - lines) * LINE);
   }
@@ -326,6 +329,8 @@ DEVICE void bring_weights(const WholeArgs& args, const WholeShares& shares, int 
     const WholeShare& share = shares[product];
     const WholeWeights weights(args.products[product], share);
     const int second = share.units_of(which + WHOLE_BRINGING), all = share.units_of(which) + second;
+    // Of gate and up the places fill while attention, and the product after it, are waited for.
+    const int early = share.kind == WHOLE_ATTENDED ? all : share.kind == WHOLE_GATE_UP ? ring.count - 1 : 0;
     for (int i = 0; i < all; ++i) {
       const bool in_turn = i < 2 * second;
       const int warp = in_turn && i % 2 ? which + WHOLE_BRINGING : which;
@@ -333,7 +338,7 @@ DEVICE void bring_weights(const WholeArgs& args, const WholeShares& shares, int 
       const int tile = quotient(at, share.by_units), unit = at - tile * share.units;
       const TileBoxes boxes(weights, share, tile);
       if (elected()) {  // others must not wait: they could come late and miss a phase
-        ring.wait_for_place(before, WHOLE_UNDER_WAY);
+        ring.wait_for_place(before, i < early ? WHOLE_UNDER_WAY_EARLY : WHOLE_UNDER_WAY);
         if (boxes.there) {
           boxes.bring(weights, share, ring.at(), unit, ring.full + ring.slot);
         } else {

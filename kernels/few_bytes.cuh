@@ -99,20 +99,6 @@ struct BytesQ4K {
     return {x + 64 * group + 32 * (t & 1) + 16 * (g & 1), {mine && !(group & 1), mine && (group & 1)}, {}};
   }
 
-  // A factor of each of two rows times integers of six bits, which are bytes 0 and 2 of a word.
-  struct Factor {
-    float by[2], start[2];
-    DEVICE Factor(uint32_t first, uint32_t second) : by{widen_half(first), widen_half(second)} {
-      start[0] = -8388608.0f * by[0];
-      start[1] = -8388608.0f * by[1];
-    }
-    // The integer's bits add it to 2^23, whose multiple is taken away in the sum, which is rounded once.
-    DEVICE float times(int row, uint32_t integers) const {
-      const uint32_t number = select_bytes(integers, 0x4b000000u, row ? 0x7442 : 0x7440);
-      return fmaf(by[row], bits_to_float(number), start[row]);
-    }
-  };
-
   template <int ROWS>
   DEVICE static void multiply(float (&sums)[ROWS][2], const Raw& raw, const unsigned char* x, Columns& columns,
                               int block, int row_stride, int t) {
@@ -125,21 +111,18 @@ struct BytesQ4K {
         {first & 0x003f003fu, second & 0x003f003fu},
         {(third & 0x000f000fu) | (first >> 2 & 0x00300030u),
          (third >> 4 & 0x000f000fu) | (second >> 2 & 0x00300030u)}};
-    const Factor d(raw.head[0].at[0], raw.head[1].at[0]), m(raw.head[0].at[0] >> 16, raw.head[1].at[0] >> 16);
     float scale[2][2], minimum[2][2];  // [part][row]
     UNROLL
-    for (int part = 0; part < 2; ++part) {
+    for (int row = 0; row < 2; ++row) {
+      const float d = widen_half(raw.head[row].at[0]), m = widen_half(raw.head[row].at[0] >> 16);
       UNROLL
-      for (int row = 0; row < 2; ++row) {
-        scale[part][row] = d.times(row, integers[part][0]);
-        minimum[part][row] = m.times(row, integers[part][1]);
+      for (int part = 0; part < 2; ++part) {
+        scale[part][row] = d * float(row ? integers[part][0] >> 16 : integers[part][0] & 0xffff);
+        minimum[part][row] = m * float(row ? integers[part][1] >> 16 : integers[part][1] & 0xffff);
       }
     }
     const unsigned char* at = columns.at + block * X_BYTES;
     const unsigned char* extra = x + block * X_BYTES + 512 + 16 * t;
-    Words own[ROWS];  // [part][power, sum]
-    UNROLL
-    for (int r = 0; r < ROWS; ++r) own[r] = load_words(extra + r * row_stride);
     UNROLL
     for (int part = 0; part < 2; ++part) {
       uint32_t a[2][2][4];  // [half of a byte][product]
@@ -163,11 +146,11 @@ struct BytesQ4K {
           multiply_add_bytes<false>(c, a[half][0], b.at[0], b.at[1]);
           multiply_add_bytes<false>(c, a[half][1], b.at[2], b.at[3]);
         }
-        const float power = bits_to_float(own[r].at[2 * part]), sum = bits_to_float(own[r].at[2 * part + 1]);
+        const float* own = reinterpret_cast<const float*>(extra + r * row_stride + 8 * part);
         UNROLL
         for (int row = 0; row < 2; ++row) {
-          sums[r][row] += scale[part][row] * (power * float(256 * c[2 * row] + c[2 * row + 1]));
-          sums[r][row] -= minimum[part][row] * sum;
+          sums[r][row] += scale[part][row] * (own[0] * float(256 * c[2 * row] + c[2 * row + 1]));
+          sums[r][row] -= minimum[part][row] * own[1];
         }
       }
     }

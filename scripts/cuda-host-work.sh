@@ -52,7 +52,7 @@ import sys
 
 rows = [json.loads(line[4:]) for line in open(sys.argv[1]) if line.startswith("row ")]
 tokens = [json.loads(line) for line in open(sys.argv[2])]
-wanted = {"cuMemcpyHtoDAsync_v2": 1, "cuLaunchKernelEx": 1, "cuStreamSynchronize": 1}
+wanted = {"cuLaunchKernelEx": 1, "cuStreamSynchronize": 1}
 if sys.argv[3] != "none":
     wanted |= {"cuMemcpyDtoHAsync_v2": 1, "cuStreamWaitEvent": 1}
 ASKS = ("cuCtxGetCurrent", "cuEventSynchronize")  # whose context it is, and an event that nothing waits for

@@ -14,7 +14,7 @@ use crate::{
     ops::cuda::{DecodeStarts, Format, StoredMatrix, use_decode},
     vlm::{
         TextConfig,
-        random::{RandomLanguageModel, Writing},
+        random::RandomLanguageModel,
     },
 };
 

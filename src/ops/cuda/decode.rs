@@ -114,8 +114,10 @@ pub struct DecodePlan {
     device: Device,
     sequence: Sequence,
     state: Output,
-    /// What is written to it for a token.
-    written: Vec<u8>,
+    /// Where the one kernel's arguments say which token it is; other kernels read it in `state`.
+    token_at: Option<usize>,
+    /// What is written there for a token: its number, the tokens before it, cosines and sines.
+    written: Vec<u64>,
     row: Output,
     logits: Readout,
     capacity: usize,
@@ -253,13 +255,14 @@ impl DecodePlan {
             bail!("decode: {past} tokens of {} and angles of another size", self.capacity);
         }
         self.written.clear();
-        self.written.extend_from_slice(&u64::from(token).to_le_bytes());
-        self.written.extend_from_slice(&(past as u64).to_le_bytes());
-        for side in angles {
-            self.written.extend_from_slice(bytemuck::cast_slice(side));
+        self.written.extend([u64::from(token), past as u64]);
+        let numbers = angles.into_iter().flatten().copied().collect::<Vec<f32>>();
+        self.written.extend(bytemuck::pod_collect_to_vec::<f32, u64>(&numbers));
+        match self.token_at {
+            Some(at) => self.sequence.set(at, &self.written)?,
+            // The driver takes up to 64 KB at once, and they arrive behind what is queued: nothing waits.
+            None => self.state.write(&self.written)?,
         }
-        // The driver takes up to 64 KB at once, and they arrive behind what is queued: nothing waits.
-        self.state.write(&self.written)?;
         match row {
             Some(row) if !self.embeds && row.len() == self.width => self.row.write(row)?,
             None if self.embeds => {}

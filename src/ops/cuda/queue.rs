@@ -106,6 +106,19 @@ impl Sequence {
         false
     }
 
+    /// Changes arguments of the only launch, from the field `at` on.
+    pub(super) fn set(&mut self, at: usize, fields: &[u64]) -> Result<()> {
+        let [launch] = self.launches.as_mut_slice() else { bail!("arguments of several kernels") };
+        let known = launch.args.0.get_mut(at..at.saturating_add(fields.len()));
+        let Some(known) = known else { bail!("{launch}: too many fields") };
+        known.copy_from_slice(fields);
+        #[cfg(feature = "cuda")]
+        if let Some(queue) = &mut self.queue {
+            queue.set(launch)?;
+        }
+        Ok(())
+    }
+
     /// Starts all of them.
     pub(super) fn run(&self, device: &Device) -> Result<()> {
         #[cfg(feature = "cuda")]
@@ -385,6 +398,15 @@ mod device {
                 let waits = i == 0 && self.order == Order::Early;
                 ready.start(stream, if waits { Order::InTurn } else { self.order })
             })
+        }
+
+        /// Changes the arguments of the only launch, which is not recorded.
+        pub(super) fn set(&mut self, launch: &Launch) -> Result<()> {
+            let (None, [ready]) = (&self.graph, self.ready.as_mut_slice()) else {
+                bail!("{launch}: its arguments stay");
+            };
+            *ready.arguments = Arguments::of(launch)?;
+            Ok(())
         }
 
         pub(super) fn run(&self) -> Result<()> {

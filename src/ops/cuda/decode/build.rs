@@ -160,6 +160,7 @@ impl Builder {
             None => model.embedding.is_some_and(|embedding| self.embed(embedding).is_some()),
         };
         let is_whole = whole.is_some();
+        let token_at = whole.as_ref().map(|whole| whole.token_at);
         let mut buffers = Vec::new();
         if let Some(whole) = whole {
             self.push(whole.weight_bytes, whole.launch);
@@ -184,6 +185,7 @@ impl Builder {
             device: self.device,
             sequence,
             state: self.state,
+            token_at,
             written: Vec::new(),
             row: self.x,
             logits: self.logits,

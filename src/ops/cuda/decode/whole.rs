@@ -24,6 +24,10 @@ const THREADS: usize = 32 * (WARPS + BRINGING);
 /// The most query heads that share a key head, and the most shares of keys.
 const GROUP: usize = 8;
 const SHARES: usize = 8;
+/// The widest head, and fields of the arguments that say which token it is: its number, the tokens before it, and
+/// cosines and sines of its position.
+const HEAD: usize = 128;
+const TOKEN_FIELDS: usize = 2 + HEAD / 2;
 /// Depth of a block of weights, and outputs of a tile.
 const PIECE: usize = 256;
 const TILE: usize = 16;
@@ -43,6 +47,8 @@ const MATRICES: usize = 3;
 /// The launch, and what it needs.
 pub(super) struct Whole {
     pub(super) launch: Launch,
+    /// Where its arguments say which token it is, see [`super::TokenFields`].
+    pub(super) token_at: usize,
     pub(super) embeds: bool,
     pub(super) weight_bytes: usize,
     pub(super) buffers: Vec<Output>,
@@ -256,6 +262,7 @@ impl Product<'_> {
 /// Places in a block's shared memory.
 struct Places {
     scratch: usize,
+    angles: usize,
     shares: usize,
     shapes: usize,
     barriers: usize,
@@ -280,7 +287,8 @@ impl Places {
             .filter_map(|part| Some(TILE * Unit::of(part.stored.format)?.row_bytes))
             .max()?;
         let scratch = row.max(attention_bytes).next_multiple_of(ALIGNMENT);
-        let shares = scratch + SCRATCH;
+        let angles = scratch + SCRATCH;
+        let shares = angles + HEAD * size_of::<f32>();
         let shape_count = shapes.iter().filter(|(_, is_first)| *is_first).count();
         let shapes_at = shares + shape_count * SHARE_BYTES;
         let shape_bytes = products.len() * size_of::<u16>();
@@ -291,6 +299,7 @@ impl Places {
         let end = rings + BRINGING * slots * slot_bytes;
         SLOTS.contains(&slots).then_some(Self {
             scratch,
+            angles,
             shares,
             shapes: shapes_at,
             barriers,
@@ -333,7 +342,7 @@ impl Builder {
         let mut arrived = Output::new(&self.device, &[size_of::<u64>()], DType::U8)?;
         arrived.write(&[0_u64])?;
         let mut args = Args::default();
-        args.address(stored.address()).count(products.len()).address(self.state.address());
+        args.address(stored.address()).count(products.len());
         match &embedding {
             Some(rows) => rows.push(&mut args),
             None => {
@@ -352,14 +361,17 @@ impl Builder {
         args.address(handed.address()).address(partial.address()).address(stats.address());
         args.counts([heads.checked_div(kv_heads).unwrap_or(0), kv_heads]);
         args.number(self.sizes.scale());
-        let Places { scratch, shares, shapes, barriers, rings, .. } = places;
-        args.counts([scratch, shares, shapes, barriers, rings]);
+        let Places { scratch, angles, shares, shapes, barriers, rings, .. } = places;
+        args.counts([scratch, angles, shares, shapes, barriers, rings]);
         args.counts([places.slot_bytes, places.slots]);
+        let token_at = args.0.len();
+        args.counts([0; TOKEN_FIELDS]);
         let sizes = products
             .iter()
             .flat_map(|product| &product.parts)
             .map(|part| part.stored.size() * if part.second == 0 { 1 } else { 2 });
         Ok(Some(Whole {
+            token_at,
             embeds: embedding.is_some(),
             weight_bytes: sizes.sum(),
             launch: Launch {
