@@ -1,25 +1,25 @@
 // One token through the language model as one kernel. Its blocks, one a multiprocessor, stay until the logits are
-// there and wait for each other between products. Weights depend on nothing, so half of a block's warps do nothing but
-// ask for them, in the order in which the other half multiplies them, each warp for one: through a ring in shared memory
+// there and wait for each other between products. Weights depend on nothing, so four of a block's warps do nothing but
+// ask for them, in the order in which the other eight multiply them, each warp for two: through a ring in shared memory
 // that goes on from product to product (decode_whole.cuh). While blocks wait, convert the row or attend, memory is read.
 //
 // decode_whole_dD: embedding; for each layer: norm with queries, keys and values, attention (decode_whole_attention.cuh), the
 //   product after it, norm with gate and up, the product after these; norm and logits. Formats, arithmetic and sums of a unit are those of
 //   few_bytes.cuh; outputs end as in decode_bytes.cuh. Shares of attention are handed on in bf16.
-// Grid: (multiprocessors, 1, 1), all of it running at a time; 512 threads. `ops/cuda/decode/whole.rs` computes places in shared
-// memory and what each product is.
+// Grid: (multiprocessors, 1, 1), all of it running at a time; 384 threads. `ops/cuda/decode/whole.rs` computes places in shared
+// memory and what each product is; the arguments of a launch say which token it is.
 //
 // Measured (H200): a barrier of 132 blocks takes 1.0 us, with 14 KB that each reads after it 1.5 us. One warp that asks
 // for boxes of 16 rows by 288 bytes reads 4320 to 4470 GB/s; a copy moves 4240. From shared memory alone 8 warps multiply
-// 40 bytes of Q4_K a clock tick, 12 warps 47 and 15 warps 41; memory gives 19. A token of 7B in Q4_K takes 1.42 to 1.45 ms, one
+// 40 bytes of Q4_K a clock tick, 12 warps 47 and 15 warps 41; memory gives 19. A token of 7B in Q4_K takes 1.40 to 1.41 ms, one
 // kernel after another 1.79. docs/CUDA.md says where the time goes and what else was tried.
 // Tried, in ms at a time when this took 1.64 to 1.77: rows copied one by one 1.77 instead of 1.68; 16 warps that ask for
 // their own weights 2.19; asking the cache of the second level for weights ahead of the rings, 2 units of a warp 1.86, 8
-// and more 2.4 to 2.5, by the copy engine as by other instructions. When it took 1.55: 14 warps that multiply and
-// 2 that bring 1.66, 12 and 4 1.61, 15 and 1 1.65 (shorter rings, and registers do for attention only where the warps
-// that bring give theirs away); the residual stream with a tag beside each number, so that it needs no barriers, 1.64
-// (all blocks ask for the whole row again and again); one loop that converts the row, instead of ten copies of its
-// instructions, takes 7700 ticks and not 5500.
+// and more 2.4 to 2.5, by the copy engine as by other instructions. When it took 1.42 to 1.55: 14 warps that multiply and
+// 2 that bring 1.66, 12 and 4 1.55 to 1.61, 15 and 1 1.65; the residual stream with a tag beside each number, so that it needs
+// no barriers, 1.64 (all blocks ask for the whole row again and again); one loop that converts the row, instead of ten copies
+// of its instructions, takes 7700 ticks and not 5500; one ring of which each warp that brings asks for every fourth unit,
+// as fast, but a warp that multiplies could then come to a place two turns early, and to wait for each other takes 3 %.
 #include "decode_whole_attention.cuh"
 
 #ifdef HAS_COUNTING_BARRIERS

@@ -12,10 +12,7 @@ use super::{
 use crate::{
     error::{Error, Result},
     ops::cuda::{DecodeStarts, Format, StoredMatrix, use_decode},
-    vlm::{
-        TextConfig,
-        random::RandomLanguageModel,
-    },
+    vlm::{TextConfig, random::RandomLanguageModel},
 };
 
 const PART: &str = "language model";

@@ -254,10 +254,11 @@ impl DecodePlan {
         if past >= self.capacity || angles.iter().any(|side| side.len() != self.half) {
             bail!("decode: {past} tokens of {} and angles of another size", self.capacity);
         }
-        self.written.clear();
-        self.written.extend([u64::from(token), past as u64]);
-        let numbers = angles.into_iter().flatten().copied().collect::<Vec<f32>>();
-        self.written.extend(bytemuck::pod_collect_to_vec::<f32, u64>(&numbers));
+        if let [number, before, rest @ ..] = self.written.as_mut_slice() {
+            (*number, *before) = (u64::from(token), past as u64);
+            let places = bytemuck::cast_slice_mut::<u64, f32>(rest).iter_mut();
+            places.zip(angles.into_iter().flatten()).for_each(|(place, angle)| *place = *angle);
+        }
         match self.token_at {
             Some(at) => self.sequence.set(at, &self.written)?,
             // The driver takes up to 64 KB at once, and they arrive behind what is queued: nothing waits.

@@ -186,7 +186,7 @@ impl Builder {
             sequence,
             state: self.state,
             token_at,
-            written: Vec::new(),
+            written: vec![0; 2 + (self.sizes.head_dim >> 1)],
             row: self.x,
             logits: self.logits,
             capacity: self.sizes.capacity,

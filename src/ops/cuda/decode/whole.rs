@@ -47,7 +47,7 @@ const MATRICES: usize = 3;
 /// The launch, and what it needs.
 pub(super) struct Whole {
     pub(super) launch: Launch,
-    /// Where its arguments say which token it is, see [`super::TokenFields`].
+    /// Where its arguments say which token it is.
     pub(super) token_at: usize,
     pub(super) embeds: bool,
     pub(super) weight_bytes: usize,
