@@ -27,7 +27,7 @@ const SHARES: usize = 8;
 /// The widest head, and fields of the arguments that say which token it is: its number, the tokens before it, and
 /// cosines and sines of its position.
 const HEAD: usize = 128;
-const TOKEN_FIELDS: usize = 2 + HEAD / 2;
+const TOKEN_FIELDS: usize = 2 + (HEAD >> 1);
 /// Depth of a block of weights, and outputs of a tile.
 const PIECE: usize = 256;
 const TILE: usize = 16;
