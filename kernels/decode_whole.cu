@@ -44,13 +44,12 @@ struct Whole {
   };
   const WholeArgs& args;
   const WholeShares shares;
+  const WholeKeys keys;
   uint64_t target;
-  int past;                   // keys of earlier tokens
-  int key_shares, keys_each;  // how keys are shared out
   uint32_t by_group;
-  float factor;               // of scores, for powers of two
+  float factor;  // of scores, for powers of two
 
-  DEVICE explicit Whole(const WholeArgs& args) : args(args), shares(args) {
+  DEVICE explicit Whole(const WholeArgs& args) : args(args), shares(args), keys(args) {
     for (int i = thread_index(); i < args.count; i += block_threads()) {
       const WholeProduct& product = args.products[i];
       shares.shapes[i] = uint16_t(product.shape);
@@ -73,12 +72,6 @@ struct Whole {
     const uint64_t all = uint64_t(args.count) * uint64_t(grid_x());
     target = grid_count(args.arrived) / all * all;
     by_group = reciprocal(int(args.group));
-    constexpr int EACH = 128, STEP = WHOLE_WARPS * Attention::KEYS;
-    past = int(args.past);
-    const int length = past + 1, wanted = (length + EACH - 1) / EACH;
-    const int most = wanted < Attention::SHARES ? wanted : Attention::SHARES;
-    keys_each = ((length + most - 1) / most + STEP - 1) / STEP * STEP;
-    key_shares = (length + keys_each - 1) / keys_each;
     factor = float(args.scale * 1.4426950408889634);
   }
 
@@ -218,7 +211,7 @@ struct Whole {
         for (int i = 0; i < SHARES; ++i) held[n][i] = stats[n][i / 2] = {{0, 0, 0, 0}};
         UNROLL
         for (int i = 0; i < SHARES; ++i) {
-          if (i >= key_shares) break;
+          if (i >= keys.shares) break;
           if (i % 2 == 0) stats[n][i / 2] = load_words_fresh(args.stats + 2 * (place + i));
           held[n][i] = load_words_fresh(args.partial + (place + i) * D + 8 * (own % (D / 8)));
         }
@@ -238,14 +231,14 @@ struct Whole {
     float largest = -INFINITY, total = 0.0f;
     UNROLL
     for (int i = 0; i < SHARES; ++i) {
-      if (i >= key_shares) break;
+      if (i >= keys.shares) break;
       largest = fmaxf(largest, bits_to_float(stats[i / 2].at[i % 2 * 2]));
     }
     UNROLL
     for (int j = 0; j < 8; ++j) numbers[j] = 0.0f;
     UNROLL
     for (int i = 0; i < SHARES; ++i) {
-      if (i >= key_shares) break;
+      if (i >= keys.shares) break;
       const float by = part_of(bits_to_float(stats[i / 2].at[i % 2 * 2]), largest, factor);
       total += bits_to_float(stats[i / 2].at[i % 2 * 2 + 1]) * by;
       UNROLL
@@ -366,7 +359,7 @@ struct Whole {
   DEVICE void finish_qkv(const WholeShare& share, const Addresses& at, const Aid& held, float by) const {
     // Heads before the matrix's in what is handed on.
     const int before = share.which == 0 ? 0 : int((args.group + share.which - 1) * args.key_heads);
-    bf16* cache = at.to + int64_t(past) * 2 * share.all;
+    bf16* cache = at.to + int64_t(keys.past) * 2 * share.all;
     finish(share, [&](int out, float sum, float second) {
       const Aid aid = out == thread_index() ? held : aid_of(share, at.bias, out);
       const float a = sum * by + aid.bias[0], b = second * by + aid.bias[1];
@@ -434,55 +427,47 @@ struct Whole {
     at = next;
   }
 
-  // The cache's keys and values; the addresses lie in global memory.
-  struct Cache {
-    const bf16 *keys, *values;
-    DEVICE explicit Cache(const WholeProduct& qkv) : keys(qkv.matrix[1].to), values(qkv.matrix[2].to) {}
-  };
-
   // From queries, keys and values that this block has handed on to its shares of attention.
-  DEVICE void attend(const Cache& cache) {
-    const int heads = int(args.key_heads), items = heads * key_shares;
+  DEVICE void attend(WholeRing& ring) const {
     whole_barrier();  // sums are read where attention leaves its own
-    Attention attention{args, cache.keys, cache.values, 0};
-    constexpr int STEP = WHOLE_WARPS * Attention::KEYS;
-    int item = int(block_x()), share = item / heads;
-    auto first = [&] { return share * keys_each + Attention::KEYS * warp(); };
-    auto end_of_share = [&] { return (share + 1) * keys_each < past ? (share + 1) * keys_each : past; };
-    typename Attention::Tile tile;
-    // Keys of earlier tokens do not depend on other blocks: a warp's first ones are asked for before the query is there.
-    bool is_there = WHOLE_HAS_REGISTERS && item < items;
-    if (is_there) {
-      attention.head = item - share * heads;
-      attention.load(tile, first(), end_of_share());
-    } else {
-      tile = {};  // or it would take registers from one product to the next
-    }
-    while (item < items) {
-      attention.head = item - share * heads;
-      const int end = end_of_share();
+    Attention attention{args, 0};
+    const int which = warp() % WHOLE_BRINGING;
+    const bool is_second = warp() >= WHOLE_BRINGING;
+    for (int number = int(block_x()); number < keys.items; number += int(grid_x())) {
+      const WholeKeys::Item item = keys.item(number);
+      attention.head = item.head;
+      typename Attention::Tile tile = {};
+      // The place in the ring is that of the first of two warps before, and behind both afterwards.
+      auto take = [&](int start) {
+        const bool has_second = start + WholeKeys::SECOND < item.end;
+        if (is_second) ring.advance(2);
+        if (!is_second || has_second) attention.load(tile, ring);
+        if (!is_second && has_second) ring.advance(2);
+      };
+      int start = item.begin + WholeKeys::EACH * which;
+      // A warp's first keys come to registers before the query is there.
+      bool is_there = WHOLE_HAS_REGISTERS && start < item.end;
+      if (is_there) take(start);
       Words query[Attention::CHUNKS];
       attention.take_query(query, tag());
       // In the warp that has the fewest other keys.
-      const bool has_own = share == key_shares - 1;
+      const bool has_own = item.share == keys.shares - 1;
       if (has_own && warp() == WHOLE_WARPS - 1) attention.leave_own(query, tag());
       warp_barrier();  // lanes look for what is handed on each by itself
       AttentionSums<D> own;
       own.clear();
       NO_UNROLL
-      for (int start = first(); start < end; start += STEP) {
-        if (!is_there) attention.load(tile, start, end);
+      for (; start < item.end; start += WholeKeys::STEP) {
+        if (!is_there) take(start);
         is_there = false;
-        attention.add(own, tile, query, start, end, factor);
+        const int first = start + (is_second ? WholeKeys::SECOND : 0);
+        if (first < item.end) attention.add(own, tile, query, first, item.end, factor);
       }
-      is_there = false;
       own.finish();
       attention.leave(own);
       whole_barrier();
-      attention.join(share, has_own, factor);
+      attention.join(item.share, has_own, factor);
       whole_barrier();
-      item += int(grid_x());
-      share = item / heads;
     }
   }
 
@@ -504,11 +489,10 @@ struct Whole {
     NO_UNROLL
     for (int i = 0; i < args.count; ++i) {
       const WholeShare& share = shares[i];
-      const Cache cache(args.products[i]);  // asked for a product ahead of attention
       with_whole_format(share.format, [&](auto format) { run<decltype(format)>(ring, share, i, at); });
       if (share.kind == WHOLE_LOGITS) return;
       if (share.kind == WHOLE_QKV) {
-        attend(cache);
+        attend(ring);
         at = Addresses();
       }
       arrive();

@@ -266,14 +266,62 @@ struct WholeRing {
   }
 };
 
-// Asks for keys and values of earlier tokens, which have left the cache of the second level since the last token. When they are
-// attended to, the memory is busy with weights.
+// Sixteen keys or values of a head in a place of a ring. Rows are 16 bytes longer, so that lanes that load 16 bytes each of several
+// find most of them in different banks.
 template <int D>
-DEVICE void bring_keys(const WholeArgs& args, const WholeProduct& qkv, int which) {
-  constexpr int LINE = 64;  // numbers of 128 bytes
-  const int lines = int(args.past * args.key_heads) * (D / LINE), all = int(grid_x()) * 32 * WHOLE_BRINGING;
-  for (int line = (int(block_x()) * WHOLE_BRINGING + which) * 32 + lane(); line < 2 * lines; line += all) {
-    prefetch(line < lines ? qkv.matrix[1].to + int64_t(line) * LINE : qkv.matrix[2].to + int64_t(line - lines) * LINE);
+struct KeyTile {
+  static constexpr int ROW_BYTES = 2 * D + 16;
+};
+
+// How the keys of a token are shared out: parts of a head's, a block's each, of which a warp has 16 at a time. Where many
+// are a block's, a warp has others 128 on.
+struct WholeKeys {
+  static constexpr int EACH = 16, STEP = EACH * WHOLE_WARPS, SHARES = 8;
+  static constexpr int SECOND = EACH * WHOLE_BRINGING;  // from keys of the first of two warps that have a ring to the second's
+  int past, shares, each, heads, items;  // past: of earlier tokens; items: parts of all heads
+  struct Item {
+    int head, share, begin, end;  // end: of earlier tokens
+  };
+
+  DEVICE explicit WholeKeys(const WholeArgs& args) : past(int(args.past)), heads(int(args.key_heads)) {
+    const int all = past + 1, wanted = (all + STEP - 1) / STEP, most = wanted < SHARES ? wanted : SHARES;
+    each = ((all + most - 1) / most + STEP - 1) / STEP * STEP;
+    shares = (all + each - 1) / each;
+    items = heads * shares;
+  }
+  DEVICE Item item(int number) const {
+    const int share = number / heads, begin = share * each, end = begin + each;
+    return {number - share * heads, share, begin, end < past ? end : past};
+  }
+};
+
+// Brings keys and values of earlier tokens to the two warps that have the ring: of each step keys and values of the first, and of
+// the second if there are so many. What comes after the last key is that one again.
+template <int D>
+DEVICE void bring_keys(const WholeArgs& args, const WholeProduct& qkv, WholeRing& ring, int& before, int which) {
+  const WholeKeys keys(args);
+  const int64_t stride = args.key_heads * D;
+  for (int number = int(block_x()); number < keys.items; number += int(grid_x())) {
+    const WholeKeys::Item item = keys.item(number);
+    for (int start = item.begin + WholeKeys::EACH * which; start < item.end; start += WholeKeys::STEP) {
+      for (int i = 0; i < 4; ++i) {
+        const int first = start + (i / 2) * WholeKeys::SECOND;
+        if (first >= item.end) break;
+        const bf16* from = qkv.matrix[1 + i % 2].to + item.head * D;
+        if (elected()) {
+          ring.wait_for_place(before, WHOLE_UNDER_WAY);
+          CountingBarrier* came = ring.full + ring.slot;
+          barrier_arrive_expecting(came, WholeKeys::EACH * D * int(sizeof(bf16)));
+          for (int row = 0; row < WholeKeys::EACH; ++row) {
+            const int key = first + row < item.end ? first + row : item.end - 1;
+            copy_row(ring.at() + row * KeyTile<D>::ROW_BYTES, from + key * stride, D * int(sizeof(bf16)), came);
+          }
+        }
+        warp_barrier();
+        ring.advance(1);
+        ++before;
+      }
+    }
   }
 }
 
@@ -322,7 +370,7 @@ DEVICE void bring_rows(const WholeWeights& weights, const WholeShare& share, uns
   }
 }
 
-// Brings the weights of all products to two warps that multiply.
+// Brings the weights of all products, and the keys between them, to two warps that multiply.
 template <int D>
 DEVICE void bring_weights(const WholeArgs& args, const WholeShares& shares, int which) {
   WholeRing ring(args, which);
@@ -356,7 +404,7 @@ DEVICE void bring_weights(const WholeArgs& args, const WholeShares& shares, int 
         prefetch_map(next.second_map);
       }
     }
-    if (share.kind == WHOLE_QKV) bring_keys<D>(args, args.products[product], which);
+    if (share.kind == WHOLE_QKV) bring_keys<D>(args, args.products[product], ring, before, which);
   }
 }
 

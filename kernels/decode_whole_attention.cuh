@@ -4,38 +4,39 @@
 
 #ifdef HAS_COUNTING_BARRIERS
 
-// A warp's part of attention: 16 keys at a time, from memory to registers. Numbers of a key lie in the order in which loads of 16
+// A warp's part of attention: 16 keys at a time, from a ring to registers. Numbers of a key lie in the order in which loads of 16
 // bytes bring them, and so do those of a query; columns of values too.
 template <int D>
 struct WholeAttention {
-  static constexpr int KEYS = 16, CHUNKS = D / 32, PARTS = D / 64, SHARES = 8;
+  static constexpr int CHUNKS = D / 32, PARTS = D / 64, SHARES = WholeKeys::SHARES;
   struct Tile {
     Words key[2][CHUNKS], value[PARTS][4];
   };
   const WholeArgs& args;
-  const bf16 *keys, *values;
   int head;
 
-  // Keys from `end` on, of which the scores do not count, are the last one before it.
-  DEVICE void load(Tile& tile, int start, int end) const {
-    const int n = lane() >> 2, c = lane() & 3, last = end > 0 ? end - 1 : 0;
-    const uint32_t row_bytes = uint32_t(args.key_heads) * D * sizeof(bf16);
-    auto row = [&](const bf16* from, int key, int column) {
-      const uint32_t own = uint32_t(key < last ? key : last);
-      return reinterpret_cast<const unsigned char*>(from + head * D + column) + uint64_t(own) * row_bytes;
-    };
+  // Takes keys and values from two places of the ring.
+  DEVICE void load(Tile& tile, WholeRing& ring) const {
+    const int n = lane() >> 2, c = lane() & 3;
+    constexpr int ROW = KeyTile<D>::ROW_BYTES;
+    const unsigned char* keys = ring.take() + n * ROW + 16 * c;
     UNROLL
     for (int i = 0; i < 2; ++i) {
-      const unsigned char* from = row(keys, start + 8 * i + n, 8 * c);
       UNROLL
-      for (int j = 0; j < CHUNKS; ++j) tile.key[i][j] = load_words_fresh(from + 64 * j);
+      for (int j = 0; j < CHUNKS; ++j) tile.key[i][j] = load_words(keys + 8 * i * ROW + 64 * j);
     }
+    ring.give_back();
+    ring.advance(1);
+    const unsigned char* values = ring.take() + 2 * c * ROW + 16 * n;
     UNROLL
-    for (int i = 0; i < 4; ++i) {
-      const unsigned char* from = row(values, start + 8 * (i >> 1) + 2 * c + (i & 1), 8 * n);
+    for (int part = 0; part < PARTS; ++part) {
       UNROLL
-      for (int part = 0; part < PARTS; ++part) tile.value[part][i] = load_words_fresh(from + 128 * part);
+      for (int i = 0; i < 4; ++i) {
+        tile.value[part][i] = load_words(values + (8 * (i >> 1) + (i & 1)) * ROW + 128 * part);
+      }
     }
+    ring.give_back();
+    ring.advance(1);
   }
   // What other blocks hand on with this tag, as soon as it is there: N times two words, see WholeArgs.
   template <int N>

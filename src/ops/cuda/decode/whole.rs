@@ -278,7 +278,7 @@ impl Places {
     fn of(
         products: &[Product<'_>],
         shapes: &[(usize, bool)],
-        attention_bytes: usize,
+        [attention_bytes, keys_bytes]: [usize; 2],
         limits: Limits,
     ) -> Option<Self> {
         let parts = || products.iter().flat_map(|product| &product.parts);
@@ -286,7 +286,8 @@ impl Places {
         let row = products.iter().filter_map(with_sums).max()?;
         let slot_bytes = parts()
             .filter_map(|part| Some(TILE * Unit::of(part.stored.format)?.row_bytes))
-            .max()?;
+            .max()?
+            .max(keys_bytes);
         let scratch = row.max(attention_bytes).next_multiple_of(ALIGNMENT);
         let angles = scratch + SCRATCH;
         let shares = angles + HEAD * size_of::<f32>();
@@ -325,7 +326,9 @@ impl Builder {
         let Sizes { heads, kv_heads, head_dim, .. } = self.sizes;
         // Sums of warps, with their maxima and sums, and the token's own value and scores.
         let attention_floats = WARPS * GROUP * (head_dim + 2) + head_dim + GROUP;
-        let attention_bytes = attention_floats * size_of::<f32>();
+        // Keys or values of a warp in a ring, whose rows are longer than they are.
+        let keys_bytes = TILE * (2 * head_dim + 16);
+        let attention_bytes = [attention_floats * size_of::<f32>(), keys_bytes];
         let shapes = shapes(&products);
         let Some(places) = Places::of(&products, &shapes, attention_bytes, self.limits) else {
             return Ok(None);
