@@ -448,12 +448,13 @@ struct Whole {
       // A warp's first keys come to registers before the query is there.
       bool is_there = WHOLE_HAS_REGISTERS && start < item.end;
       if (is_there) take(start);
-      Words query[Attention::CHUNKS];
-      attention.take_query(query, tag());
-      // In the warp that has the fewest other keys.
       const bool has_own = item.share == keys.shares - 1;
-      if (has_own && warp() == WHOLE_WARPS - 1) attention.leave_own(query, tag());
-      warp_barrier();  // lanes look for what is handed on each by itself
+      attention.take_rows(has_own, tag());
+      whole_barrier();
+      Words query[Attention::CHUNKS];
+      attention.load_query(query);
+      // In the warp that has the fewest other keys.
+      if (has_own && warp() == WHOLE_WARPS - 1) attention.leave_own(query);
       AttentionSums<D> own;
       own.clear();
       NO_UNROLL

@@ -38,46 +38,40 @@ struct WholeAttention {
     ring.give_back();
     ring.advance(1);
   }
-  // What other blocks hand on with this tag, as soon as it is there: N times two words, see WholeArgs.
-  template <int N>
-  DEVICE static void take(uint64_t (&words)[N][2], const uint64_t* const (&at)[N], uint32_t tag) {
-    while (true) {
-      uint32_t missing = 0;
-      UNROLL
-      for (int n = 0; n < N; ++n) load_tagged(words[n], at[n]);
-      UNROLL
-      for (int n = 0; n < N; ++n) missing |= (words[n][0] >> 32 ^ tag) | (words[n][1] >> 32 ^ tag);
-      if (missing == 0) return;
-      let_others_go_on();
+  // Brings what other blocks hand on with this tag to shared memory, as soon as it is there, a row for a warp: queries and, if the
+  // share has it, the token's own key and value. Two pairs of numbers for a lane, see WholeArgs.
+  DEVICE void take_rows(bool has_own, uint32_t tag) const {
+    const int group = int(args.group), rows = group + (has_own ? 2 : 0);
+    const int64_t first = int64_t(head) * group, others = int64_t(args.key_heads) * group + head;
+    for (int row = warp(); row < rows && lane() < D / 4; row += WHOLE_WARPS) {
+      const int64_t from = row < group ? first + row : others + (row - group) * args.key_heads;
+      const uint64_t* at = args.handed + from * (D / 2) + 2 * lane();
+      uint64_t pairs[2];
+      load_tagged(pairs, at);
+      while ((pairs[0] >> 32 ^ tag) | (pairs[1] >> 32 ^ tag)) {
+        let_others_go_on();
+        load_tagged(pairs, at);
+      }
+      uint32_t* to = row_of(row) + lane();
+      to[0] = select_bytes(uint32_t(pairs[0]), uint32_t(pairs[1]), 0x5410);
+      to[D / 4] = select_bytes(uint32_t(pairs[0]), uint32_t(pairs[1]), 0x7632);
     }
   }
-  DEVICE const uint64_t* handed(int64_t row) const { return args.handed + row * (D / 2); }
-  // A row that is handed on, in the order of a lane's numbers of a query.
-  DEVICE void take_row(Words (&to)[CHUNKS], int64_t row, uint32_t tag) const {
-    constexpr int HALF = CHUNKS / 2;
-    uint64_t words[4 * HALF][2];
-    const uint64_t* at[4 * HALF];
+  // A row from shared memory, in the order of a lane's numbers of a query.
+  DEVICE void load_row(Words (&to)[CHUNKS], int row) const {
     UNROLL
-    for (int n = 0; n < 4 * HALF; ++n) at[n] = handed(row) + 32 * (n / 4) + 8 * (lane() & 3) + 2 * (n % 4);
-    take(words, at, tag);
-    UNROLL
-    for (int n = 0; n < 4 * HALF; ++n) {
-      const uint32_t one = uint32_t(words[n][0]), next = uint32_t(words[n][1]);
-      to[n / 4].at[n % 4] = select_bytes(one, next, 0x5410);
-      to[n / 4 + HALF].at[n % 4] = select_bytes(one, next, 0x7632);
-    }
+    for (int j = 0; j < CHUNKS; ++j) to[j] = load_words(row_of(row) + 16 * j + 4 * (lane() & 3));
   }
-  DEVICE void take_query(Words (&query)[CHUNKS], uint32_t tag) const {
+  DEVICE void load_query(Words (&query)[CHUNKS]) const {
     const int row = lane() >> 2;
     UNROLL
     for (int j = 0; j < CHUNKS; ++j) query[j] = {{0, 0, 0, 0}};
-    if (row < args.group) take_row(query, head * args.group + row, tag);
+    if (row < args.group) load_row(query, row);
   }
-  // Leaves the scores of the token's own key and its value in shared memory, for one warp.
-  DEVICE void leave_own(const Words (&query)[CHUNKS], uint32_t tag) const {
-    const int64_t key_row = args.group * args.key_heads + head, value_row = key_row + args.key_heads;
+  // Leaves the scores of the token's own key in shared memory, for one warp.
+  DEVICE void leave_own(const Words (&query)[CHUNKS]) const {
     Words key[CHUNKS];
-    take_row(key, key_row, tag);
+    load_row(key, int(args.group));
     float score = 0.0f;
     UNROLL
     for (int j = 0; j < CHUNKS; ++j) {
@@ -89,15 +83,6 @@ struct WholeAttention {
     }
     score = sum_lanes(score, 4);
     if ((lane() & 3) == 0) own_scores()[lane() >> 2] = score;
-    if (lane() >= D / 4) return;
-    const uint64_t* const at[1] = {handed(value_row) + 2 * lane()};
-    uint64_t words[1][2];
-    take(words, at, tag);
-    UNROLL
-    for (int i = 0; i < 2; ++i) {
-      own_value()[2 * lane() + i] = low_float(uint32_t(words[0][i]));
-      own_value()[2 * lane() + i + D / 2] = high_float(uint32_t(words[0][i]));
-    }
   }
   DEVICE void add(AttentionSums<D>& own, const Tile& tile, const Words (&query)[CHUNKS], int start, int end,
                   float factor) const {
@@ -130,12 +115,14 @@ struct WholeAttention {
       }
     }
   }
-  // Leaves the warp's sums in shared memory: [warp][8][D], and [warp][8][maximum, sum] after them; of the token's own key a value
-  // [D] and scores [8] follow.
+  // Leaves the warp's sums in shared memory: [warp][8][D], and [warp][8][maximum, sum] after them; scores of the token's own key
+  // [8] follow, and rows [10][D] in bf16, each 16 bytes longer: queries, that key and its value.
   DEVICE static float* sums() { return reinterpret_cast<float*>(shared_memory()); }
   DEVICE static float* stats() { return sums() + WHOLE_WARPS * WHOLE_GROUP * D; }
-  DEVICE static float* own_value() { return stats() + 2 * WHOLE_WARPS * WHOLE_GROUP; }
-  DEVICE static float* own_scores() { return own_value() + D; }
+  DEVICE static float* own_scores() { return stats() + 2 * WHOLE_WARPS * WHOLE_GROUP; }
+  DEVICE static uint32_t* row_of(int row) {
+    return reinterpret_cast<uint32_t*>(own_scores() + WHOLE_GROUP) + row * (D / 2 + 4);
+  }
   DEVICE void leave(const AttentionSums<D>& own) const {
     const int row = WHOLE_GROUP * warp() + (lane() >> 2), c = lane() & 3;
     UNROLL
@@ -176,8 +163,12 @@ struct WholeAttention {
       if (has_own) {
         const float by = part_of(own_scores()[row], largest, factor);
         total += by;
+        const uint32_t* value = row_of(int(args.group) + 1) + column / 2;
         UNROLL
-        for (int j = 0; j < 4; ++j) out[j] += by * own_value()[column + j];
+        for (int j = 0; j < 4; j += 2) {
+          out[j] += by * low_float(value[j / 2]);
+          out[j + 1] += by * high_float(value[j / 2]);
+        }
       }
       const int64_t place = (int64_t(head) * WHOLE_GROUP + row) * SHARES + share;
       const uint64_t upper = pack_bf16(out[2], out[3]);

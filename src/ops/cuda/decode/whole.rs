@@ -324,8 +324,9 @@ impl Builder {
         }
         let Some(products) = self.products(model) else { return Ok(None) };
         let Sizes { heads, kv_heads, head_dim, .. } = self.sizes;
-        // Sums of warps, with their maxima and sums, and the token's own value and scores.
-        let attention_floats = WARPS * GROUP * (head_dim + 2) + head_dim + GROUP;
+        // Sums of warps, with their maxima and sums, the token's own scores, and rows that are handed on.
+        let rows = (GROUP + 2) * ((head_dim >> 1) + 4);
+        let attention_floats = WARPS * GROUP * (head_dim + 2) + GROUP + rows;
         // Keys or values of a warp in a ring, whose rows are longer than they are.
         let keys_bytes = TILE * (2 * head_dim + 16);
         let attention_bytes = [attention_floats * size_of::<f32>(), keys_bytes];
