@@ -45,11 +45,12 @@ struct Whole {
   const WholeArgs& args;
   const WholeShares shares;
   const WholeKeys keys;
+  const WholeKeys::Item first_item;  // of this block
   uint64_t target;
   uint32_t by_group;
   float factor;  // of scores, for powers of two
 
-  DEVICE explicit Whole(const WholeArgs& args) : args(args), shares(args), keys(args) {
+  DEVICE explicit Whole(const WholeArgs& args) : args(args), shares(args), keys(args), first_item(keys.item(int(block_x()))) {
     for (int i = thread_index(); i < args.count; i += block_threads()) {
       const WholeProduct& product = args.products[i];
       shares.shapes[i] = uint16_t(product.shape);
@@ -429,12 +430,12 @@ struct Whole {
 
   // From queries, keys and values that this block has handed on to its shares of attention.
   DEVICE void attend(WholeRing& ring) const {
-    whole_barrier();  // sums are read where attention leaves its own
     Attention attention{args, 0};
     const int which = warp() % WHOLE_BRINGING;
     const bool is_second = warp() >= WHOLE_BRINGING;
-    for (int number = int(block_x()); number < keys.items; number += int(grid_x())) {
-      const WholeKeys::Item item = keys.item(number);
+    WholeKeys::Item item = first_item;
+    for (int number = int(block_x()); number < keys.items; item = keys.item(number += int(grid_x()))) {
+      whole_barrier();  // what is read lies where attention leaves its own: a product's sums, those of the item before
       attention.head = item.head;
       typename Attention::Tile tile = {};
       // The place in the ring is that of the first of two warps before, and behind both afterwards.
@@ -468,7 +469,6 @@ struct Whole {
       attention.leave(own);
       whole_barrier();
       attention.join(item.share, has_own, factor);
-      whole_barrier();
     }
   }
 

@@ -229,11 +229,6 @@ DEVICE void load_once(uint32_t (&to)[4], const void* from) {
                : "l"(__cvta_generic_to_global(from)));
 }
 
-// Asks for 128 bytes for the cache of the second level.
-DEVICE void prefetch(const void* from) {
-  asm volatile("prefetch.global.L2 [%0];" ::"l"(__cvta_generic_to_global(from)));
-}
-
 // Copies of whole rows, by the copy engine where there is one (compute capability 9.0): `barrier` is done
 // when one thread has said how many bytes it expects and they have come. Elsewhere by the threads.
 using CopyBarrier = uint64_t;
