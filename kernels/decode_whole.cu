@@ -414,7 +414,7 @@ struct Whole {
     const int following = kind == WHOLE_LOGITS ? product : product + 1;
     const Addresses next(args.products[following], shares[following].which);
     multiply<Format>(ring, share, units);
-    ring.advance(units.left + share.units_of(warp() ^ WHOLE_BRINGING));
+    ring.skip(units.left + share.units_of(warp() ^ WHOLE_BRINGING));
     whole_barrier();
     if (kind == WHOLE_QKV) {
       finish_qkv(share, at, aid, by);

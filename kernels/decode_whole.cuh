@@ -229,6 +229,9 @@ struct WholeRing {
     empty = full + WHOLE_SLOTS_MAX;
     slots = shared_memory() + args.rings_at + which * count * slot_bytes;
     slot = parity = 0;
+    // Or they would be read again for each unit.
+    keep_in_register(slot_bytes);
+    keep_in_register(count);
   }
   DEVICE void start() const {
     for (int i = 0; i < count; ++i) {
@@ -238,12 +241,16 @@ struct WholeRing {
     barriers_started();
   }
   DEVICE unsigned char* at() const { return slots + slot * slot_bytes; }
+  // By at most a turn.
   DEVICE void advance(int by) {
     slot += by;
-    while (slot >= count) {
-      slot -= count;
-      parity ^= 1;
-    }
+    const bool wraps = slot >= count;
+    slot -= wraps ? count : 0;
+    parity ^= int(wraps);
+  }
+  DEVICE void skip(int by) {
+    for (; by > count; by -= count) parity ^= 1;
+    advance(by);
   }
   // The unit of this place, when it is there.
   DEVICE const unsigned char* take() const {

@@ -266,6 +266,8 @@ DEVICE bool elected() {
   asm volatile("{\n.reg .pred p;\nelect.sync _|p, 0xffffffff;\nselp.u32 %0, 1, 0, p;\n}" : "=r"(is_it));
   return is_it != 0;
 }
+// A number that would otherwise be read again where it comes from.
+DEVICE void keep_in_register(int& number) { asm volatile("" : "+r"(number)); }
 // A barrier in shared memory. A phase ends when `count` threads have arrived and all announced bytes have.
 using CountingBarrier = uint64_t;
 DEVICE void barrier_start(CountingBarrier* at, int count) {

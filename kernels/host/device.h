@@ -183,6 +183,7 @@ float half_to_float(uint16_t half);
 inline float widen_half(uint32_t word) { return half_to_float(uint16_t(word)); }
 inline void load_once(uint32_t (&to)[4], const void* from) { memcpy(to, from, 16); }
 
+inline void keep_in_register(int&) {}
 inline bool elected() { return lane() == 0; }
 using CopyBarrier = uint64_t;
 inline void barrier_start(CopyBarrier* at) { emulation::start_barrier(at, 1); }

@@ -120,12 +120,13 @@ fn cases_by_bytes() -> Vec<Case> {
             past: 63,
             ..small
         },
-        // A warp has several tiles of keys, the last token is the only one of its share, and blocks have several shares.
+        // A warp has several tiles of keys, the last token is the only one of its share, and blocks have several shares, also two
+        // with the last token one after the other (of five multiprocessors).
         Case {
             name: "Q4_K by bytes, many keys",
             width: 256,
             inner: 256,
-            heads: [8, 4, 64],
+            heads: [12, 6, 64],
             vocab: 50,
             layers,
             formats: SAME(k4),
