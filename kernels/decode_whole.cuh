@@ -263,8 +263,8 @@ struct WholeRing {
     if (lane() == 0) barrier_arrive(empty + slot);
   }
   // Before a unit is asked for, by one thread: there is a place, and of `before` earlier ones at most so many are on their way.
-  // So those that long before a unit that came have come, too: a warp takes the unit two places on, or the next one, and what
-  // was in that place a turn ago cannot be still to come, which has the same parity.
+  // So those that long before a unit that came have come, too: a warp takes units that are at most three places
+  // apart, or all warps met in between, and what was in a unit's place a turn ago cannot be still to come, which has the same parity.
   DEVICE void wait_for_place(int before, int most) const {
     barrier_wait(empty + slot, parity ^ 1);
     if (before < most) return;

@@ -37,8 +37,8 @@ const SCRATCH: usize = 128;
 const BARRIERS: usize = 1024;
 /// Where copies of the machine end.
 const ALIGNMENT: usize = 128;
-/// Places of a ring, of which each warp that brings has one: more than two units of a warp and those that are on their
-/// way, see `WholeRing`.
+/// Places of a ring, of which each warp that brings has one: a warp takes units that are three apart, and three more
+/// are on their way, see `WholeRing::wait_for_place`.
 const SLOTS: std::ops::RangeInclusive<usize> = 6..=16;
 /// Bytes of a `BoxMap`.
 const MAP_BYTES: u64 = (TILE_MAP * size_of::<u64>()) as u64;
