@@ -63,6 +63,9 @@ struct Whole {
       const WholeMatrix& matrix = args.products[i].matrix[shares[i].which];
       map_ready(matrix.map);
       map_ready(matrix.second_map);
+      if (args.products[i].kind != WHOLE_QKV) continue;
+      map_ready(args.products[i].matrix[1].second_map);
+      map_ready(args.products[i].matrix[2].second_map);
     }
     block_barrier();
   }
@@ -442,7 +445,8 @@ struct Whole {
       auto take = [&](int start) {
         const bool has_second = start + WholeKeys::SECOND < item.end;
         if (is_second) ring.advance(2);
-        if (!is_second || has_second) attention.load(tile, ring);
+        const int first = start + (is_second ? WholeKeys::SECOND : 0);
+        if (first < item.end) attention.load(tile, ring, first, item.end);
         if (!is_second && has_second) ring.advance(2);
       };
       int start = item.begin + WholeKeys::EACH * which;

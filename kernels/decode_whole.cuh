@@ -15,7 +15,7 @@ struct WholeMatrix {
   int64_t blocks;         // that share it
   int64_t tile_outs;      // outputs of a tile
   const BoxMap* map;      // boxes of a tile's rows and a unit's columns; null: rows are copied one by one
-  const BoxMap* second_map;  // of `second`
+  const BoxMap* second_map;  // of `second`; of keys and values of the cache, in boxes of 16 tokens of a head
 };
 
 // What is multiplied, and what follows: queries, keys and values; attention, added to the residual stream; gate and up;
@@ -273,13 +273,6 @@ struct WholeRing {
   }
 };
 
-// Sixteen keys or values of a head in a place of a ring. Rows are 16 bytes longer, so that lanes that load 16 bytes each of several
-// find most of them in different banks.
-template <int D>
-struct KeyTile {
-  static constexpr int ROW_BYTES = 2 * D + 16;
-};
-
 // How the keys of a token are shared out: parts of a head's, a block's each, of which a warp has 16 at a time. Where many
 // are a block's, a warp has others 128 on.
 struct WholeKeys {
@@ -303,26 +296,21 @@ struct WholeKeys {
 };
 
 // Brings keys and values of earlier tokens to the two warps that have the ring: of each step keys and values of the first, and of
-// the second if there are so many. What comes after the last key is that one again.
+// the second if there are so many.
 template <int D>
 DEVICE void bring_keys(const WholeArgs& args, const WholeProduct& qkv, WholeRing& ring, int& before, int which) {
   const WholeKeys keys(args);
-  const int64_t stride = args.key_heads * D;
   for (int number = int(block_x()); number < keys.items; number += int(grid_x())) {
     const WholeKeys::Item item = keys.item(number);
     for (int start = item.begin + WholeKeys::EACH * which; start < item.end; start += WholeKeys::STEP) {
       for (int i = 0; i < 4; ++i) {
         const int first = start + (i / 2) * WholeKeys::SECOND;
         if (first >= item.end) break;
-        const bf16* from = qkv.matrix[1 + i % 2].to + item.head * D;
         if (elected()) {
           ring.wait_for_place(before, WHOLE_UNDER_WAY);
           CountingBarrier* came = ring.full + ring.slot;
           barrier_arrive_expecting(came, WholeKeys::EACH * D * int(sizeof(bf16)));
-          for (int row = 0; row < WholeKeys::EACH; ++row) {
-            const int key = first + row < item.end ? first + row : item.end - 1;
-            copy_row(ring.at() + row * KeyTile<D>::ROW_BYTES, from + key * stride, D * int(sizeof(bf16)), came);
-          }
+          copy_box(ring.at(), qkv.matrix[1 + i % 2].second_map, item.head * (D / 2), first, came);
         }
         warp_barrier();
         ring.advance(1);
@@ -405,6 +393,10 @@ DEVICE void bring_weights(const WholeArgs& args, const WholeShares& shares, int 
       warp_barrier();
       ring.advance(1);
       ++before;
+      if (i == 0 && which == 1 && share.kind == WHOLE_QKV && elected()) {
+        prefetch_map(args.products[product].matrix[1].second_map);
+        prefetch_map(args.products[product].matrix[2].second_map);
+      }
       if (i == 0 && which == 0 && product + 1 < args.count && elected()) {
         const WholeWeights next(args.products[product + 1], shares[product + 1]);
         prefetch_map(next.map);

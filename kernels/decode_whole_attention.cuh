@@ -15,10 +15,11 @@ struct WholeAttention {
   const WholeArgs& args;
   int head;
 
-  // Takes keys and values from two places of the ring.
-  DEVICE void load(Tile& tile, WholeRing& ring) const {
+  // Takes keys and values from `first` on from two places of the ring. Values from `end` on, which may be anything, become zeros;
+  // scores of such keys are hidden later.
+  DEVICE void load(Tile& tile, WholeRing& ring, int first, int end) const {
     const int n = lane() >> 2, c = lane() & 3;
-    constexpr int ROW = KeyTile<D>::ROW_BYTES;
+    constexpr int ROW = 2 * D;
     const unsigned char* keys = ring.take() + n * ROW + 16 * c;
     UNROLL
     for (int i = 0; i < 2; ++i) {
@@ -32,7 +33,9 @@ struct WholeAttention {
     for (int part = 0; part < PARTS; ++part) {
       UNROLL
       for (int i = 0; i < 4; ++i) {
-        tile.value[part][i] = load_words(values + (8 * (i >> 1) + (i & 1)) * ROW + 128 * part);
+        const int row = 8 * (i >> 1) + (i & 1);
+        tile.value[part][i] = {{0, 0, 0, 0}};
+        if (first + 2 * c + row < end) tile.value[part][i] = load_words(values + row * ROW + 128 * part);
       }
     }
     ring.give_back();

@@ -197,11 +197,12 @@ impl Product<'_> {
         self.parts.iter().map(of).max().unwrap_or(0)
     }
 
-    /// Boxes of a tile's rows and a unit's columns of each matrix, and of a gate's other one; `None` where rows
-    /// are copied one by one.
-    fn boxes(&self, part: &Part) -> [Option<Boxes>; 2] {
+    /// Boxes of a tile's rows and a unit's columns of each matrix, `None` where rows are copied one by one; and of a
+    /// gate's other matrix, or of a cache of so many tokens and with heads of that width.
+    fn boxes(&self, part: &Part, cache: [usize; 2]) -> [Option<Boxes>; 2] {
+        let second = self.cache_boxes(part, cache);
         let unit = Unit::of(part.stored.format).filter(|unit| unit.in_columns);
-        let Some(unit) = unit else { return [None, None] };
+        let Some(unit) = unit else { return [None, second] };
         let of = |address: u64, rows: usize| {
             let boxes = Boxes {
                 address,
@@ -215,12 +216,24 @@ impl Product<'_> {
         let first = of(part.stored.bytes, part.stored.outs);
         match (self.kind, part.second) {
             // Pairs in a head are rows of the same matrix.
-            (Kind::Qkv, _) | (_, 0) => [first, None],
-            (_, second) => match of(second, part.stored.outs) {
+            (Kind::Qkv, _) | (_, 0) => [first, second],
+            (_, other) => match of(other, part.stored.outs) {
                 Some(second) => [first, Some(second)],
                 None => [None, None],
             },
         }
+    }
+
+    /// Boxes of keys or values of a head, of those parts that have a cache.
+    fn cache_boxes(&self, part: &Part, [rows, head_dim]: [usize; 2]) -> Option<Boxes> {
+        let boxes = Boxes {
+            address: part.to,
+            rows,
+            row_bytes: 2 * part.outs * size_of::<half::bf16>(),
+            box_rows: TILE,
+            box_bytes: head_dim * size_of::<half::bf16>(),
+        };
+        (self.kind == Kind::Qkv && part.to != 0).then_some(boxes)
     }
 
     /// `maps` holds what [`Self::boxes`] came to; `shape` is the number of its shape and whether it is the first of it.
@@ -323,12 +336,18 @@ impl Builder {
             return Ok(None);
         }
         let Some(products) = self.products(model) else { return Ok(None) };
-        let Sizes { heads, kv_heads, head_dim, .. } = self.sizes;
+        let Sizes { heads, kv_heads, head_dim, capacity, .. } = self.sizes;
+        let caches = products.iter().flat_map(|product| {
+            product.parts.iter().filter_map(|part| product.cache_boxes(part, [capacity, head_dim]))
+        });
+        if !caches.into_iter().all(|boxes| boxes.fit()) {
+            return Ok(None);
+        }
         // Sums of warps, with their maxima and sums, the token's own scores, and rows that are handed on.
         let rows = (GROUP + 2) * ((head_dim >> 1) + 4);
         let attention_floats = WARPS * GROUP * (head_dim + 2) + GROUP + rows;
-        // Keys or values of a warp in a ring, whose rows are longer than they are.
-        let keys_bytes = TILE * (2 * head_dim + 16);
+        // Keys or values of a warp in a ring.
+        let keys_bytes = TILE * head_dim * size_of::<half::bf16>();
         let attention_bytes = [attention_floats * size_of::<f32>(), keys_bytes];
         let shapes = shapes(&products);
         let Some(places) = Places::of(&products, &shapes, attention_bytes, self.limits) else {
@@ -392,13 +411,15 @@ impl Builder {
 
     /// What the copies of boxes need, in device memory, and the place of each, 0 where there is none.
     fn maps(&self, products: &[Product<'_>]) -> Result<(Output, Vec<u64>)> {
+        let Sizes { capacity, head_dim, .. } = self.sizes;
         let mut maps = Args::default();
         let parts = || {
             products
                 .iter()
                 .flat_map(|product| product.parts.iter().map(move |part| (product, part)))
         };
-        let boxes: Vec<_> = parts().flat_map(|(product, part)| product.boxes(part)).collect();
+        let boxes: Vec<_> =
+            parts().flat_map(|(product, part)| product.boxes(part, [capacity, head_dim])).collect();
         boxes.iter().flatten().try_for_each(|boxes| maps.boxes(&self.device, boxes))?;
         let stored = self.stored_args(&maps)?;
         let mut next = stored.address();

@@ -268,7 +268,9 @@ impl Decoder {
         let near = |x: &Tensor| x.to_dtype(DType::BF16)?.to_device(&self.device);
         let [_, kv_heads, d] = self.heads;
         let room = |filled: &Tensor| -> Result<Tensor> {
-            let all = Tensor::zeros((1, self.capacity, kv_heads, d), DType::BF16, &self.device)?;
+            // What comes later must not be seen, whatever it is.
+            let all = Tensor::full(f32::NAN, (1, self.capacity, kv_heads, d), &self.device)?;
+            let all = all.to_dtype(DType::BF16)?;
             if self.past > 0 {
                 all.slice_set(&near(filled)?.unsqueeze(0)?, 1, 0)?;
             }
