@@ -336,13 +336,7 @@ impl Builder {
             return Ok(None);
         }
         let Some(products) = self.products(model) else { return Ok(None) };
-        let Sizes { heads, kv_heads, head_dim, capacity, .. } = self.sizes;
-        let caches = products.iter().flat_map(|product| {
-            product.parts.iter().filter_map(|part| product.cache_boxes(part, [capacity, head_dim]))
-        });
-        if !caches.into_iter().all(|boxes| boxes.fit()) {
-            return Ok(None);
-        }
+        let Sizes { heads, kv_heads, head_dim, .. } = self.sizes;
         // Sums of warps, with their maxima and sums, the token's own scores, and rows that are handed on.
         let rows = (GROUP + 2) * ((head_dim >> 1) + 4);
         let attention_floats = WARPS * GROUP * (head_dim + 2) + GROUP + rows;
@@ -451,8 +445,14 @@ impl Builder {
         self.norm(model.norm)?;
         let row = Row::Normed(model.norm);
         products.push(Product { kind: Kind::Logits, row, parts: vec![head] });
-        let limits = self.limits;
-        products.iter().all(|product| product.fits(width, limits)).then_some(products)
+        let (limits, cache) = (self.limits, [self.sizes.capacity, self.sizes.head_dim]);
+        let caches_fit = |product: &Product<'_>| {
+            let mut boxes =
+                product.parts.iter().filter_map(|part| product.cache_boxes(part, cache));
+            boxes.all(|boxes| boxes.fit())
+        };
+        let fits = |product: &Product<'_>| product.fits(width, limits) && caches_fit(product);
+        products.iter().all(fits).then_some(products)
     }
 
     fn products_of<'a>(&mut self, layer: &DecodeLayer<'a>) -> Option<[Product<'a>; 4]> {
