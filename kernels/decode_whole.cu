@@ -265,8 +265,7 @@ struct Whole {
     float* sums_at = reinterpret_cast<float*>(shared_memory() + share.sums_at);
     typename Row::Columns columns = Row::columns(x, g, t);
     const int units = share.units, blocks = share.blocks;
-    auto& [left, tile, unit] = own;
-    int others = share.units_of(warp() ^ WHOLE_BRINGING);  // left
+    auto& [left, tile, unit, others] = own;
     if (warp() >= WHOLE_BRINGING) ring.advance(1);
     float sums[1][2] = {{0.0f, 0.0f}};
     uint32_t offset[2] = {0, 0};  // of a tile's weights
@@ -417,7 +416,7 @@ struct Whole {
     const int following = kind == WHOLE_LOGITS ? product : product + 1;
     const Addresses next(args.products[following], shares[following].which);
     multiply<Format>(ring, share, units);
-    ring.skip(units.left + share.units_of(warp() ^ WHOLE_BRINGING));
+    ring.skip(units.left + units.others);
     whole_barrier();
     if (kind == WHOLE_QKV) {
       finish_qkv(share, at, aid, by);
@@ -436,6 +435,7 @@ struct Whole {
     Attention attention{args, 0};
     const int which = warp() % WHOLE_BRINGING;
     const bool is_second = warp() >= WHOLE_BRINGING;
+    const int ahead = is_second ? WholeKeys::SECOND : 0;  // of the keys of the first of two warps
     WholeKeys::Item item = first_item;
     for (int number = int(block_x()); number < keys.items; item = keys.item(number += int(grid_x()))) {
       whole_barrier();  // what is read lies where attention leaves its own: a product's sums, those of the item before
@@ -445,8 +445,7 @@ struct Whole {
       auto take = [&](int start) {
         const bool has_second = start + WholeKeys::SECOND < item.end;
         if (is_second) ring.advance(2);
-        const int first = start + (is_second ? WholeKeys::SECOND : 0);
-        if (first < item.end) attention.load(tile, ring, first, item.end);
+        if (start + ahead < item.end) attention.load(tile, ring, start + ahead, item.end);
         if (!is_second && has_second) ring.advance(2);
       };
       int start = item.begin + WholeKeys::EACH * which;
@@ -466,8 +465,7 @@ struct Whole {
       for (; start < item.end; start += WholeKeys::STEP) {
         if (!is_there) take(start);
         is_there = false;
-        const int first = start + (is_second ? WholeKeys::SECOND : 0);
-        if (first < item.end) attention.add(own, tile, query, first, item.end, factor);
+        if (start + ahead < item.end) attention.add(own, tile, query, start + ahead, item.end, factor);
       }
       own.finish();
       attention.leave(own);
@@ -481,7 +479,7 @@ struct Whole {
 #ifdef HAS_GROUP_PRODUCTS
       registers_give<56>();
 #endif
-      return bring_weights<D>(args, shares, warp() - WHOLE_WARPS);
+      return bring_weights<D>(args, shares, keys, warp() - WHOLE_WARPS);
     }
 #ifdef HAS_GROUP_PRODUCTS
     registers_take<216>();

@@ -108,14 +108,15 @@ struct WholeShare : UnitPlan {
     return left < tile_outs ? left : tile_outs;
   }
 };
-// A warp's units of a product: how many, and the first.
+// A warp's units of a product: how many, and the first; and how many the other warp has that has the ring.
 struct WholeUnits {
-  int left, tile, unit;
+  int left, tile, unit, others;
   DEVICE WholeUnits(const WholeShare& share, int warp) {
     const int from = warp * share.per_warp;
     left = share.units_of(warp);
     tile = from / share.units;
     unit = from - tile * share.units;
+    others = share.units_of(warp ^ WHOLE_BRINGING);
   }
 };
 // `ops/cuda/decode/whole.rs` leaves room for as many bytes.
@@ -273,6 +274,23 @@ struct WholeRing {
   }
 };
 
+// A ring in the warp that fills it.
+struct WholeBringing : WholeRing {
+  int before = 0;  // units that were asked for
+  using WholeRing::WholeRing;
+  // The next unit: `bring(place, came)` in one thread, when at most so many are on their way.
+  template <class Bring>
+  DEVICE void ask(int most, const Bring& bring) {
+    if (elected()) {  // others must not wait: they could come late and miss a phase
+      wait_for_place(before, most);
+      bring(at(), full + slot);
+    }
+    warp_barrier();
+    advance(1);
+    ++before;
+  }
+};
+
 // How the keys of a token are shared out: parts of a head's, a block's each, of which a warp has 16 at a time. Where many
 // are a block's, a warp has others 128 on.
 struct WholeKeys {
@@ -298,23 +316,17 @@ struct WholeKeys {
 // Brings keys and values of earlier tokens to the two warps that have the ring: of each step keys and values of the first, and of
 // the second if there are so many.
 template <int D>
-DEVICE void bring_keys(const WholeArgs& args, const WholeProduct& qkv, WholeRing& ring, int& before, int which) {
-  const WholeKeys keys(args);
+DEVICE void bring_keys(const WholeKeys& keys, const WholeProduct& qkv, WholeBringing& ring, int which) {
   for (int number = int(block_x()); number < keys.items; number += int(grid_x())) {
     const WholeKeys::Item item = keys.item(number);
     for (int start = item.begin + WholeKeys::EACH * which; start < item.end; start += WholeKeys::STEP) {
       for (int i = 0; i < 4; ++i) {
         const int first = start + (i / 2) * WholeKeys::SECOND;
         if (first >= item.end) break;
-        if (elected()) {
-          ring.wait_for_place(before, WHOLE_UNDER_WAY);
-          CountingBarrier* came = ring.full + ring.slot;
+        ring.ask(WHOLE_UNDER_WAY, [&](unsigned char* to, CountingBarrier* came) {
           barrier_arrive_expecting(came, WholeKeys::EACH * D * int(sizeof(bf16)));
-          copy_box(ring.at(), qkv.matrix[1 + i % 2].second_map, item.head * (D / 2), first, came);
-        }
-        warp_barrier();
-        ring.advance(1);
-        ++before;
+          copy_box(to, qkv.matrix[1 + i % 2].second_map, item.head * (D / 2), first, came);
+        });
       }
     }
   }
@@ -367,9 +379,8 @@ DEVICE void bring_rows(const WholeWeights& weights, const WholeShare& share, uns
 
 // Brings the weights of all products, and the keys between them, to two warps that multiply.
 template <int D>
-DEVICE void bring_weights(const WholeArgs& args, const WholeShares& shares, int which) {
-  WholeRing ring(args, which);
-  int before = 0;  // units that were asked for
+DEVICE void bring_weights(const WholeArgs& args, const WholeShares& shares, const WholeKeys& keys, int which) {
+  WholeBringing ring(args, which);
   for (int product = 0; product < args.count; ++product) {
     const WholeShare& share = shares[product];
     const WholeWeights weights(args.products[product], share);
@@ -382,17 +393,13 @@ DEVICE void bring_weights(const WholeArgs& args, const WholeShares& shares, int 
       const int at = warp * share.per_warp + (in_turn ? i / 2 : i - second);
       const int tile = quotient(at, share.by_units), unit = at - tile * share.units;
       const TileBoxes boxes(weights, share, tile);
-      if (elected()) {  // others must not wait: they could come late and miss a phase
-        ring.wait_for_place(before, i < early ? WHOLE_UNDER_WAY_EARLY : WHOLE_UNDER_WAY);
+      ring.ask(i < early ? WHOLE_UNDER_WAY_EARLY : WHOLE_UNDER_WAY, [&](unsigned char* to, CountingBarrier* came) {
         if (boxes.there) {
-          boxes.bring(weights, share, ring.at(), unit, ring.full + ring.slot);
+          boxes.bring(weights, share, to, unit, came);
         } else {
-          bring_rows(weights, share, ring.at(), ring.full + ring.slot, tile, unit);
+          bring_rows(weights, share, to, came, tile, unit);
         }
-      }
-      warp_barrier();
-      ring.advance(1);
-      ++before;
+      });
       if (i == 0 && which == 1 && share.kind == WHOLE_QKV && elected()) {
         prefetch_map(args.products[product].matrix[1].second_map);
         prefetch_map(args.products[product].matrix[2].second_map);
@@ -403,7 +410,7 @@ DEVICE void bring_weights(const WholeArgs& args, const WholeShares& shares, int 
         prefetch_map(next.second_map);
       }
     }
-    if (share.kind == WHOLE_QKV) bring_keys<D>(args, args.products[product], ring, before, which);
+    if (share.kind == WHOLE_QKV) bring_keys<D>(keys, args.products[product], ring, which);
   }
 }
 

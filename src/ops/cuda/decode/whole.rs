@@ -155,7 +155,7 @@ impl Product<'_> {
     }
 
     /// Whether the kernel takes it.
-    fn fits(&self, width: usize, limits: Limits) -> bool {
+    fn fits(&self, width: usize, cache: [usize; 2], limits: Limits) -> bool {
         let depth = self.depth();
         let suits = |part: &Part| {
             let weights = part.stored.weights(if self.kind == Kind::Qkv { 2 } else { 1 });
@@ -167,7 +167,11 @@ impl Product<'_> {
                 && u32::try_from(part.stored.size()).is_ok()
         };
         let normed = matches!(self.row, Row::Normed(_));
-        depth > 0 && self.parts.iter().all(suits) && (!normed || depth == width)
+        let mut caches = self.parts.iter().filter_map(|part| self.cache_boxes(part, cache));
+        depth > 0
+            && self.parts.iter().all(suits)
+            && caches.all(|boxes| boxes.fit())
+            && (!normed || depth == width)
     }
 
     /// What products have in common that blocks share out alike.
@@ -446,13 +450,7 @@ impl Builder {
         let row = Row::Normed(model.norm);
         products.push(Product { kind: Kind::Logits, row, parts: vec![head] });
         let (limits, cache) = (self.limits, [self.sizes.capacity, self.sizes.head_dim]);
-        let caches_fit = |product: &Product<'_>| {
-            let mut boxes =
-                product.parts.iter().filter_map(|part| product.cache_boxes(part, cache));
-            boxes.all(|boxes| boxes.fit())
-        };
-        let fits = |product: &Product<'_>| product.fits(width, limits) && caches_fit(product);
-        products.iter().all(fits).then_some(products)
+        products.iter().all(|product| product.fits(width, cache, limits)).then_some(products)
     }
 
     fn products_of<'a>(&mut self, layer: &DecodeLayer<'a>) -> Option<[Product<'a>; 4]> {
