@@ -13,6 +13,9 @@
 // After the picture's own slabs come those of a second picture with the result's sides, which is
 // multiplied pixel by pixel: the shortcut of a residual block. An identity there adds the second picture
 // exactly, since sums are float32.
+//
+// Where a block has all outputs of its pixels, it can norm them over the channels and apply SiLU before they
+// are rounded and written, as pixel_norm would after it.
 #pragma once
 #include "attention.cuh"
 
@@ -22,11 +25,13 @@ struct ConvArgs {
   const bf16* shortcut;  // [b][out_height][out_width][shortcut_channels], or null
   const bf16* shortcut_weight;  // [outs][shortcut_channels]
   const float* bias;     // [outs], or null
+  const float* gamma;    // [outs], of the norm of the result; or null, if that is not normed
   bf16* y;               // [b][out_height][out_width][outs]
   int64_t batches, channels, shortcut_channels, outs;  // multiples of 8 but for the first
   int64_t height, width, out_height, out_width;
   int64_t kernel_height, kernel_width, stride, pad_top, pad_left;  // kernels: at most 3 high
   int64_t enlarge;       // 1 where each pixel of x counts as 2 × 2
+  int64_t norm_channels; // outputs that are no filling, of which the norm is
 };
 
 constexpr int CONV_SIDE = 16, CONV_PIXELS = CONV_SIDE * CONV_SIDE;
@@ -182,6 +187,44 @@ DEVICE void transpose_quad(uint32_t (&words)[4]) {
   }
 }
 
+struct OutPair {
+  float low, high;
+};
+
+// The two numbers of `of: [outs]` that belong to the sums of block n in this lane; zeros behind the last.
+DEVICE OutPair of_outs(const ConvArgs& args, const ConvTile& tile, const float* of, int n) {
+  const int out = tile.out + 8 * n + 2 * (lane() & 3);
+  if (out >= args.outs) return {0.0f, 0.0f};
+  return {of[out], of[out + 1]};
+}
+
+// y / max(|y|, 1e-12) * sqrt(channels) * gamma of 16 pixels, and SiLU of it. Four lanes have a pixel's outputs.
+template <int BLOCKS>
+DEVICE void norm_pixels(const ConvArgs& args, const ConvTile& tile, float (&sums)[BLOCKS][4]) {
+  float factors[2];
+  UNROLL
+  for (int half = 0; half < 2; ++half) {
+    float squares = 0.0f;
+    UNROLL
+    for (int n = 0; n < BLOCKS; ++n) {
+      const float low = sums[n][2 * half], high = sums[n][2 * half + 1];
+      squares += low * low + high * high;
+    }
+    const float length = sqrtf(sum_lanes(squares, 4));
+    // Not a maximum, which would hide NaN.
+    factors[half] = sqrtf(float(args.norm_channels)) / (length < 1e-12f ? 1e-12f : length);
+  }
+  UNROLL
+  for (int n = 0; n < BLOCKS; ++n) {
+    const OutPair gamma = of_outs(args, tile, args.gamma, n);
+    UNROLL
+    for (int part = 0; part < 4; ++part) {
+      const float y = sums[n][part] * factors[part >> 1] * (part & 1 ? gamma.high : gamma.low);
+      sums[n][part] = y * sigmoid(y);
+    }
+  }
+}
+
 // Writes 16 pixels as multiply_add lays them out: `sums` of BLOCKS times 8 outputs. The first eight pixels begin
 // at `row` and `column` of the tile; the others are below or beside them.
 template <int BLOCKS, bool BELOW>
@@ -190,12 +233,12 @@ DEVICE void finish_pixels(const ConvArgs& args, const ConvTile& tile, int row, i
   const int outs = int(args.outs);
   UNROLL
   for (int n = 0; n < BLOCKS; ++n) {
-    const int out = tile.out + 8 * n + 2 * (lane() & 3);
-    if (!args.bias || out >= outs) continue;
-    const float bias[2] = {args.bias[out], args.bias[out + 1]};
+    if (!args.bias) continue;
+    const OutPair bias = of_outs(args, tile, args.bias, n);
     UNROLL
-    for (int part = 0; part < 4; ++part) sums[n][part] += bias[part & 1];
+    for (int part = 0; part < 4; ++part) sums[n][part] += part & 1 ? bias.high : bias.low;
   }
+  if (args.gamma) norm_pixels(args, tile, sums);
   UNROLL
   for (int half = 0; half < 2; ++half) {
     const int y = tile.y + row + (BELOW ? half : 0);

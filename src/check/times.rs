@@ -21,8 +21,8 @@ use crate::{
     },
     error::Result,
     ops::{
-        self, Conv2dShape, JointShape, JointStream, Mask, PackedConv2d, PackedLinear, Padding,
-        Picture, Sinusoids,
+        self, Conv2dShape, JointShape, JointStream, Mask, NormedConv2d, PackedConv2d, PackedLinear,
+        Padding, Picture, Sinusoids,
         cuda::{Format, StoredMatrix, has_hopper, use_blas_lt, with_hopper},
     },
     progress::CancelToken,
@@ -294,23 +294,41 @@ fn rows(timer: &mut Timer<'_>, shrink: usize) -> Result<()> {
         ops::gelu_tanh(&wide)?;
         Ok(())
     });
-    let side = 1024_usize.div_ceil(shrink);
-    let picture = random(device, &[1, 96, side, side])?;
-    let weight = random(device, &[96, 96, 3, 3])?;
+    pictures(timer, shrink)
+}
+
+/// What the autoencoder does at its largest sides.
+fn pictures(timer: &mut Timer<'_>, shrink: usize) -> Result<()> {
+    let device = timer.device;
     let shape = Conv2dShape { stride: 1, padding: Padding::all(1) };
-    let conv = PackedConv2d::new(&weight, None, shape)?;
-    let work = amount(&[2, side, side, 96, 96, 9]) / 1e12;
-    let picture = Picture::new(picture)?;
-    timer.time(format!("convolution 3 × 3, 96 channels, side {side}"), (work, "TFLOP/s"), || {
-        conv.apply(&picture)?;
-        Ok(())
-    });
-    let gamma = random(device, &[96])?;
-    let work = amount(&[2, side, side, 96, 2]) / 1e9;
-    timer.time(format!("channel norm and silu, 96 channels, side {side}"), (work, "GB/s"), || {
-        picture.rms_norm_silu(&gamma)?;
-        Ok(())
-    });
+    for (channels, side) in [(96, 1024), (192, 512)] {
+        let side = usize::div_ceil(side, shrink);
+        let picture = Picture::new(random(device, &[1, channels, side, side])?)?;
+        let conv = random(device, &[channels, channels, 3, 3])?;
+        let conv = PackedConv2d::new(&conv, None, shape)?;
+        let gamma = random(device, &[channels])?;
+        let normed = NormedConv2d::new(conv.clone(), gamma.clone())?;
+        let work = (amount(&[2, side, side, channels, channels, 9]) / 1e12, "TFLOP/s");
+        let name = format!("convolution 3 × 3, {channels} channels, side {side}");
+        timer.time(name.clone(), work, || {
+            conv.apply(&picture)?;
+            Ok(())
+        });
+        timer.time(format!("{name}, with norm and silu"), work, || {
+            normed.apply(picture.clone())?;
+            Ok(())
+        });
+        timer.time(format!("{name}, norm and silu after it"), work, || {
+            conv.apply(&picture)?.rms_norm_silu(&gamma)?;
+            Ok(())
+        });
+        let work = (amount(&[2, side, side, channels, 2]) / 1e9, "GB/s");
+        let name = format!("channel norm and silu, {channels} channels, side {side}");
+        timer.time(name, work, || {
+            picture.rms_norm_silu(&gamma)?;
+            Ok(())
+        });
+    }
     Ok(())
 }
 

@@ -10,7 +10,8 @@ pub use low_rank::LowRank;
 use crate::{
     error::Result,
     ops::{
-        self, Conv2dShape, PackedConv2d, PackedLinear, Picture, ResidualConv2d, cuda::StoredMatrix,
+        self, Conv2dShape, NormedConv2d, PackedConv2d, PackedLinear, Picture, ResidualConv2d,
+        cuda::StoredMatrix,
     },
     weights::Weights,
 };
@@ -189,6 +190,14 @@ impl Conv2d {
     /// Another number of channels, or a failure of the device.
     pub fn forward_enlarged(&self, x: Picture) -> TensorResult<Picture> {
         self.0.apply_enlarged(x)
+    }
+
+    /// This convolution with `norm` of its result and SiLU after it.
+    ///
+    /// # Errors
+    /// A norm of another number of channels, or a failure of the device.
+    pub fn normed(self, norm: ChannelRmsNorm) -> TensorResult<NormedConv2d> {
+        NormedConv2d::new(self.0, norm.0)
     }
 
     /// This convolution with what `shortcut` makes of a second picture, or that picture itself, added

@@ -45,7 +45,7 @@ pub use norm::{
     modulated_layer_norm, rms_norm,
 };
 pub use patches::{pack_patches, unpack_patches};
-pub use picture::{Picture, ResidualConv2d};
+pub use picture::{NormedConv2d, Picture, ResidualConv2d};
 pub use rope::{rotate_halves, rotate_pairs};
 pub use sampling::{guided_step, rescaled_guidance};
 pub use simd::blocks::{BlockFormat, PackedBlocks};

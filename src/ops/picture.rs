@@ -133,6 +133,41 @@ impl PackedConv2d {
     }
 }
 
+/// A convolution, the norm of its result over the channels, and SiLU.
+#[derive(Debug, Clone)]
+pub struct NormedConv2d {
+    conv: PackedConv2d,
+    gamma: Tensor,
+    /// All three as one product.
+    joined: Option<Box<StoredKernel>>,
+}
+
+impl NormedConv2d {
+    /// [`Picture::rms_norm_silu`] with `gamma: [out]` after `conv`.
+    ///
+    /// # Errors
+    /// Another number of channels, or a failure of the device.
+    pub fn new(conv: PackedConv2d, gamma: Tensor) -> Result<Self> {
+        let joined = conv.stored().map(|kernel| kernel.with_norm(&gamma)).transpose()?;
+        Ok(Self { conv, gamma, joined: joined.map(Box::new) })
+    }
+
+    /// `[b, in, h, w]` → `[b, out, h', w']`.
+    ///
+    /// # Errors
+    /// Another number of channels, or a failure of the device.
+    pub fn apply(&self, x: Picture) -> Result<Picture> {
+        if let (Layout::Pixels(x), Some(kernel)) = (&x.0, &self.joined)
+            && kernel.can_norm(x)
+        {
+            return Ok(kernel.forward(x, (self.conv.shape(), false), None)?.into());
+        }
+        let y = self.conv.apply(&x)?;
+        drop(x);
+        y.rms_norm_silu(&self.gamma)
+    }
+}
+
 /// A convolution beside a shortcut: the end of a residual block.
 #[derive(Debug, Clone)]
 pub struct ResidualConv2d {

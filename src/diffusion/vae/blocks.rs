@@ -9,7 +9,10 @@ use candle_core::{Result as TensorResult, Tensor};
 use crate::{
     error::Result,
     layers::{ChannelRmsNorm, Conv2d},
-    ops::{self, Conv2dShape, LinearWeight, Mask, PackedLinear, Padding, Picture, ResidualConv2d},
+    ops::{
+        self, Conv2dShape, LinearWeight, Mask, NormedConv2d, PackedLinear, Padding, Picture,
+        ResidualConv2d,
+    },
     progress::CancelToken,
     weights::Weights,
 };
@@ -63,8 +66,8 @@ fn plain_conv(weights: &Weights, channels: Channels, shape: Conv2dShape) -> Resu
 #[derive(Debug, Clone)]
 pub(super) struct ResidualBlock {
     norm1: ChannelRmsNorm,
-    conv1: Conv2d,
-    norm2: ChannelRmsNorm,
+    /// With the norm before the second one.
+    conv1: NormedConv2d,
     conv2: ResidualConv2d,
 }
 
@@ -75,22 +78,18 @@ impl ResidualBlock {
             true => None,
             false => Some(pointwise_conv(&weights.pp("conv_shortcut"), channels, output)?),
         };
+        let conv1 = causal_conv(&weights.pp("conv1"), channels)?;
         let conv2 = causal_conv(&weights.pp("conv2"), Channels { input: output, output })?;
         Ok(Self {
             norm1: norm(&weights.pp("norm1"), input)?,
-            conv1: causal_conv(&weights.pp("conv1"), channels)?,
-            norm2: norm(&weights.pp("norm2"), output)?,
+            conv1: conv1.normed(norm(&weights.pp("norm2"), output)?)?,
             conv2: conv2.beside(shortcut)?,
         })
     }
 
     /// `[b, input, h, w]` → `[b, output, h, w]`.
     fn forward(&self, x: Picture) -> TensorResult<Picture> {
-        // Each of these may be the largest tensor of all, so none outlives its use.
-        let y = self.conv1.forward(&self.norm1.forward_silu(&x)?)?;
-        let normed = self.norm2.forward_silu(&y)?;
-        drop(y);
-        self.conv2.apply(normed, x)
+        self.conv2.apply(self.conv1.apply(self.norm1.forward_silu(&x)?)?, x)
     }
 }
 

@@ -22,6 +22,8 @@ pub(in crate::ops) struct StoredKernel {
     weight: Tensor,
     /// `[out]` in float32, filled up likewise.
     bias: Option<Tensor>,
+    /// Of the norm over the channels of the result, which SiLU follows: `[out]` like the bias.
+    gamma: Option<Tensor>,
     /// `[out, in, kh, kw]`.
     dims: [usize; 4],
 }
@@ -42,13 +44,27 @@ impl StoredKernel {
         if !fits || weight.elem_count() == 0 || kh > TAPS || kw > TAPS {
             return Ok(None);
         }
-        let missing = |n: usize| n.next_multiple_of(TOGETHER) - n;
         let weight = weight.permute((3, 2, 0, 1))?.contiguous()?; // (kw, kh, out, in)
-        let weight = weight.pad_with_zeros(2, 0, missing(out))?;
-        let weight = aligned(&weight.pad_with_zeros(3, 0, missing(channels))?)?;
-        let wide = |bias: &Tensor| bias.to_dtype(DType::F32)?.pad_with_zeros(0, 0, missing(out));
+        let weight = weight.pad_with_zeros(2, 0, stored(out) - out)?;
+        let weight = aligned(&weight.pad_with_zeros(3, 0, stored(channels) - channels)?)?;
         let bias = bias.map(wide).transpose()?;
-        Ok(Some(Self { weight, bias, dims: [out, channels, kh, kw] }))
+        Ok(Some(Self { weight, bias, gamma: None, dims: [out, channels, kh, kw] }))
+    }
+
+    /// This kernel with the norm of its result over the channels, of `gamma: [out]`, and SiLU after it, where
+    /// [`Self::can_norm`].
+    pub(in crate::ops) fn with_norm(&self, gamma: &Tensor) -> Result<Self> {
+        let [out, ..] = self.dims;
+        if gamma.dims() != [out] {
+            bail!("channel norm: {:?} does not fit {out} channels", gamma.dims());
+        }
+        Ok(Self { gamma: Some(wide(gamma)?), ..self.clone() })
+    }
+
+    /// Whether a block on the device of `x` has all outputs of a pixel, so that it can norm them.
+    pub(in crate::ops) fn can_norm(&self, x: &Pixels) -> bool {
+        let [out, ..] = self.dims;
+        stored(out) <= Variant::of(stored(out), x.data.device()).outs
     }
 
     /// The matrix that changes no number of this one's result.
@@ -96,7 +112,6 @@ impl StoredKernel {
             (size - kernel).checked_div(stride).map_or(0, |steps| steps + 1)
         };
         let (out_h, out_w) = (steps(tall, kh), steps(wide, kw));
-        let stored = |n: usize| n.next_multiple_of(TOGETHER);
         let mut shortcut_channels = 0;
         if let Some(Shortcut { picture, kernel }) = shortcut {
             shortcut_channels = picture.channels;
@@ -112,15 +127,29 @@ impl StoredKernel {
         args.tensor(Some(&x.data))?.tensor(Some(&self.weight))?;
         args.tensor(shortcut.map(|shortcut| &shortcut.picture.data))?;
         args.tensor(shortcut.map(|shortcut| &shortcut.kernel.weight))?;
-        args.tensor(self.bias.as_ref())?.address(y.address());
+        args.tensor(self.bias.as_ref())?.tensor(self.gamma.as_ref())?.address(y.address());
         args.counts([b, stored(channels), stored(shortcut_channels), stored(out)]);
         args.counts([h, w, out_h, out_w, kh, kw, stride, padding.top, padding.left]);
-        args.flag(enlarge);
+        args.flag(enlarge).count(out);
         let variant = Variant::of(stored(out), device);
+        if self.gamma.is_some() && !self.can_norm(x) {
+            bail!("conv2d: a block has {} of {out} outputs, too few to norm them", variant.outs);
+        }
         let tiles = b * out_h.div_ceil(SIDE) * out_w.div_ceil(SIDE);
         launch(device, &variant.launch(tiles * stored(out).div_ceil(variant.outs), device, args)?)?;
         Ok(Pixels { data: y.into_tensor()?, channels: out })
     }
+}
+
+/// Channels as they lie in memory.
+fn stored(channels: usize) -> usize {
+    channels.next_multiple_of(TOGETHER)
+}
+
+/// `[out]` in float32 and filled up.
+fn wide(numbers: &Tensor) -> Result<Tensor> {
+    let out = numbers.dim(0)?;
+    numbers.to_dtype(DType::F32)?.pad_with_zeros(0, 0, stored(out) - out)
 }
 
 /// A kernel, by the outputs of its blocks.

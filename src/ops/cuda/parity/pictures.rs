@@ -4,7 +4,7 @@ use candle_core::{Result, Tensor, bail};
 
 use super::Suite;
 use crate::ops::{
-    Conv2dShape, PackedConv2d, Padding, Picture, ResidualConv2d,
+    Conv2dShape, NormedConv2d, PackedConv2d, Padding, Picture, ResidualConv2d,
     cuda::{takes, with_hopper},
     picture::Layout,
 };
@@ -31,6 +31,7 @@ pub(super) fn check(suite: &mut Suite) {
     layouts(suite);
     norms(suite);
     convolutions(suite);
+    normed(suite);
     residuals(suite);
 }
 
@@ -126,6 +127,38 @@ fn convolutions(suite: &mut Suite) {
     suite.compare("convolution", "of planes".to_owned(), ([&x, &weight], &[]), |[x, weight]| {
         PackedConv2d::new(weight, None, same(3))?.forward(x)
     });
+}
+
+fn normed(suite: &mut Suite) {
+    // 24, 96 and 192 outputs are all in one block, the last on Hopper alone; 200 and 384 are not.
+    let cases = [
+        ([1, 5, 5, 7], 3, same(3)),
+        ([2, 9, 17, 5], 17, same(3)),
+        ([1, 40, 34, 18], 96, same(3)),
+        ([1, 24, 18, 35], 92, HALVE),
+        ([2, 70, 9, 13], 64, same(3)),
+        ([1, 30, 19, 17], 192, same(3)),
+        ([1, 72, 16, 16], 190, same(1)),
+        ([1, 16, 9, 11], 200, same(3)),
+        ([1, 16, 6, 5], 384, same(3)),
+    ];
+    for (dims, outs, shape) in cases {
+        let side = 1 + 2 * shape.padding.left.max(shape.padding.right);
+        let x = suite.random(&dims);
+        let weight = suite.random(&[outs, dims[1], side, side]);
+        let (bias, gamma) = (suite.random(&[outs]), suite.random(&[outs]));
+        each_kind(outs, |kind, general| {
+            let case =
+                format!("{dims:?} to {outs}, {side} × {side}, stride {}{kind}", shape.stride);
+            let work = |[x, weight, bias, gamma]: [&Tensor; 4]| -> Result<Tensor> {
+                let conv = convolution(weight, bias, shape)?;
+                let conv = NormedConv2d::new(conv, gamma.clone())?;
+                of_kind(general, || conv.apply(picture(x)?))?.into_planes()
+            };
+            let inputs = [&x, &weight, &bias, &gamma];
+            suite.compare("convolution and norm", case, (inputs, &[]), work);
+        });
+    }
 }
 
 fn residuals(suite: &mut Suite) {
