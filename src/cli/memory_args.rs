@@ -17,7 +17,8 @@ pub(crate) struct MemoryArgs {
         env = "PENTIMENTO_MAX_RAM"
     )]
     pub(crate) max_ram: Option<Limit>,
-    /// The same for the memory of a GPU
+    /// The same for the memory of a GPU; of a number above zero a sixteenth is left to the driver's
+    /// pool, which cannot use all it holds
     #[arg(
         long,
         value_name = "GIB",

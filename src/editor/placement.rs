@@ -38,10 +38,20 @@ pub(super) struct Room {
     pub(super) limit: Limit,
     /// Bytes that the models and their work may take.
     pub(super) bytes: Option<u64>,
+    /// On a GPU guidance in one batch is the faster way. On a CPU larger operations leave the caches sooner.
+    pub(super) on_gpu: bool,
+}
+
+impl Room {
     /// The flag of the limit.
-    pub(super) flag: &'static str,
-    /// Whether guidance in one batch is the faster way.
-    pub(super) prefers_batch: bool,
+    pub(super) fn flag(&self) -> &'static str {
+        if self.on_gpu { "--max-vram" } else { "--max-ram" }
+    }
+
+    /// How much more a limit has to be for so many bytes.
+    fn ceiling_for(&self, bytes: u64) -> u64 {
+        if self.on_gpu { Limit::with_pool(bytes) } else { bytes }
+    }
 }
 
 /// The ways to place a request's work, in the order in which they are tried: everything stays; the
@@ -118,11 +128,11 @@ fn plan_of(models: Models<'_>, facts: &Facts, placement: Placement) -> MemoryPla
 fn first_fit(
     models: Models<'_>,
     facts: &Facts,
-    Room { options, bytes, prefers_batch, .. }: Room,
+    Room { options, bytes, on_gpu, .. }: Room,
 ) -> (MemoryPlan, bool) {
     let mut smallest: Option<MemoryPlan> = None;
     let fits = |plan: &MemoryPlan| bytes.is_none_or(|bytes| plan.peak_bytes <= bytes);
-    let may_batch = options.guidance.is_none() && prefers_batch && facts.can_batch();
+    let may_batch = options.guidance.is_none() && on_gpu && facts.can_batch();
     for placement in candidates(models, facts, options) {
         let plan = plan_of(models, facts, placement);
         if fits(&plan) {
@@ -200,10 +210,11 @@ fn nearest(
     }
     ways.push(match room.limit {
         Limit::AtMost(most) => {
-            let more = most.saturating_add(plan.peak_bytes.saturating_sub(bytes));
-            format!("{} {}", room.flag, gib_above(more))
+            let missing = plan.peak_bytes.saturating_sub(bytes);
+            let more = most.saturating_add(room.ceiling_for(missing));
+            format!("{} {}", room.flag(), gib_above(more))
         }
-        Limit::LeaveFree(_) => format!("leave less free with {}", room.flag),
+        Limit::LeaveFree(_) => format!("leave less free with {}", room.flag()),
         Limit::Free => {
             let missing = plan.peak_bytes.saturating_sub(bytes);
             format!("free {} GiB more by closing other programs", gib_above(missing))
@@ -257,12 +268,11 @@ mod tests {
         (request.width, request.height) = (Some(1024), Some(1024));
         request.strategy = crate::request::Strategy::Direct;
         let tiles = Some(Some(128));
-        let room = |prefers_batch, bytes, guidance| Room {
+        let room = |on_gpu, bytes, guidance| Room {
             options: PlacementOptions { tiles, guidance, ..PlacementOptions::default() },
             limit: Limit::Free,
             bytes,
-            flag: "--max-vram",
-            prefers_batch,
+            on_gpu,
         };
         let placed = |request: &EditRequest, room| {
             let plan = place(opened.models(), request, room).unwrap();

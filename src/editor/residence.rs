@@ -79,9 +79,7 @@ fn room(budget: Budget, options: PlacementOptions, precision: &Precision, held: 
         options,
         limit: budget.limit(device),
         bytes: budget.room(device).map(|bytes| bytes.saturating_add(held)),
-        flag: if device.is_cpu() { "--max-ram" } else { "--max-vram" },
-        // Larger operations are what a GPU wants. On a CPU they leave the caches sooner.
-        prefers_batch: device.is_cuda(),
+        on_gpu: !device.is_cpu(),
     }
 }
 
@@ -104,7 +102,7 @@ pub(super) fn check(
 }
 
 fn smaller(room: &Room) -> String {
-    format!("--dtype q8_0 or --dtype q4_k takes less, or allow more with {}", room.flag)
+    format!("--dtype q8_0 or --dtype q4_k takes less, or allow more with {}", room.flag())
 }
 
 /// What a plan alone takes: the vision-language models and their work.

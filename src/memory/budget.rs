@@ -16,13 +16,17 @@ pub enum Limit {
     LeaveFree(u64),
 }
 
+/// Of a ceiling for a GPU's memory one of so many parts is left to what the driver's pool holds and cannot use: it
+/// held 5.6 % more than was said at most.
+const POOL_SHARE: u64 = 16;
+
 /// Ceilings for the memory of this process.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub struct Budget {
     /// Memory of the host. Files that are mapped do not count: the system takes their pages back
     /// when it needs them.
     pub ram: Limit,
-    /// Memory of a GPU.
+    /// Memory of a GPU, as its pool holds it: of [`Limit::AtMost`] tensors may take 15 parts of 16.
     pub vram: Limit,
 }
 
@@ -35,6 +39,21 @@ impl Limit {
             Self::Free => free,
             Self::AtMost(bytes) => Some(bytes.saturating_sub(used).min(free.unwrap_or(u64::MAX))),
             Self::LeaveFree(bytes) => free.map(|free| free.saturating_sub(bytes)),
+        }
+    }
+
+    /// How much more a ceiling for a pool has to be, so that tensors may take so many bytes more.
+    #[must_use]
+    pub(crate) fn with_pool(bytes: u64) -> u64 {
+        bytes.saturating_add(bytes.div_ceil(POOL_SHARE - 1))
+    }
+
+    /// What tensors may take where this is the ceiling for the pool that holds them.
+    #[must_use]
+    pub(super) fn within_pool(self) -> Self {
+        match self {
+            Self::AtMost(bytes) => Self::AtMost(bytes - bytes.div_ceil(POOL_SHARE)),
+            Self::Free | Self::LeaveFree(_) => self,
         }
     }
 }
@@ -60,7 +79,7 @@ impl Budget {
             return self.ram.room(private_bytes().unwrap_or(0), available_bytes());
         }
         let (used, free) = device_memory(device).map_or((0, None), |m| (m.used, Some(m.free)));
-        self.vram.room(used, free)
+        self.vram.within_pool().room(used, free)
     }
 }
 
@@ -76,6 +95,13 @@ mod tests {
         assert_eq!(most.room(11, Some(5)), Some(0));
         assert_eq!(Limit::LeaveFree(4).room(3, Some(5)), Some(1));
         assert_eq!(Limit::LeaveFree(6).room(3, Some(5)), Some(0));
+        assert_eq!(Limit::AtMost(161).within_pool(), Limit::AtMost(150));
+        assert_eq!(Limit::LeaveFree(4).within_pool(), Limit::LeaveFree(4));
+        for (ceiling, more) in (0..40).flat_map(|ceiling| (0..40).map(move |more| (ceiling, more)))
+        {
+            let room = |ceiling| Limit::AtMost(ceiling).within_pool().room(0, None).unwrap();
+            assert!(room(ceiling + Limit::with_pool(more)) >= room(ceiling) + more);
+        }
         assert_eq!((Limit::Free.room(3, Some(5)), Limit::Free.room(3, None)), (Some(5), None));
     }
 

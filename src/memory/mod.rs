@@ -115,7 +115,7 @@ pub(crate) fn recorded_bytes(device: &candle_core::Device) -> u64 {
 pub fn device_pool(device: &candle_core::Device, budget: Budget) -> crate::Result<DeviceMemory> {
     #[cfg(feature = "cuda")]
     if let candle_core::Device::Cuda(device) = device {
-        return Ok(DeviceMemory::new(cuda::CudaPool::new(device)?, budget.vram));
+        return Ok(DeviceMemory::new(cuda::CudaPool::new(device)?, budget.vram.within_pool()));
     }
     Ok(DeviceMemory::new(HostPool::default(), budget.limit(device)))
 }
