@@ -62,6 +62,23 @@ impl Linear {
         self.changes.is_empty().then_some(&self.matrix)
     }
 
+    /// Layers that read the same rows as one, which gives their outputs side by side, and each of them alone, which
+    /// then takes no memory of its own; the first is `None` where that is not done, as on a CPU, or where a layer
+    /// carries changes.
+    ///
+    /// # Errors
+    /// A failure of the device.
+    pub fn joined<const N: usize>(layers: [Self; N]) -> TensorResult<(Option<Self>, [Self; N])> {
+        if !layers.iter().all(|layer| layer.changes.is_empty()) {
+            return Ok((None, layers));
+        }
+        let unchanged = |matrix| Self { matrix, changes: Vec::new() };
+        Ok(match PackedLinear::joined(layers.each_ref().map(|layer| &layer.matrix))? {
+            Some((all, each)) => (Some(unchanged(all)), each.map(unchanged)),
+            None => (None, layers),
+        })
+    }
+
     /// Whether the matrix is kept in fewer bits than float32.
     #[must_use]
     pub fn is_narrow(&self) -> bool {

@@ -235,6 +235,38 @@ impl PackedLinear {
         Self { weight: Kernel::Stored(weight, None), bias }
     }
 
+    /// Matrices that multiply the same rows as one, `[sum of out, in]`, and each of them as rows of that, so that they
+    /// take no more memory; `None` where they do not lie on a GPU, or not alike.
+    ///
+    /// # Errors
+    /// A failure of the device.
+    pub fn joined<const N: usize>(parts: [&Self; N]) -> Result<Option<(Self, [Self; N])>> {
+        let matrices = parts.iter().map(|part| part.stored_matrix());
+        let Some(matrices) = matrices.collect::<Option<Vec<_>>>() else { return Ok(None) };
+        let biases: Vec<&Tensor> = matrices.iter().filter_map(|(_, bias)| *bias).collect();
+        let stored: Vec<&StoredMatrix> = matrices.iter().map(|(matrix, _)| matrix).collect();
+        let alike = biases.is_empty() || biases.len() == N;
+        let near =
+            parts.iter().all(|part| part.bias.as_ref().is_none_or(|bias| cuda::takes(&[bias])));
+        let matrix = if alike && near { StoredMatrix::joined(&stored)? } else { None };
+        let Some(matrix) = matrix else { return Ok(None) };
+        let bias = match biases.as_slice() {
+            [] => None,
+            biases => Some(Tensor::cat(biases, 0)?), // (sum of out)
+        };
+        let mut start = 0;
+        let rows = stored.iter().map(|part| {
+            let outs = start..start + part.dims().0;
+            start = outs.end;
+            let bias = bias.as_ref().map(|bias| bias.narrow(0, outs.start, outs.len()));
+            let rows = matrix.rows(outs)?.map(|rows| Kernel::Stored(rows, None));
+            Ok(rows.zip(Some(bias.transpose()?)).map(|(weight, bias)| Self { weight, bias }))
+        });
+        let rows = rows.collect::<Result<Option<Vec<Self>>>>()?;
+        let rows = rows.and_then(|rows| rows.try_into().ok());
+        Ok(rows.map(|rows| (Self { weight: Kernel::Stored(matrix, None), bias }, rows)))
+    }
+
     /// `x · weightᵀ + bias`: `[.., in]` → `[.., out]`.
     ///
     /// # Errors

@@ -31,6 +31,8 @@ struct StreamAttention {
     query: Linear,
     key: Linear,
     value: Linear,
+    /// The three as one, where a device multiplies by all at once.
+    all: Option<Linear>,
     out: Linear,
     norm_query: RmsNorm,
     norm_key: RmsNorm,
@@ -164,6 +166,13 @@ impl Block {
         x: &Tensor,
         runs: &[ModulatedTokens<'_>],
     ) -> TensorResult<Projections> {
+        if let Some(all) = &attention.all {
+            let [all] = Linear::modulated_each([all], x, runs, EPS)?;
+            let (b, n, _) = all.dims3()?;
+            let all = all.reshape((b, n, 3, self.heads, self.head_dim))?; // (b, n, 3, h, d)
+            let part = |i: usize| all.narrow(2, i, 1)?.squeeze(2); // (b, n, h, d)
+            return Ok(Projections { query: Some(part(0)?), key: part(1)?, value: part(2)? });
+        }
         let linears = [&attention.query, &attention.key, &attention.value];
         let [query, key, value] = Linear::modulated_each(linears, x, runs, EPS)?;
         Ok(Projections {
@@ -307,10 +316,13 @@ impl StreamAttention {
     fn load(weights: &Weights, config: &Config, names: &AttentionNames) -> Result<Self> {
         let linear = |name: &str| Linear::load(&weights.pp(name), config.dim(), config.dim());
         let norm = |name: &str| RmsNorm::load(&weights.pp(name), config.head_dim, EPS);
+        let each = [linear(names.query)?, linear(names.key)?, linear(names.value)?];
+        let (all, [query, key, value]) = Linear::joined(each)?;
         Ok(Self {
-            query: linear(names.query)?,
-            key: linear(names.key)?,
-            value: linear(names.value)?,
+            query,
+            key,
+            value,
+            all,
             out: linear(names.out)?,
             norm_query: norm(names.norm_query)?,
             norm_key: norm(names.norm_key)?,

@@ -110,6 +110,21 @@ impl Output {
         Ok(())
     }
 
+    /// Copies `bytes` bytes of the blocks of `matrix` to room for bytes, from byte `at` on, behind what is queued.
+    pub(super) fn copy_blocks(&mut self, at: usize, matrix: &QTensor, bytes: usize) -> Result<()> {
+        let room: usize = self.dims.iter().product();
+        if at + bytes > room || bytes > matrix.storage_size_in_bytes() {
+            bail!("{bytes} bytes of a matrix do not fit at {at} of {room}");
+        }
+        match &mut self.memory {
+            Memory::U8(to) => to[at..at + bytes].copy_from_slice(&matrix.data()?[..bytes]),
+            #[cfg(feature = "cuda")]
+            Memory::Cuda(storage) => device::copy(storage, at, blocks_address(matrix)?, bytes)?,
+            Memory::Bf16(_) | Memory::F32(_) => bail!("not room for bytes"),
+        }
+        Ok(())
+    }
+
     /// Float32 in host memory; `None` elsewhere.
     pub(super) fn on_host(&mut self) -> Option<&mut [f32]> {
         match &mut self.memory {
@@ -519,6 +534,17 @@ mod device {
     }
 
     /// Puts bytes at the beginning of memory for bytes or float32.
+    /// Copies `bytes` bytes from the device's own `from` to byte `at` of what the storage holds.
+    pub(super) fn copy(storage: &CudaStorage, at: usize, from: u64, bytes: usize) -> Result<()> {
+        let _turn = super::super::recorded::turn();
+        let stream = storage.device.cuda_stream();
+        let to = address(storage, 0)? + at as u64;
+        // SAFETY: both lie on the device, as long as it was checked, and the copy is queued on the one stream of all
+        // work, so that neither is given back before.
+        unsafe { cudarc::driver::result::memcpy_dtod_async(to, from, bytes, stream.cu_stream()) }
+            .w()
+    }
+
     pub(super) fn write(storage: &mut CudaStorage, bytes: &[u8]) -> Result<()> {
         use candle_core::backend::BackendStorage;
         let device = storage.device.clone();

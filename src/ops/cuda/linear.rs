@@ -102,6 +102,22 @@ enum Blocks {
     Plain(Tensor),
 }
 
+impl Blocks {
+    fn plain(&self) -> Option<&Tensor> {
+        match self {
+            Self::Plain(matrix) => Some(matrix),
+            Self::Bytes(_) | Self::Quantized(_) => None,
+        }
+    }
+
+    fn bytes(&self) -> Option<&Tensor> {
+        match self {
+            Self::Bytes(bytes) => Some(bytes),
+            Self::Plain(_) | Self::Quantized(_) => None,
+        }
+    }
+}
+
 impl StoredMatrix {
     /// The matrix as it is kept, or `None` where no kernel reads its type or runs where it lies.
     ///
@@ -145,6 +161,82 @@ impl StoredMatrix {
         let (blocks, format) = (Blocks::Plain(matrix.clone()), Format::Bf16);
         let whole = fits && depth.is_multiple_of(format.block().0);
         whole.then_some(Self { blocks, format, outs, depth, scale: 1.0, float8: None })
+    }
+
+    /// These matrices one below the other, in memory of their own; `None` where they do not lie alike: in type,
+    /// depth, or what multiplies them.
+    ///
+    /// # Errors
+    /// A failure of the device.
+    pub(in crate::ops) fn joined(parts: &[&Self]) -> Result<Option<Self>> {
+        let Some((first, others)) = parts.split_first() else { return Ok(None) };
+        let alike = |other: &&Self| {
+            (other.format, other.depth) == (first.format, first.depth)
+                && other.scale.to_bits() == first.scale.to_bits()
+                && other.float8.is_some() == first.float8.is_some()
+        };
+        // Each begins at a multiple of 16 bytes.
+        let whole = |part: &&Self| (part.outs * part.row_bytes()).is_multiple_of(16);
+        if !others.iter().all(alike) || !parts.iter().all(whole) {
+            return Ok(None);
+        }
+        let tensors = |of: fn(&Blocks) -> Option<&Tensor>| -> Option<Vec<&Tensor>> {
+            parts.iter().map(|part| of(&part.blocks)).collect()
+        };
+        let blocks = if let Some(plain) = tensors(Blocks::plain) {
+            Blocks::Plain(Tensor::cat(&plain, 0)?) // (outs of all, depth)
+        } else if let Some(bytes) = tensors(Blocks::bytes) {
+            Blocks::Bytes(Tensor::cat(&bytes, 0)?) // (bytes of all)
+        } else if let Some(bytes) = Self::joined_blocks(parts)? {
+            Blocks::Bytes(bytes)
+        } else {
+            return Ok(None);
+        };
+        let scales: Option<Vec<&Tensor>> = parts.iter().map(|part| part.float8.as_ref()).collect();
+        let float8 = scales.map(|scales| Tensor::cat(&scales, 0)).transpose()?; // (outs of all)
+        let outs = parts.iter().map(|part| part.outs).sum();
+        Ok(Some(Self { blocks, outs, float8, ..(*first).clone() }))
+    }
+
+    /// The bytes of quantized matrices, `[bytes of all]`; `None` where one is kept in another way.
+    fn joined_blocks(parts: &[&Self]) -> Result<Option<Tensor>> {
+        let quantized = parts.iter().map(|part| match &part.blocks {
+            Blocks::Quantized(matrix) => Some((matrix, part.outs * part.row_bytes())),
+            Blocks::Bytes(_) | Blocks::Plain(_) => None,
+        });
+        let Some(quantized) = quantized.collect::<Option<Vec<_>>>() else { return Ok(None) };
+        let Some((first, _)) = quantized.first() else { return Ok(None) };
+        let all = quantized.iter().map(|(_, bytes)| bytes).sum();
+        let mut joined = Output::new(&first.device(), &[all], DType::U8)?;
+        let mut at = 0;
+        for (matrix, bytes) in quantized {
+            joined.copy_blocks(at, matrix, bytes)?;
+            at += bytes;
+        }
+        joined.into_tensor().map(Some)
+    }
+
+    /// Rows `outs` of the matrix where they lie; `None` for blocks that are not this crate's.
+    ///
+    /// # Errors
+    /// Rows beyond the matrix.
+    pub(in crate::ops) fn rows(&self, outs: Range<usize>) -> Result<Option<Self>> {
+        let (start, bytes) = (outs.start, self.row_bytes());
+        let blocks = match &self.blocks {
+            Blocks::Plain(matrix) => Blocks::Plain(matrix.narrow(0, start, outs.len())?),
+            Blocks::Bytes(all) => {
+                Blocks::Bytes(all.narrow(0, start * bytes, outs.len() * bytes)?)
+            }
+            Blocks::Quantized(_) => return Ok(None),
+        };
+        let float8 = self.float8.as_ref().map(|scales| scales.narrow(0, start, outs.len()));
+        let float8 = float8.transpose()?;
+        Ok(Some(Self { blocks, outs: outs.len(), float8, ..self.clone() }))
+    }
+
+    fn row_bytes(&self) -> usize {
+        let (numbers, bytes) = self.format.block();
+        self.depth.div_euclid(numbers) * bytes
     }
 
     /// The type it is stored in.
@@ -204,7 +296,6 @@ impl StoredMatrix {
         if outs.start > outs.end || outs.end > self.outs {
             bail!("rows {outs:?} of a matrix of {}", self.outs);
         }
-        let (numbers, block_bytes) = self.format.block();
         let device = match &self.blocks {
             Blocks::Bytes(bytes) | Blocks::Plain(bytes) => bytes.device().clone(),
             Blocks::Quantized(matrix) => matrix.device(),
@@ -212,12 +303,11 @@ impl StoredMatrix {
         if !self.is_widened() || outs.is_empty() || self.depth == 0 || !super::runs_on(&device) {
             return Ok(None);
         }
-        let row_bytes = self.depth.div_euclid(numbers) * block_bytes;
         let out = Output::new(&device, &[outs.len(), self.depth], DType::BF16)?;
         let chunks = (outs.len() * self.depth) >> 3;
         let mut args = Args::default();
         // An offset fits: memory is addressed with it.
-        args.address(self.weights()?.address + (outs.start * row_bytes) as u64);
+        args.address(self.weights()?.address + (outs.start * self.row_bytes()) as u64);
         args.address(out.address()).count(chunks);
         let kernel = format!("widen_{}", self.format.name());
         let grid = [chunks.div_ceil(THREADS), 1, 1];
@@ -225,13 +315,16 @@ impl StoredMatrix {
         out.into_tensor().map(Some)
     }
 
-    /// The product by cuBLASLt: of numbers of eight bits where that is wanted, of the widened matrix for
+    /// The product by cuBLASLt: of plain numbers, of numbers of eight bits where that is wanted, of the widened matrix for
     /// rows that are not few. `None` where the library does not do it.
     pub(in crate::ops) fn on_blas(
         &self,
         x: &Activations<'_>,
         epilogue: Epilogue<'_>,
     ) -> Result<Option<Tensor>> {
+        if let Some(plain) = self.blocks.plain() {
+            return blas::linear(x.tensor(), plain, epilogue);
+        }
         if x.tensor().elem_count() <= FEW_ROWS * self.depth {
             return Ok(None);
         }

@@ -8,6 +8,7 @@ mod attention;
 mod blas;
 mod decode;
 mod elementwise;
+mod joined;
 mod joint;
 mod pictures;
 mod products;

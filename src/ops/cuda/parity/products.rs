@@ -7,7 +7,7 @@ use candle_core::{
     quantized::{GgmlDType, QStorage, QTensor},
 };
 
-use super::{Suite, rounded};
+use super::{Suite, joined, rounded};
 use crate::ops::cuda::{Format, StoredMatrix};
 
 /// Rows, depth, outputs.
@@ -21,6 +21,7 @@ pub(super) fn check(suite: &mut Suite) {
         }
         widened_rows(suite, format);
     }
+    joined::check(suite);
     few_rows(suite);
     row_by_each(suite);
 }
