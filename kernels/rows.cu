@@ -4,26 +4,45 @@
 // layer_norm: (x - mean) / sqrt(variance + eps), times 1 + scale, plus shift, where these are there.
 //   With a gate, x is first replaced by residual + gate * x, rounded to bf16 and written to `sum`:
 //   the end of one half of a block and the norm before the next in one pass.
-//   Grid: (rows, 1, 1); 128 threads; shared memory: width floats.
-// rms_norm: x / sqrt(mean(x^2) + eps) * weight. Launched as layer_norm.
-// gated_add: residual + gate * x. Grid: (chunks of 8 / 256, 1, 1); 256 threads.
+//   Grid: (rows of all pieces, 1, 1); 128 threads; shared memory: width floats.
+// rms_norm: x / sqrt(mean(x^2) + eps) * weight. Launched as layer_norm, of one piece.
+// gated_add: residual + gate * x. Grid: (chunks of 8 of all pieces / 256, 1, 1); 256 threads.
+//
+// Rows come in pieces, which lie anywhere and are modulated each in its own way: the text and the picture, or
+// tokens that are free of noise among others. A block or a thread looks for its own.
 //
 // Tried: the row stays in shared memory, so that mean, variance and result read global memory once.
 #include "device.cuh"
 
-struct RowArgs {
+struct RowPiece {
   const bf16* x;         // [rows][width]
   bf16* out;             // [rows][width]
-  int64_t rows, width;
+  int64_t rows;
   const bf16* scale;     // [rows / shared][width], or null
   const bf16* shift;
   int64_t shared;        // rows of x that share one row of scale, shift and gate
   const bf16* residual;  // [rows][width], or null
   const bf16* gate;      // [rows / shared][width]
   bf16* sum;             // [rows][width], or null
+};
+
+struct RowArgs {
+  static constexpr int PIECES = 8;
+  int64_t width;
   const void* weight;    // [width] in bf16 or float32
   int64_t weight_is_float;
   double eps;
+  RowPiece pieces[PIECES];  // those that are not there have no rows
+
+  // The piece with element `i` of all, which becomes that of the piece; null behind the last.
+  DEVICE const RowPiece* piece_of(int64_t& i) const {
+    for (int p = 0; p < PIECES; ++p) {
+      const int64_t elements = pieces[p].rows * width;
+      if (i < elements) return pieces + p;
+      i -= elements;
+    }
+    return nullptr;
+  }
 };
 
 struct Eight {
@@ -60,14 +79,18 @@ DEVICE Words gated(const Eight& residual, const Eight& gate, const Eight& x) {
 KERNEL(layer_norm, RowArgs, 128, 1) {
   float* row = reinterpret_cast<float*>(shared_memory());
   float* scratch = row + args.width;
-  const int64_t at = block_x() * args.width, shared_at = block_x() / args.shared * args.width;
+  int64_t at = block_x() * args.width;
+  const RowPiece* of = args.piece_of(at);
+  if (!of) return;
+  const RowPiece& piece = *of;
+  const int64_t shared_at = at / args.width / piece.shared * args.width;
   float sum = 0.0f;
   for (int64_t i = 8 * thread_index(); i < args.width; i += 8 * block_threads()) {
-    Eight x = load_eight(args.x + at + i);
-    if (args.residual) {
+    Eight x = load_eight(piece.x + at + i);
+    if (piece.residual) {
       const Words words =
-          gated(load_eight(args.residual + at + i), load_eight(args.gate + shared_at + i), x);
-      store_words(args.sum + at + i, words);
+          gated(load_eight(piece.residual + at + i), load_eight(piece.gate + shared_at + i), x);
+      store_words(piece.sum + at + i, words);
       x = widened(words);
     }
     UNROLL
@@ -88,13 +111,13 @@ KERNEL(layer_norm, RowArgs, 128, 1) {
     Eight y;
     UNROLL
     for (int j = 0; j < 8; ++j) y.at[j] = (row[i + j] - mean) * factor;
-    if (args.scale) {
-      const Eight scale = load_eight(args.scale + shared_at + i);
-      const Eight shift = load_eight(args.shift + shared_at + i);
+    if (piece.scale) {
+      const Eight scale = load_eight(piece.scale + shared_at + i);
+      const Eight shift = load_eight(piece.shift + shared_at + i);
       UNROLL
       for (int j = 0; j < 8; ++j) y.at[j] = y.at[j] * (1.0f + scale.at[j]) + shift.at[j];
     }
-    store_words(args.out + at + i, rounded(y));
+    store_words(piece.out + at + i, rounded(y));
   }
 }
 
@@ -104,7 +127,7 @@ KERNEL(rms_norm, RowArgs, 128, 1) {
   const int64_t at = block_x() * args.width;
   float squares = 0.0f;
   for (int64_t i = 8 * thread_index(); i < args.width; i += 8 * block_threads()) {
-    const Eight x = load_eight(args.x + at + i);
+    const Eight x = load_eight(args.pieces[0].x + at + i);
     UNROLL
     for (int j = 0; j < 8; ++j) {
       row[i + j] = x.at[j];
@@ -122,14 +145,16 @@ KERNEL(rms_norm, RowArgs, 128, 1) {
                                : to_float(static_cast<const bf16*>(args.weight)[i + j]);
       y.at[j] = row[i + j] * factor * weight;
     }
-    store_words(args.out + at + i, rounded(y));
+    store_words(args.pieces[0].out + at + i, rounded(y));
   }
 }
 
 KERNEL(gated_add, RowArgs, 256, 1) {
-  const int64_t i = 8 * (block_x() * block_threads() + thread_index());
-  if (i >= args.rows * args.width) return;
-  const int64_t gate_at = i / args.width / args.shared * args.width + i % args.width;
-  store_words(args.out + i, gated(load_eight(args.residual + i), load_eight(args.gate + gate_at),
-                                  load_eight(args.x + i)));
+  int64_t i = 8 * (block_x() * block_threads() + thread_index());
+  const RowPiece* of = args.piece_of(i);
+  if (!of) return;
+  const RowPiece& piece = *of;
+  const int64_t gate_at = i / args.width / piece.shared * args.width + i % args.width;
+  store_words(piece.out + i, gated(load_eight(piece.residual + i), load_eight(piece.gate + gate_at),
+                                   load_eight(piece.x + i)));
 }

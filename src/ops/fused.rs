@@ -32,6 +32,17 @@ pub struct ModulatedTokens<'a> {
     pub gate: &'a Tensor,
 }
 
+/// Tokens, `[b, n, dim]`, and what is added to them.
+#[derive(Debug, Clone, Copy)]
+pub struct GatedTokens<'a> {
+    /// `[b, n, dim]`.
+    pub residual: &'a Tensor,
+    /// What is added, times the runs' gates: `[b, n, dim]`.
+    pub x: &'a Tensor,
+    /// They have `n` tokens.
+    pub runs: &'a [ModulatedTokens<'a>],
+}
+
 /// [`modulated_layer_norm`] of each run of tokens. `x: [b, n, dim]`; the runs have `n` tokens.
 ///
 /// # Errors
@@ -41,10 +52,24 @@ pub fn modulated_layer_norm_each(
     runs: &[ModulatedTokens<'_>],
     eps: f64,
 ) -> Result<Tensor> {
-    if let Some(y) = cuda::layer_norm_each(x, runs, eps)? {
-        return Ok(y);
+    let [normed] = modulated_layer_norm_streams([(x, runs)], eps)?;
+    Ok(normed)
+}
+
+/// [`modulated_layer_norm_each`] of several streams, with one start of a kernel on a GPU.
+///
+/// # Errors
+/// As [`modulated_layer_norm_each`].
+pub fn modulated_layer_norm_streams<const N: usize>(
+    streams: [(&Tensor, &[ModulatedTokens<'_>]); N],
+    eps: f64,
+) -> Result<[Tensor; N]> {
+    if let Some(all) = cuda::layer_norm_streams(&streams, eps)? {
+        return exactly(all);
     }
-    by_run([x], runs, |[x], run| modulated_layer_norm(x, run.scale, run.shift, eps))
+    exactly_each(streams, |(x, runs)| {
+        by_run([x], runs, |[x], run| modulated_layer_norm(x, run.scale, run.shift, eps))
+    })
 }
 
 /// [`gated_add`] of each run of tokens. `residual, x: [b, n, dim]`; the runs have `n` tokens.
@@ -56,10 +81,21 @@ pub fn gated_add_each(
     x: &Tensor,
     runs: &[ModulatedTokens<'_>],
 ) -> Result<Tensor> {
-    if let Some(y) = cuda::gated_add_each(residual, x, runs)? {
-        return Ok(y);
+    let [sum] = gated_add_streams([GatedTokens { residual, x, runs }])?;
+    Ok(sum)
+}
+
+/// [`gated_add_each`] of several streams, with one start of a kernel on a GPU.
+///
+/// # Errors
+/// As [`gated_add_each`].
+pub fn gated_add_streams<const N: usize>(streams: [GatedTokens<'_>; N]) -> Result<[Tensor; N]> {
+    if let Some(all) = cuda::gated_add_streams(&streams)? {
+        return exactly(all);
     }
-    by_run([residual, x], runs, |[residual, x], run| gated_add(residual, x, run.gate))
+    exactly_each(streams, |GatedTokens { residual, x, runs }| {
+        by_run([residual, x], runs, |[residual, x], run| gated_add(residual, x, run.gate))
+    })
 }
 
 /// [`gated_add_norm`] of each run of tokens: `runs` have the gates, `next` the scales and shifts of the
@@ -73,17 +109,46 @@ pub fn gated_add_norm_each(
     [runs, next]: [&[ModulatedTokens<'_>]; 2],
     eps: f64,
 ) -> Result<(Tensor, Tensor)> {
-    if let ([run], [next]) = (runs, next)
-        && run.tokens == x.dims3()?.1
-    {
-        return gated_add_norm(residual, x, run.gate, [next.scale, next.shift], eps);
+    let [both] = gated_add_norm_streams([(GatedTokens { residual, x, runs }, next)], eps)?;
+    Ok(both)
+}
+
+/// [`gated_add_norm_each`] of several streams, each with the scales and shifts of its norm, with one start of a
+/// kernel on a GPU.
+///
+/// # Errors
+/// As [`gated_add_norm_each`].
+pub fn gated_add_norm_streams<const N: usize>(
+    streams: [(GatedTokens<'_>, &[ModulatedTokens<'_>]); N],
+    eps: f64,
+) -> Result<[(Tensor, Tensor); N]> {
+    if let Some(all) = cuda::gated_add_norm_streams(&streams, eps)? {
+        return exactly(all);
     }
-    if let Some(both) = cuda::gated_add_norm_each(residual, x, [runs, next], eps)? {
-        return Ok(both);
-    }
-    let sum = gated_add_each(residual, x, runs)?;
-    let normed = modulated_layer_norm_each(&sum, next, eps)?;
-    Ok((sum, normed))
+    exactly_each(streams, |(GatedTokens { residual, x, runs }, next)| {
+        if let ([run], [next]) = (runs, next)
+            && run.tokens == x.dims3()?.1
+        {
+            return gated_add_norm(residual, x, run.gate, [next.scale, next.shift], eps);
+        }
+        let sum = gated_add_each(residual, x, runs)?;
+        let normed = modulated_layer_norm_each(&sum, next, eps)?;
+        Ok((sum, normed))
+    })
+}
+
+/// One result for each stream.
+fn exactly<T, const N: usize>(all: Vec<T>) -> Result<[T; N]> {
+    let found = all.len();
+    all.try_into()
+        .map_err(|_all: Vec<T>| candle_core::Error::msg(format!("{found} results of {N} streams")))
+}
+
+fn exactly_each<S, T, const N: usize>(
+    streams: [S; N],
+    of: impl FnMut(S) -> Result<T>,
+) -> Result<[T; N]> {
+    exactly(streams.into_iter().map(of).collect::<Result<_>>()?)
 }
 
 /// Applies `f` to the tokens of each run. `tensors: [b, n, dim]` each.

@@ -32,8 +32,9 @@ pub use conv::{Conv2dShape, PackedConv2d, Padding, upsample_nearest_2x};
 pub use cpu::on_worker;
 pub use float8::float8_rows;
 pub use fused::{
-    ModulatedTokens, gated_add_each, gated_add_norm_each, linear_gated_add,
-    modulated_layer_norm_each, modulated_linear_each, modulated_linear_gelu,
+    GatedTokens, ModulatedTokens, gated_add_each, gated_add_norm_each, gated_add_norm_streams,
+    gated_add_streams, linear_gated_add, modulated_layer_norm_each, modulated_layer_norm_streams,
+    modulated_linear_each, modulated_linear_gelu,
 };
 pub use joint::{
     JointOutput, JointShape, JointStream, TextLengths, joint_attention, joint_attention_bf16,

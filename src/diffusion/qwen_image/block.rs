@@ -1,5 +1,7 @@
 //! One joint block: image and text tokens attend to each other, modulated by the timestep.
 
+mod together;
+
 use candle_core::{DType, Error, Result as TensorResult, Tensor};
 
 use super::{
@@ -118,6 +120,9 @@ impl Block {
         step: &BlockContext,
     ) -> TensorResult<Streams> {
         let runs = Runs::of(streams, layout, step)?;
+        if ops::cuda::runs_on(streams.image.device()) {
+            return self.forward_together(streams, layout, &runs);
+        }
         let (of_text, of_image) = (&self.text_attention, &self.image_attention);
         let text = self.projections(of_text, &streams.text, &runs.text.attention)?;
         let image = self.projections(of_image, &streams.image, &runs.image.attention)?;
@@ -166,13 +171,6 @@ impl Block {
         x: &Tensor,
         runs: &[ModulatedTokens<'_>],
     ) -> TensorResult<Projections> {
-        if let Some(all) = &attention.all {
-            let [all] = Linear::modulated_each([all], x, runs, EPS)?;
-            let (b, n, _) = all.dims3()?;
-            let all = all.reshape((b, n, 3, self.heads, self.head_dim))?; // (b, n, 3, h, d)
-            let part = |i: usize| all.narrow(2, i, 1)?.squeeze(2); // (b, n, h, d)
-            return Ok(Projections { query: Some(part(0)?), key: part(1)?, value: part(2)? });
-        }
         let linears = [&attention.query, &attention.key, &attention.value];
         let [query, key, value] = Linear::modulated_each(linears, x, runs, EPS)?;
         Ok(Projections {

@@ -135,7 +135,19 @@ impl Footprint {
     #[must_use]
     pub fn loading(&self) -> u64 {
         let bytes = self.entries.iter().map(|(_, entry)| entry.loading_bytes(&self.precision));
-        bytes.max().unwrap_or(0)
+        bytes.max().unwrap_or(0).max(self.joining())
+    }
+
+    /// Bytes of queries', keys' and values' matrices on a GPU, where they are copied into one.
+    fn joining(&self) -> u64 {
+        const JOINED: u64 = 3;
+        if !self.precision.device.is_cuda() {
+            return 0;
+        }
+        let square = [self.config.dim(); 2];
+        let alike = self.entries.iter().filter(|(_, entry)| entry.shape == square);
+        let bytes = alike.map(|(_, entry)| entry.kept_bytes(&self.precision));
+        JOINED * bytes.max().unwrap_or(0)
     }
 
     /// The most bytes that a product with one matrix takes besides its operands and its result.

@@ -40,7 +40,7 @@ pub(in crate::ops) fn joint_attention(
         return Ok(None);
     }
     let device = text.key.device();
-    let prepared = [Prepared::new(text, shape)?, Prepared::new(image, shape)?];
+    let prepared = prepared([text, image], shape)?;
     let tiles: usize = prepared.iter().map(|stream| stream.query_rows().div_ceil(ROWS)).sum();
     let lengths = shape.text_lengths.map(|lengths| lengths.on(device)).transpose()?;
 
@@ -125,14 +125,14 @@ struct Prepared {
 }
 
 impl Prepared {
+    /// But for its keys.
     fn new(stream: &JointStream<'_>, shape: JointShape<'_>) -> Result<Self> {
-        let (_, n, h, d) = stream.key.dims4()?;
+        let (_, _, h, d) = stream.key.dims4()?;
         let (cos, sin) = (stream.cos.contiguous()?, stream.sin.contiguous()?);
-        let key = (n > 0).then(|| prepared_keys(stream, [&cos, &sin], shape.eps)).transpose()?;
         let out = stream.query.map(|query| Output::new(query.device(), query.dims(), DType::BF16));
         Ok(Self {
             query: stream.query.map(Rows::new).transpose()?,
-            key,
+            key: None,
             value: Rows::new(stream.value)?,
             out: out.transpose()?,
             norm_query: stream.norm_query.contiguous()?,
@@ -204,27 +204,34 @@ impl Preparation<'_> {
     }
 }
 
-/// The stream's keys after norm and rotation, `[b, n, h, d]`.
-fn prepared_keys(stream: &JointStream<'_>, angles: [&Tensor; 2], eps: f64) -> Result<Tensor> {
-    let (b, n, h, d) = stream.key.dims4()?;
-    let key = Rows::new(stream.key)?;
-    let out = Output::new(stream.key.device(), &[b, n, h, d], DType::BF16)?;
-    let norm = stream.norm_key.contiguous()?;
-    let [cos, sin] = angles;
+/// Both streams, with their keys after norm and rotation, `[b, n, h, d]`.
+fn prepared(streams: [&JointStream<'_>; 2], shape: JointShape<'_>) -> Result<[Prepared; 2]> {
+    let [text, image] = streams.map(|stream| Prepared::new(stream, shape));
+    let mut all = [text?, image?];
+    let (b, _, h, d) = streams[0].key.dims4()?;
+    let device = streams[0].key.device();
     let mut args = Args::default();
-    args.tensor(Some(&key.tensor))?.address(out.address());
-    args.counts([n, h, key.stride, key.batch_stride, n * h * d]);
-    Preparation { norm: &norm, cos, sin, eps }.push(&mut args)?;
-    let chunks = (n * h * d).div_ceil(TOGETHER);
-    launch(
-        stream.key.device(),
-        &Launch {
-            kernel: format!("prepare_keys_d{d}"),
-            grid: [chunks.div_ceil(THREADS), 1, b],
-            threads: THREADS,
-            shared_bytes: 0,
-            args,
-        },
-    )?;
-    out.into_tensor()
+    let mut blocks = Vec::with_capacity(streams.len());
+    let mut places = Vec::with_capacity(streams.len());
+    let mut of_streams = Args::default();
+    for (stream, prepared) in streams.iter().zip(&all) {
+        let n = prepared.value.rows;
+        let key = Rows::new(stream.key)?;
+        let norm = stream.norm_key.contiguous()?;
+        let out = (n > 0).then(|| Output::new(device, &[b, n, h, d], DType::BF16)).transpose()?;
+        of_streams.tensor(Some(&key.tensor))?.address(out.as_ref().map_or(0, Output::address));
+        of_streams.counts([n, key.stride, key.batch_stride]);
+        let Prepared { cos, sin, eps, .. } = prepared;
+        Preparation { norm: &norm, cos, sin, eps: *eps }.push(&mut of_streams)?;
+        blocks.push((n * h * d).div_ceil(TOGETHER * THREADS));
+        places.push((out, key, norm));
+    }
+    args.counts([h, blocks[0]]).0.extend(&of_streams.0);
+    let kernel = format!("prepare_keys_d{d}");
+    let grid = [blocks.iter().sum(), 1, b];
+    launch(device, &Launch { kernel, grid, threads: THREADS, shared_bytes: 0, args })?;
+    for (prepared, (out, ..)) in all.iter_mut().zip(places) {
+        prepared.key = out.map(Output::into_tensor).transpose()?;
+    }
+    Ok(all)
 }

@@ -52,7 +52,7 @@ pub(super) use rows::{
     Activation, activate, channel_rms_norm, gated_add, gated_add_norm, guided_step, layer_norm,
     rms_norm, rotate,
 };
-pub(super) use runs::{gated_add_each, gated_add_norm_each, layer_norm_each};
+pub(super) use runs::{gated_add_norm_streams, gated_add_streams, layer_norm_streams};
 
 thread_local! {
     static EMULATED: Cell<Option<u32>> = const { Cell::new(None) };

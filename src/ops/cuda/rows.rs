@@ -5,7 +5,7 @@ use candle_core::{D, DType, Device, Result, Tensor};
 
 use super::{
     are_near,
-    ffi::{Output, launch},
+    ffi::{Output, address, launch},
     launch::{Args, Launch},
     takes,
 };
@@ -39,31 +39,79 @@ impl Shared {
     }
 }
 
-/// `RowArgs` of `kernels/rows.cu`.
+/// Rows that are modulated alike: `RowPiece` of `kernels/rows.cu`.
 #[derive(Default)]
-pub(super) struct RowArgs<'a> {
+pub(super) struct RowPiece<'a> {
+    /// Addresses of `[rows, width]`.
+    pub(super) x: u64,
+    pub(super) out: u64,
+    pub(super) rows: usize,
+    /// One row for `shared` rows.
     pub(super) scale: Option<&'a Tensor>,
     pub(super) shift: Option<&'a Tensor>,
-    pub(super) shared: usize,
-    pub(super) residual: Option<&'a Tensor>,
     pub(super) gate: Option<&'a Tensor>,
+    pub(super) shared: usize,
+    /// Addresses of `[rows, width]`, or 0.
+    pub(super) residual: u64,
     pub(super) sum: u64,
+}
+
+/// Pieces that a kernel takes at once.
+const PIECES_MAX: usize = 8;
+
+/// `RowArgs` of `kernels/rows.cu`, but for its pieces.
+#[derive(Default, Clone, Copy)]
+pub(super) struct RowArgs<'a> {
+    pub(super) width: usize,
     pub(super) weight: Option<&'a Tensor>,
     pub(super) eps: f64,
 }
 
 impl RowArgs<'_> {
-    /// The arguments for the rows of `x`, whose results go to the address `out`.
-    pub(super) fn args(&self, x: &Tensor, out: u64) -> Result<Args> {
-        let width = x.dim(D::Minus1)?;
+    fn args(&self, pieces: &[RowPiece<'_>]) -> Result<Args> {
+        let none = RowPiece { shared: 1, ..RowPiece::default() };
         let mut args = Args::default();
-        args.tensor(Some(x))?.address(out);
-        args.counts([x.elem_count().checked_div(width).unwrap_or(0), width]);
-        args.tensor(self.scale)?.tensor(self.shift)?.count(self.shared.max(1));
-        args.tensor(self.residual)?.tensor(self.gate)?.address(self.sum).tensor(self.weight)?;
         let wide = self.weight.is_some_and(|weight| weight.dtype() == DType::F32);
-        args.flag(wide).number(self.eps);
+        args.count(self.width).tensor(self.weight)?.flag(wide).number(self.eps);
+        for i in 0..PIECES_MAX {
+            let piece = pieces.get(i).unwrap_or(&none);
+            args.address(piece.x).address(piece.out).count(piece.rows);
+            args.tensor(piece.scale)?.tensor(piece.shift)?.count(piece.shared.max(1));
+            args.address(piece.residual).tensor(piece.gate)?.address(piece.sum);
+        }
         Ok(args)
+    }
+
+    /// Starts a kernel whose blocks own a row each.
+    pub(super) fn by_row(
+        &self,
+        kernel: &str,
+        device: &Device,
+        pieces: &[RowPiece<'_>],
+    ) -> Result<()> {
+        for pieces in pieces.chunks(PIECES_MAX) {
+            let kernel = kernel.to_owned();
+            let grid = [pieces.iter().map(|piece| piece.rows).sum(), 1, 1];
+            let shared_bytes = (self.width + WARP_SUMS) * DType::F32.size_in_bytes();
+            let args = self.args(pieces)?;
+            launch(device, &Launch { kernel, grid, threads: ROW_THREADS, shared_bytes, args })?;
+        }
+        Ok(())
+    }
+
+    /// Starts a kernel whose threads own [`TOGETHER`] elements each.
+    pub(super) fn flat(
+        &self,
+        kernel: &str,
+        device: &Device,
+        pieces: &[RowPiece<'_>],
+    ) -> Result<()> {
+        for pieces in pieces.chunks(PIECES_MAX) {
+            let rows: usize = pieces.iter().map(|piece| piece.rows).sum();
+            let blocks = (rows * self.width).div_ceil(TOGETHER * THREADS);
+            flat(kernel, device, blocks, self.args(pieces)?)?;
+        }
+        Ok(())
     }
 }
 
@@ -73,19 +121,10 @@ pub(super) fn has_rows(x: &Tensor) -> bool {
     x.elem_count() > 0 && width.is_multiple_of(TOGETHER) && width <= WIDTH_MAX
 }
 
-/// Starts a kernel whose blocks own a row of `x` each.
-pub(super) fn by_row(kernel: &str, x: &Tensor, args: Args) -> Result<()> {
+/// Rows of `x` and their width.
+fn rows_of(x: &Tensor) -> Result<(usize, usize)> {
     let width = x.dim(D::Minus1)?;
-    launch(
-        x.device(),
-        &Launch {
-            kernel: kernel.to_owned(),
-            grid: [x.elem_count().checked_div(width).unwrap_or(0), 1, 1],
-            threads: ROW_THREADS,
-            shared_bytes: (width + WARP_SUMS) * DType::F32.size_in_bytes(),
-            args,
-        },
-    )
+    Ok((x.elem_count().checked_div(width).unwrap_or(0), width))
 }
 
 /// [`crate::ops::rms_norm`], or `None` where there is no kernel for the types and sizes.
@@ -97,9 +136,10 @@ pub(in crate::ops) fn rms_norm(x: &Tensor, weight: &Tensor, eps: f64) -> Result<
     }
     let (x, weight) = (aligned(x)?, weight.contiguous()?);
     let out = Output::new(x.device(), x.dims(), DType::BF16)?;
-    let args =
-        RowArgs { weight: Some(&weight), eps, ..RowArgs::default() }.args(&x, out.address())?;
-    by_row("rms_norm", &x, args)?;
+    let (rows, width) = rows_of(&x)?;
+    let piece = RowPiece { x: address(&x)?, out: out.address(), rows, ..RowPiece::default() };
+    let args = RowArgs { width, weight: Some(&weight), eps };
+    args.by_row("rms_norm", x.device(), &[piece])?;
     out.into_tensor().map(Some)
 }
 
@@ -123,14 +163,17 @@ pub(in crate::ops) fn layer_norm(
         Some(_) => return Ok(None),
     };
     let out = Output::new(x.device(), x.dims(), DType::BF16)?;
-    let args = RowArgs {
+    let (rows, width) = rows_of(&x)?;
+    let piece = RowPiece {
+        x: address(&x)?,
+        out: out.address(),
+        rows,
         scale: modulation.as_ref().map(|(scale, _)| &scale.tensor),
         shift: modulation.as_ref().map(|(_, shift)| shift),
         shared: modulation.as_ref().map_or(1, |(scale, _)| scale.rows),
-        eps,
-        ..RowArgs::default()
+        ..RowPiece::default()
     };
-    by_row("layer_norm", &x, args.args(&x, out.address())?)?;
+    RowArgs { width, eps, weight: None }.by_row("layer_norm", x.device(), &[piece])?;
     out.into_tensor().map(Some)
 }
 
@@ -146,13 +189,17 @@ pub(in crate::ops) fn gated_add(
     let (residual, x) = (aligned(residual)?, aligned(x)?);
     let Some(gate) = Shared::new(&x, gate)? else { return Ok(None) };
     let out = Output::new(x.device(), x.dims(), DType::BF16)?;
-    let args = RowArgs {
-        residual: Some(&residual),
+    let (rows, width) = rows_of(&x)?;
+    let piece = RowPiece {
+        x: address(&x)?,
+        out: out.address(),
+        rows,
+        residual: address(&residual)?,
         gate: Some(&gate.tensor),
         shared: gate.rows,
-        ..RowArgs::default()
+        ..RowPiece::default()
     };
-    flat_rows("gated_add", &x, args.args(&x, out.address())?)?;
+    RowArgs { width, ..RowArgs::default() }.flat("gated_add", x.device(), &[piece])?;
     out.into_tensor().map(Some)
 }
 
@@ -175,17 +222,19 @@ pub(in crate::ops) fn gated_add_norm(
     let (scale, shift) = (scale.contiguous()?, shift.contiguous()?);
     let sum = Output::new(x.device(), x.dims(), DType::BF16)?;
     let out = Output::new(x.device(), x.dims(), DType::BF16)?;
-    let args = RowArgs {
+    let (rows, width) = rows_of(&x)?;
+    let piece = RowPiece {
+        x: address(&x)?,
+        out: out.address(),
+        rows,
         scale: Some(&scale),
         shift: Some(&shift),
-        shared: gate.rows,
-        residual: Some(&residual),
         gate: Some(&gate.tensor),
+        shared: gate.rows,
+        residual: address(&residual)?,
         sum: sum.address(),
-        weight: None,
-        eps,
     };
-    by_row("layer_norm", &x, args.args(&x, out.address())?)?;
+    RowArgs { width, eps, weight: None }.by_row("layer_norm", x.device(), &[piece])?;
     Ok(Some((sum.into_tensor()?, out.into_tensor()?)))
 }
 
@@ -311,11 +360,6 @@ fn flat(kernel: &str, device: &Device, blocks: usize, args: Args) -> Result<()> 
         device,
         &Launch { kernel: kernel.to_owned(), grid, threads: THREADS, shared_bytes: 0, args },
     )
-}
-
-/// Starts a kernel whose threads own [`TOGETHER`] elements of `x` each.
-pub(super) fn flat_rows(kernel: &str, x: &Tensor, args: Args) -> Result<()> {
-    flat(kernel, x.device(), x.elem_count().div_ceil(TOGETHER * THREADS), args)
 }
 
 /// `x` without gaps, starting at a multiple of 16 bytes.

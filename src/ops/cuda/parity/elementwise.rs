@@ -1,6 +1,6 @@
 //! Norms, activations, rotation and the sampler's step against their definitions.
 
-use candle_core::{DType, Tensor};
+use candle_core::{DType, Result, Tensor};
 
 use super::Suite;
 use crate::ops::{self, ModulatedTokens, Sinusoids};
@@ -8,6 +8,7 @@ use crate::ops::{self, ModulatedTokens, Sinusoids};
 pub(super) fn check(suite: &mut Suite) {
     rows(suite);
     runs(suite);
+    streams(suite);
     activations(suite);
     rotations(suite);
     channels(suite);
@@ -82,6 +83,37 @@ fn runs(suite: &mut Suite) {
     }
 }
 
+/// Streams of other lengths at once: in the last case of more pieces than a start of a kernel takes.
+fn streams(suite: &mut Suite) {
+    const EPS: f64 = 1e-6;
+    for ([b, dim], text, image) in [([1, 64], 5, 40), ([2, 3072], 3, 4), ([3, 24], 7, 90)] {
+        let name = format!("{b} entries of {text} and {image} tokens, {dim} wide");
+        let [x, y] = [0, 1].map(|_| suite.random(&[b, text, dim]));
+        let [s, t] = [0, 1].map(|_| suite.random(&[b, image, dim]));
+        let modulation = [0; 6].map(|_| suite.random(&[1, 1, dim]));
+        let [one, two, three, four, five, six] = &modulation;
+        let inputs = [&x, &y, &s, &t, one, two, three, four, five, six];
+        // The text of two entries is one run.
+        let first = if b == 2 { [text, 2] } else { [2, 2] };
+        suite.compare("streams", name, (inputs, &[]), |[x, y, s, t, of @ ..]| {
+            let [one, two, three, four, five, six] = of;
+            let after = [four, five, six, two, three, one];
+            let runs = [(0, text), (1, image)].map(|(i, n)| filled(&two_runs(of, [first[i], n])));
+            let next =
+                [(0, text), (1, image)].map(|(i, n)| filled(&two_runs(after, [first[i], n])));
+            let normed = ops::modulated_layer_norm_streams([(x, &runs[0]), (s, &runs[1])], EPS)?;
+            let [a, b] = [(y, x, &runs[0]), (t, s, &runs[1])]
+                .map(|(residual, x, runs)| ops::GatedTokens { residual, x, runs });
+            let sums = ops::gated_add_streams([a, b])?;
+            let both = ops::gated_add_norm_streams([(a, &next[0]), (b, &next[1])], EPS)?;
+            let both = both.into_iter().flat_map(<[Tensor; 2]>::from);
+            let all = normed.into_iter().chain(sums).chain(both);
+            // (b·n of all, dim)
+            Tensor::cat(&all.map(|x| x.flatten_to(1)).collect::<Result<Vec<_>>>()?, 0)
+        });
+    }
+}
+
 /// The first tokens of `n` and the others, by scale, shift and gate each.
 fn two_runs<'a>(of: [&'a Tensor; 6], [first, n]: [usize; 2]) -> [ModulatedTokens<'a>; 2] {
     let run = |tokens, i: usize| {
@@ -89,6 +121,11 @@ fn two_runs<'a>(of: [&'a Tensor; 6], [first, n]: [usize; 2]) -> [ModulatedTokens
         ModulatedTokens { tokens, scale, shift, gate }
     };
     [run(first, 0), run(n - first, 3)]
+}
+
+/// The runs that have tokens.
+fn filled<'a>(runs: &[ModulatedTokens<'a>]) -> Vec<ModulatedTokens<'a>> {
+    runs.iter().filter(|run| run.tokens > 0).copied().collect()
 }
 
 fn activations(suite: &mut Suite) {
