@@ -11,3 +11,4 @@
 #include "linear.cu"
 #include "pictures.cu"
 #include "rows.cu"
+#include "tensors.cu"

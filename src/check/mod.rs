@@ -61,13 +61,14 @@ pub struct Part {
 }
 
 /// Correctness.
-const CHECKS: [Part; 13] = [
+const CHECKS: [Part; 14] = [
     check("joint attention", |device, _| group(device, 0)),
     check("attention", |device, _| group(device, 1)),
     check("elementwise", |device, _| group(device, 2)),
     check("pictures", |device, _| group(device, 3)),
     check("products", |device, _| group(device, 4)),
     check("decode", |device, _| group(device, 5)),
+    check("tensors", |device, _| group(device, 6)),
     check("hopper", hopper),
     check("cublaslt", |device, _| {
         named("cublaslt", parity::run_blas(device, &[0]).iter().map(Row::of_outcome).collect())

@@ -67,7 +67,7 @@ impl Linear {
         let mut results = ops::forward_each(layers.map(|(layer, _)| &layer.matrix), x)?;
         for (y, (layer, change)) in results.iter_mut().zip(layers) {
             for change in layer.changes.iter().chain(change) {
-                *y = (&*y + change.forward(x)?)?;
+                *y = ops::add(y, &change.forward(x)?)?;
             }
         }
         Ok(results)
@@ -80,7 +80,7 @@ impl Linear {
     pub fn forward_changed(&self, x: &Tensor, change: Option<&LowRank>) -> TensorResult<Tensor> {
         let y = self.forward(x)?;
         match change {
-            Some(change) => y + change.forward(x)?,
+            Some(change) => ops::add(&y, &change.forward(x)?),
             None => Ok(y),
         }
     }

@@ -92,7 +92,7 @@ impl Linear {
     pub fn forward(&self, x: &Tensor) -> TensorResult<Tensor> {
         let mut y = self.matrix.forward(x)?;
         for change in &self.changes {
-            y = (y + change.forward(x)?)?;
+            y = ops::add(&y, &change.forward(x)?)?;
         }
         Ok(y)
     }

@@ -22,6 +22,7 @@ use super::{
         blocks::{BlockFormat, PackedBlocks},
     },
     source::{Kept, MatrixBytes, Numbers},
+    tensors,
 };
 
 /// Weights that one piece of work quantizes.
@@ -91,8 +92,8 @@ impl LinearWeight {
             Tensor::from_vec(rows, (indices.len(), width), &Device::Cpu)
         };
         match self {
-            Self::Dense(matrix) => matrix.index_select(indices, 0), // (n, width)
-            Self::Quantized(matrix) => matrix.embedding(indices),   // (n, width)
+            Self::Dense(matrix) => tensors::take_rows(matrix, indices), // (n, width)
+            Self::Quantized(matrix) => matrix.embedding(indices),       // (n, width)
             Self::Blocks(matrix) => pick(matrix.dims(), &|row| matrix.row(row)),
             Self::Packed(matrix) => pick(matrix.dims(), &|row| matrix.row(row)),
         }

@@ -23,6 +23,7 @@ mod rows;
 pub mod sampling;
 mod simd;
 mod source;
+pub mod tensors;
 pub mod timestep;
 
 pub use activation::{gelu_erf, gelu_tanh, gelu_tanh_owned, silu, swiglu};
@@ -51,4 +52,5 @@ pub use rope::{rotate_halves, rotate_pairs};
 pub use sampling::{guided_step, rescaled_guidance};
 pub use simd::blocks::{BlockFormat, PackedBlocks};
 pub use source::{Kept, MatrixBytes, Numbers};
+pub use tensors::{Combination, add, clamp, combine, laid_out, take_rows};
 pub use timestep::{Sinusoids, timestep_embedding};

@@ -275,7 +275,7 @@ impl Layer {
         adapter: Option<&LayerAdapter>,
     ) -> Result<Tensor> {
         let normed = self.input_layernorm.forward(x)?;
-        let x = (x + self.attention.forward(&normed, angles, past, adapter)?)?;
+        let x = ops::add(x, &self.attention.forward(&normed, angles, past, adapter)?)?;
         let normed = self.post_attention_layernorm.forward(&x)?;
         let layers = [
             (&self.gate_proj, change(adapter, |a| &a.gate_proj)),
@@ -284,7 +284,7 @@ impl Layer {
         let [gate, up] = Linear::forward_each(layers, &normed)?;
         let inner = ops::swiglu(&gate, &up)?;
         let down = self.down_proj.forward_changed(&inner, change(adapter, |a| &a.down_proj))?;
-        Ok((x + down)?)
+        Ok(ops::add(&x, &down)?)
     }
 }
 

@@ -68,7 +68,7 @@ impl VisionTower {
         let order = Tensor::new(windows.order.as_slice(), &self.device)?;
         let x = patches.pixel_values.to_device(&self.device)?.to_dtype(self.dtype)?;
         let x = self.patch_embed.forward(&x)?; // (patches, hidden)
-        let x = self.by_token(&x)?.index_select(&order, 0)?; // (tokens, merge · merge · hidden)
+        let x = ops::take_rows(&self.by_token(&x)?, &order)?; // (tokens, merge · merge · hidden)
         let count = windows.order.len() * self.config.merge_unit();
         let mut x = x.reshape((1, count, self.config.hidden_size))?;
         let angles = self.angles(&patches.grids, &windows)?;
@@ -80,7 +80,7 @@ impl VisionTower {
         }
         let tokens = self.merger.forward(&x)?; // (tokens, width_out)
         let back = Tensor::new(inverse(&windows.order).as_slice(), &self.device)?;
-        Ok(tokens.index_select(&back, 0)?.unsqueeze(0)?)
+        Ok(ops::take_rows(&tokens, &back)?.unsqueeze(0)?)
     }
 
     /// `(patches, hidden)` → `(tokens, merge · merge · hidden)`.
@@ -205,18 +205,18 @@ impl Block {
 
     /// `x: [1, n, hidden]`; tokens attend within `segments`.
     fn forward(&self, x: &Tensor, angles: &Angles, segments: &[usize]) -> Result<Tensor> {
-        let x = (x + self.attend(&self.norm1.forward(x)?, angles, segments)?)?;
+        let x = ops::add(x, &self.attend(&self.norm1.forward(x)?, angles, segments)?)?;
         let normed = self.norm2.forward(&x)?;
         let inner =
             ops::swiglu(&self.gate_proj.forward(&normed)?, &self.up_proj.forward(&normed)?)?;
-        Ok((x + self.down_proj.forward(&inner)?)?)
+        Ok(ops::add(&x, &self.down_proj.forward(&inner)?)?)
     }
 
     fn attend(&self, x: &Tensor, angles: &Angles, segments: &[usize]) -> Result<Tensor> {
         let (b, n, width) = x.dims3()?;
         let qkv = self.qkv.forward(x)?; // (b, n, 3 · h · d)
         let part = |index: usize| -> Result<Tensor> {
-            let part = qkv.narrow(2, index * width, width)?.contiguous()?;
+            let part = ops::laid_out(&qkv.narrow(2, index * width, width)?)?;
             Ok(part.reshape((b, n, self.heads, self.head_dim))?) // (b, n, h, d)
         };
         let (q, k) = (angles.rotate(&part(0)?)?, angles.rotate(&part(1)?)?);

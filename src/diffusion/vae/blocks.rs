@@ -35,7 +35,7 @@ pub(super) struct Channels {
 /// The last time slice of a kernel `[out, in, time, h, w]`: `[out, in, h, w]`.
 pub(super) fn last_time_slice(kernel: &Tensor) -> TensorResult<Tensor> {
     let time = kernel.dim(2)?;
-    kernel.narrow(2, time - 1, 1)?.squeeze(2)?.contiguous() // (out, in, h, w)
+    ops::laid_out(&kernel.narrow(2, time - 1, 1)?.squeeze(2)?) // (out, in, h, w)
 }
 
 /// A causal 3 × 3 × 3 convolution on a single picture.
@@ -131,7 +131,7 @@ impl AttentionBlock {
         let (b, pixels, c) = tokens.dims3()?;
         let qkv = self.to_qkv.forward(&tokens)?.reshape((b, pixels, 3, c))?; // (b, h·w, 3, c)
         drop(tokens);
-        let part = |i: usize| qkv.narrow(2, i, 1)?.contiguous(); // (b, h·w, 1 head, c)
+        let part = |i: usize| ops::laid_out(&qkv.narrow(2, i, 1)?); // (b, h·w, 1 head, c)
         #[expect(clippy::cast_precision_loss, reason = "a number of channels is small")]
         let scale = (c as f32).sqrt().recip();
         let attended = ops::attention(&part(0)?, &part(1)?, &part(2)?, scale, Mask::None)?;

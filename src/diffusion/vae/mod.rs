@@ -11,7 +11,7 @@ use candle_core::{DType, Tensor};
 use crate::{
     error::{Error, Result},
     layers::Conv2d,
-    ops::Picture,
+    ops::{self, Combination, Picture},
     progress::CancelToken,
     weights::{ModelFiles, Precision, Storage, Weights},
 };
@@ -132,7 +132,8 @@ impl Autoencoder {
         let x = self.encoder.mid.forward(x, cancel)?;
         let mean = self.encoder.quant_mean.forward(&self.encoder.head.forward(&x)?)?;
         let mean = mean.into_planes()?;
-        let latents = mean.broadcast_sub(&self.mean)?.broadcast_div(&self.std)?;
+        let centred = ops::combine(&mean, &self.mean, Combination::Difference)?;
+        let latents = ops::combine(&centred, &self.std, Combination::Quotient)?;
         Ok(latents.to_dtype(DType::F32)?)
     }
 
@@ -158,7 +159,8 @@ impl Autoencoder {
         }
         let Precision { device, compute, .. } = &self.precision;
         let x = latents.to_device(device)?.to_dtype(*compute)?;
-        let x = x.broadcast_mul(&self.std)?.broadcast_add(&self.mean)?;
+        let x = ops::combine(&x, &self.std, Combination::Product)?;
+        let x = ops::add(&x, &self.mean)?;
         let x = self.decoder.post_quant.forward(&Picture::new(x)?)?;
         let x = self.decoder.conv_in.forward(&x)?;
         let x = self.decoder.mid.forward(x, cancel)?;
@@ -171,7 +173,7 @@ impl Autoencoder {
         } else {
             up(x)?
         };
-        Ok(picture.clamp(-1.0, 1.0)?.to_dtype(DType::F32)?)
+        Ok(ops::clamp(&picture, -1.0, 1.0)?.to_dtype(DType::F32)?)
     }
 }
 

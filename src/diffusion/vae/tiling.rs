@@ -2,7 +2,10 @@
 
 use candle_core::{Device, Tensor};
 
-use crate::error::{Error, Result};
+use crate::{
+    error::{Error, Result},
+    ops::{self, Combination},
+};
 
 /// When and how the autoencoder works in tiles.
 ///
@@ -172,7 +175,7 @@ impl Tiles {
             let strip = x.narrow(2, row.start * scale.input, row.len * scale.input)?;
             blend(&self.columns, 3, scale.output, x.device(), |column| {
                 let (start, len) = (column.start * scale.input, column.len * scale.input);
-                f(strip.narrow(3, start, len)?.contiguous()?)
+                f(ops::laid_out(&strip.narrow(3, start, len)?)?)
             })
         };
         blend(&self.rows, 2, scale.output, x.device(), row)
@@ -207,9 +210,13 @@ fn blend(
         shape[axis] = len;
         let x = part(span)?;
         let weights = Tensor::from_vec(weights, &shape, device)?.to_dtype(x.dtype())?;
-        let x = x.broadcast_mul(&weights)?.pad_with_zeros(axis, first, end - first - len)?;
+        let x = ops::combine(&x, &weights, Combination::Product)?.pad_with_zeros(
+            axis,
+            first,
+            end - first - len,
+        )?;
         blended = Some(match blended {
-            Some(sum) => (sum + x)?,
+            Some(sum) => ops::add(&sum, &x)?,
             None => x,
         });
     }

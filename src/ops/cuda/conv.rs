@@ -9,7 +9,7 @@ use super::{
     rows::{TOGETHER, aligned},
     takes,
 };
-use crate::ops::Conv2dShape;
+use crate::ops::{self, Conv2dShape};
 
 /// The side of what a block computes, in pixels, and of the largest kernel.
 const SIDE: usize = 16;
@@ -44,7 +44,7 @@ impl StoredKernel {
         if !fits || weight.elem_count() == 0 || kh > TAPS || kw > TAPS {
             return Ok(None);
         }
-        let weight = weight.permute((3, 2, 0, 1))?.contiguous()?; // (kw, kh, out, in)
+        let weight = ops::laid_out(&weight.permute((3, 2, 0, 1))?)?; // (kw, kh, out, in)
         let weight = weight.pad_with_zeros(2, 0, stored(out) - out)?;
         let weight = aligned(&weight.pad_with_zeros(3, 0, stored(channels) - channels)?)?;
         let bias = bias.map(wide).transpose()?;
@@ -78,7 +78,7 @@ impl StoredKernel {
     /// This kernel with the bias of `other` added to its own.
     pub(in crate::ops) fn with_bias_of(&self, other: &Self) -> Result<Self> {
         let bias = match (&self.bias, &other.bias) {
-            (Some(one), Some(two)) => Some((one + two)?),
+            (Some(one), Some(two)) => Some(ops::add(one, two)?),
             (one, two) => one.as_ref().or(two.as_ref()).cloned(),
         };
         Ok(Self { bias, ..self.clone() })

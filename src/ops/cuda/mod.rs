@@ -25,6 +25,7 @@ mod queue;
 mod recorded;
 mod rows;
 mod runs;
+mod tensors;
 
 use std::{
     cell::Cell,
@@ -53,6 +54,7 @@ pub(super) use rows::{
     rms_norm, rotate,
 };
 pub(super) use runs::{gated_add_norm_streams, gated_add_streams, layer_norm_streams};
+pub(super) use tensors::{clamp, combine, laid_out, take_rows};
 
 thread_local! {
     static EMULATED: Cell<Option<u32>> = const { Cell::new(None) };

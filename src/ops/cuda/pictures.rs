@@ -9,6 +9,7 @@ use super::{
     rows::{TOGETHER, aligned},
     takes,
 };
+use crate::ops;
 
 const THREADS: usize = 256;
 /// Pixels of a picture that may be enlarged: places within one are 32-bit numbers in the kernels.
@@ -53,7 +54,7 @@ impl Pixels {
     /// `[b, h · w, c]`.
     pub(in crate::ops) fn tokens(&self) -> Result<Tensor> {
         let [b, channels, h, w] = self.dims()?;
-        self.data.narrow(3, 0, channels)?.contiguous()?.reshape((b, h * w, channels)) // (b, h·w, c)
+        ops::laid_out(&self.data.narrow(3, 0, channels)?)?.reshape((b, h * w, channels)) // (b, h·w, c)
     }
 
     /// The picture of `[b, h · w, c]` with this one's sides added to this one.
@@ -61,7 +62,7 @@ impl Pixels {
         let [b, channels, h, w] = self.dims()?;
         let tokens = tokens.reshape((b, h, w, channels))?; // (b, h, w, c)
         let missing = channels.next_multiple_of(TOGETHER) - channels;
-        let data = (&self.data + tokens.pad_with_zeros(3, 0, missing)?)?;
+        let data = ops::add(&self.data, &tokens.pad_with_zeros(3, 0, missing)?)?;
         Ok(Self { data, channels })
     }
 

@@ -13,6 +13,7 @@ mod joint;
 mod pictures;
 mod products;
 mod rounded;
+mod tensors;
 
 use candle_core::{DType, Device, Result, Tensor};
 
@@ -50,7 +51,7 @@ pub struct Group {
 }
 
 /// The checks of every operation.
-pub const GROUPS: [Group; 6] = [
+pub const GROUPS: [Group; 7] = [
     Group {
         name: "joint attention",
         check: |suite| super::with_hopper(false, || joint::check(suite)),
@@ -60,6 +61,7 @@ pub const GROUPS: [Group; 6] = [
     Group { name: "pictures", check: pictures::check },
     Group { name: "products", check: products::check },
     Group { name: "decode", check: decode::check },
+    Group { name: "tensors", check: tensors::check },
 ];
 
 /// Runs the checks of every operation. On the CPU the kernels are emulated, with the threads of a block
