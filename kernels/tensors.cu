@@ -6,6 +6,7 @@
 // clamp: NaN stays NaN. Grid: likewise.
 // take_rows: rows of a matrix by their numbers, in pieces of 16 bytes; all bits are set of one that is not there.
 //   Grid: (pieces / 256, 1, 1); 256 threads.
+// row_sizes: the sum of the absolute numbers of each row, in float32. Grid: (rows / 8, 1, 1); 256 threads: a warp for each row.
 // lay_out: numbers of 2 or 4 bytes that lie apart, one after the other. Grid: (numbers / 256, 1, 1); 256 threads.
 #include "device.cuh"
 
@@ -92,6 +93,25 @@ KERNEL(take_rows, TakeRowsArgs, 256, 1) {
   Words words = {{0xffffffffu, 0xffffffffu, 0xffffffffu, 0xffffffffu}};
   if (row < args.rows) words = load_words(args.from + 16 * (row * args.pieces + piece));
   store_words(args.out + 16 * i, words);
+}
+
+struct RowSizesArgs {
+  const void* x;  // [rows][width]
+  float* out;     // [rows]
+  int64_t rows, width;
+  int64_t is_float;
+};
+
+KERNEL(row_sizes, RowSizesArgs, 256, 1) {
+  const int64_t row = block_x() * (block_threads() / 32) + warp();
+  const bool there = row < args.rows;
+  float sum = 0.0f;
+  for (int64_t i = lane(); there && i < args.width; i += 32) {
+    const int64_t at = row * args.width + i;
+    sum += fabsf(args.is_float ? static_cast<const float*>(args.x)[at] : to_float(static_cast<const bf16*>(args.x)[at]));
+  }
+  sum = sum_lanes(sum, 32);
+  if (there && lane() == 0) args.out[row] = sum;
 }
 
 struct LayOutArgs {

@@ -3,7 +3,7 @@
 # count (scripts/cuda-stand-in). Needs a C compiler and what scripts/cuda-build.sh built; no GPU.
 #   scripts/cuda-host-work.sh [PROGRAM] [CASE]     (default: target/cuda/release/pentimento-gpu-check, no names)
 # Prints microseconds and calls of a layer, and of a recorded step of 60 layers, and fails where a step waits for the
-# device, copies from or to the host or loads a module, where a recorded step makes more than a few calls, and where a run
+# device, copies from or to the host or loads a module, where models need kernels that a driver compiles for seconds, where a recorded step makes more than a few calls, and where a run
 # does not go on when the driver refuses to record. Calls of a case, or of `all`, are listed by name.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
@@ -40,6 +40,23 @@ if len(failed) * 4 != len(rows) or not rows or not alike or wrong:
     sys.exit(1)
 PY
 done
+
+# What a driver compiles at first use: of candle's kernels only casts and fills, which take it a moment.
+rm -f "$work/modules"
+MODULES=$work/modules LD_LIBRARY_PATH=$work:$cuda/lib64 timeout 120 "$program" --scratch "$work/scratch" \
+  --references tests/data/reference --part models --inner > "$work/rows"
+MODULES=$work/modules LD_LIBRARY_PATH=$work:$cuda/lib64 timeout 120 "$program" --scratch "$work/scratch" \
+  --part "a token of the host" --inner >> "$work/rows"
+python3 - "$work/rows" "$work/modules" <<'PY'
+import sys
+
+rows, modules = ([line.strip() for line in open(path)] for path in sys.argv[1:])
+long = sorted({first for first in modules if not first.startswith(("cast_", "fill_"))})
+if not any(row.startswith("row ") for row in rows) or not modules or long:
+    print("FAIL compiled at first use:", long or modules or rows[-3:])
+    sys.exit(1)
+print("at first use a driver compiles", len(set(modules)), "files of kernels:", ", ".join(sorted(set(modules))))
+PY
 
 # A token of the language model, also where the driver does not map the host's memory.
 for call in none cuMemHostGetDevicePointer_v2; do

@@ -285,7 +285,20 @@ int cuMemcpyDtoHAsync_v2(void *to, const void *from, size_t bytes, void *on) {
 
 // Kernels: a function is the counter of its starts.
 
-int cuModuleLoadData(void **to, const void *image) { COUNTED; *to = &module; return SUCCESS; }
+// A driver compiles a module that is text. The first kernel of each is a line of the file that MODULES names.
+int cuModuleLoadData(void **to, const void *image) {
+  COUNTED;
+  *to = &module;
+  const char *path = getenv("MODULES"), *text = image;
+  if (!path || strncmp(text, "//", 2)) return SUCCESS;
+  const char *entry = strstr(text, ".entry ");
+  FILE *file = entry ? fopen(path, "a") : 0;
+  if (!file) return SUCCESS;
+  entry += strlen(".entry ");
+  fprintf(file, "%.*s\n", (int)strcspn(entry, "(\n"), entry);
+  return fclose(file);
+}
+
 int cuModuleLoad(void **to, const char *path) { COUNTED; *to = &module; return SUCCESS; }
 
 int cuModuleGetFunction(void **to, void *of, const char *name) {

@@ -307,7 +307,7 @@ impl PackedLinear {
             Kernel::Quantized(weight) => weight.forward(&x.contiguous()?)?,
         };
         match &self.bias {
-            Some(bias) => y.broadcast_add(bias),
+            Some(bias) => tensors::add(&y, bias),
             None => Ok(y),
         }
     }

@@ -52,5 +52,5 @@ pub use rope::{rotate_halves, rotate_pairs};
 pub use sampling::{guided_step, rescaled_guidance};
 pub use simd::blocks::{BlockFormat, PackedBlocks};
 pub use source::{Kept, MatrixBytes, Numbers};
-pub use tensors::{Combination, add, clamp, combine, laid_out, take_rows};
+pub use tensors::{Combination, add, clamp, combine, laid_out, row_sizes, take_rows};
 pub use timestep::{Sinusoids, timestep_embedding};

@@ -1,7 +1,7 @@
 //! What is done to whole tensors between the models' operations. A GPU has kernels for it here that are compiled with the
 //! program; candle's own are compiled by the driver when they are first used, which takes seconds.
 
-use candle_core::{Result, Tensor};
+use candle_core::{D, DType, Result, Tensor};
 
 use super::cuda;
 
@@ -61,6 +61,18 @@ pub fn take_rows(x: &Tensor, numbers: &Tensor) -> Result<Tensor> {
     match cuda::take_rows(x, numbers)? {
         Some(y) => Ok(y),
         None => x.index_select(numbers, 0), // (n, width)
+    }
+}
+
+/// How large each row is: the sum of the absolute numbers of `x: [.., width]` along its last axis, in float32,
+/// `[rows]`. It is finite only if all of a row is.
+///
+/// # Errors
+/// A failure of the device.
+pub fn row_sizes(x: &Tensor) -> Result<Tensor> {
+    match cuda::row_sizes(x)? {
+        Some(sizes) => Ok(sizes),
+        None => x.to_dtype(DType::F32)?.abs()?.sum(D::Minus1)?.flatten_all(),
     }
 }
 

@@ -54,7 +54,7 @@ pub(super) use rows::{
     rms_norm, rotate,
 };
 pub(super) use runs::{gated_add_norm_streams, gated_add_streams, layer_norm_streams};
-pub(super) use tensors::{clamp, combine, laid_out, take_rows};
+pub(super) use tensors::{clamp, combine, laid_out, row_sizes, take_rows};
 
 thread_local! {
     static EMULATED: Cell<Option<u32>> = const { Cell::new(None) };

@@ -1,6 +1,6 @@
 //! What is done to whole tensors: `kernels/tensors.cu`.
 
-use candle_core::{DType, Result, Tensor};
+use candle_core::{D, DType, Result, Tensor};
 
 use super::{
     are_near,
@@ -10,6 +10,7 @@ use super::{
 use crate::ops::tensors::Combination;
 
 const THREADS: usize = 256;
+const WARP: usize = 32;
 /// Numbers of a thread, and bytes of a piece of a row.
 const TOGETHER: usize = 8;
 const PIECE_BYTES: usize = 16;
@@ -68,6 +69,24 @@ pub(in crate::ops) fn take_rows(x: &Tensor, numbers: &Tensor) -> Result<Option<T
     out.into_tensor().map(Some)
 }
 
+/// [`crate::ops::row_sizes`], or `None` where there is no kernel for the type.
+pub(in crate::ops) fn row_sizes(x: &Tensor) -> Result<Option<Tensor>> {
+    if !suits(x) || x.rank() == 0 {
+        return Ok(None);
+    }
+    let x = packed(x)?;
+    let width = x.dim(D::Minus1)?;
+    let rows = x.elem_count().checked_div(width).unwrap_or(0);
+    let out = Output::new(x.device(), &[rows], DType::F32)?;
+    let mut args = Args::default();
+    args.tensor(Some(&x))?
+        .address(out.address())
+        .counts([rows, width])
+        .flag(x.dtype() == DType::F32);
+    start("row_sizes", &x, rows * WARP, args)?;
+    out.into_tensor().map(Some)
+}
+
 /// [`crate::ops::laid_out`] of numbers that lie apart, or `None` where there is no kernel for the type and rank.
 pub(in crate::ops) fn laid_out(x: &Tensor) -> Result<Option<Tensor>> {
     if !suits(x) || x.rank() > RANK {
@@ -109,10 +128,10 @@ fn repetition(a: &[usize], b: &[usize]) -> Option<[usize; 2]> {
     if a == b {
         return Some([1, count]);
     }
-    if b.len() != a.len() {
-        return None;
-    }
-    let mut shared = a.iter().zip(b).enumerate().filter(|(_, (_, b))| **b != 1);
+    // Axes that `b` lacks are the first.
+    let missing = a.len().checked_sub(b.len())?;
+    let b = [vec![1; missing].as_slice(), b].concat();
+    let mut shared = a.iter().zip(&b).enumerate().filter(|(_, (_, b))| **b != 1);
     match (shared.next(), shared.next()) {
         (None, None) => Some([1, 1]),
         (Some((axis, (a_len, b_len))), None) if a_len == b_len => {
@@ -142,7 +161,9 @@ mod tests {
             (&[2, 3, 4], &[1, 1, 1], Some([1, 1])),
             (&[2, 3, 4], &[2, 3, 1], None),
             (&[2, 3, 4], &[1, 2, 1], None),
-            (&[2, 3, 4], &[4], None),
+            (&[2, 3, 4], &[4], Some([1, 4])),
+            (&[2, 3, 4], &[3, 4], None),
+            (&[4], &[1, 4], None),
             (&[1, 3], &[2, 3], None),
         ] {
             assert_eq!(repetition(a, b), expected, "{a:?} {b:?}");

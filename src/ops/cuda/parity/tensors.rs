@@ -8,6 +8,7 @@ use crate::ops::{self, Combination};
 pub(super) fn check(suite: &mut Suite) {
     combinations(suite);
     rows(suite);
+    sizes(suite);
     layouts(suite);
 }
 
@@ -21,6 +22,7 @@ fn combinations(suite: &mut Suite) {
         (vec![2, 5, 3, 7], vec![1, 1, 1, 7]),
         (vec![2, 5, 3, 7], vec![2, 1, 1, 1]),
         (vec![4, 9], vec![1, 1]),
+        (vec![2, 5, 8], vec![8]),
         // Of more than one axis: candle's.
         (vec![2, 3, 4], vec![2, 3, 1]),
     ];
@@ -53,6 +55,20 @@ fn combinations(suite: &mut Suite) {
     });
     let one = Tensor::ones(1, DType::F32, &candle_core::Device::Cpu);
     suite.judge("clamp", "NaN", one.map(|one| (one.clone(), one)), vec![kept]);
+}
+
+fn sizes(suite: &mut Suite) {
+    for dims in [vec![1], vec![2, 3, 37], vec![9, 1024]] {
+        let x = suite.random(&dims);
+        for wide in [&[][..], &[0]] {
+            let case = format!("{dims:?}, wide {wide:?}");
+            suite.compare("sizes of rows", case, ([&x], wide), |[x]| match x.dtype() {
+                // The definition, in the type of the others.
+                DType::F64 => x.abs()?.sum(candle_core::D::Minus1)?.flatten_all(),
+                _ => ops::row_sizes(x),
+            });
+        }
+    }
 }
 
 /// Moved numbers are the same numbers.
