@@ -299,23 +299,34 @@ DEVICE void write_partial(const AttentionSums<D>& sums, int row, const Attention
   }
 }
 
-// Hides keys `start..start + KEYS` that rows from `first_row` on do not see.
+// Hides the keys of a tile from `seen` on, which each of a lane's two rows has its own of.
 template <int KEYS>
-DEVICE void hide(float (&scores)[KEYS / 8][4], int start, int end, int64_t first_row, int64_t group,
-                 bool causal, int64_t offset) {
+DEVICE void hide_from(float (&scores)[KEYS / 8][4], const int (&seen)[2]) {
   UNROLL
   for (int half = 0; half < 2; ++half) {
-    int seen = end;
-    const int64_t r = first_row + 8 * half + (lane() >> 2);
-    if (causal) seen = int(min64(seen, r / group + offset + 1));
     UNROLL
     for (int n = 0; n < KEYS / 8; ++n) {
       UNROLL
       for (int part = 0; part < 2; ++part) {
-        if (start + 8 * n + 2 * (lane() & 3) + part >= seen) scores[n][2 * half + part] = -INFINITY;
+        if (8 * n + 2 * (lane() & 3) + part >= seen[half]) scores[n][2 * half + part] = -INFINITY;
       }
     }
   }
+}
+
+// Hides keys `start..start + KEYS` that rows from `first_row` on do not see.
+template <int KEYS>
+DEVICE void hide(float (&scores)[KEYS / 8][4], int start, int end, int64_t first_row, int64_t group,
+                 bool causal, int64_t offset) {
+  int seen[2];
+  UNROLL
+  for (int half = 0; half < 2; ++half) {
+    seen[half] = end;
+    const int64_t r = first_row + 8 * half + (lane() >> 2);
+    if (causal) seen[half] = int(min64(end, r / group + offset + 1));
+    seen[half] -= start;
+  }
+  hide_from<KEYS>(scores, seen);
 }
 
 template <int D, int WARPS, int ROW_TILES, int KEYS, bool PREPARE>

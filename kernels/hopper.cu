@@ -9,6 +9,9 @@
 //   Grid: as many blocks as run at a time, or one for each tile of 128 rows where these are fewer; a
 //   block takes tiles in turn. 384 threads; 224 KiB of shared memory.
 //
+// attention_hopper_grouped_d128: what attention_d128 computes without segments, see attention.cu, in the same way; all of it is
+//   in the first stream. Rows are a token's query heads of one key head, token after token. Rows that see the most keys come first.
+//
 // Tried on an H200, 24 heads, TFLOP/s at 8704 tokens, at 8704 twice, and at 16896 (its best run):
 //   as it is                              674  696  725
 //   176 keys a tile                       670  686  716
@@ -41,7 +44,7 @@ struct HopperArgs {
   int64_t batch;
 };
 
-// A tile of rows of one head and batch entry, and the tiles of keys that it sees: those of the text first,
+// A tile of rows of one key head and batch entry, and the tiles of keys that it sees: those of the text first,
 // then those of the picture.
 struct HopperItem {
   AttentionWork work;
@@ -52,7 +55,10 @@ struct HopperItem {
   DEVICE int total() const { return tiles[0] + tiles[1]; }
 };
 
+// GROUPED: of one stream, whose query heads may share a key head, and which may be causal.
+template <bool GROUPED_>
 struct HopperBlock {
+  static constexpr bool GROUPED = GROUPED_;
   static constexpr int KEYS = 192, STAGES = 2;
   static constexpr int D = 128, GROUPS = 2, GROUP_ROWS = 64, ROWS = GROUPS * GROUP_ROWS;
   static constexpr int CONSUMERS = 128 * GROUPS;  // threads
@@ -76,12 +82,36 @@ struct HopperBlock {
     values_there = keys_read + STAGES;
     values_read = values_there + STAGES;
     const AttentionArgs& own = args.attention;
-    for (int i = 0; i < 2; ++i) tiles[i] = (own.stream[i].query_rows + ROWS - 1) / ROWS;
-    items = (tiles[0] + tiles[1]) * own.heads * args.batch;
+    for (int i = 0; i < 2; ++i) tiles[i] = (own.stream[i].query_rows * heads_each() + ROWS - 1) / ROWS;
+    items = (tiles[0] + tiles[1]) * key_heads() * args.batch;
+  }
+
+  DEVICE int64_t heads_each() const { return GROUPED ? args.attention.group : 1; }
+  DEVICE int64_t key_heads() const { return GROUPED ? args.attention.heads / args.attention.group : args.attention.heads; }
+
+  DEVICE HopperItem item(int64_t i) const { return GROUPED ? grouped_item(i) : joint_item(i); }
+
+  // Tiles with the most keys first, of all heads, so that no block is left with one of these in the end.
+  DEVICE HopperItem grouped_item(int64_t i) const {
+    const AttentionArgs& own = args.attention;
+    const int64_t alike = key_heads() * args.batch;
+    HopperItem item;
+    item.head = i % alike % key_heads();
+    item.batch = i % alike / key_heads();
+    item.work.stream = 0;
+    item.work.row_first = (tiles[0] - 1 - i / alike) * ROWS;
+    item.work.row_end = min64(item.work.row_first + ROWS, own.stream[0].query_rows * own.group);
+    int64_t seen = own.stream[0].key_rows;
+    if (own.causal) seen = min64(seen, (item.work.row_end - 1) / own.group + own.offset + 1);
+    item.rows[0] = int(seen);
+    item.tiles[0] = (item.rows[0] + KEYS - 1) / KEYS;
+    item.rows[1] = item.tiles[1] = 0;
+    item.padded = -1;
+    return item;
   }
 
   // Tiles of a head follow each other, so that its keys and values stay in the cache.
-  DEVICE HopperItem item(int64_t i) const {
+  DEVICE HopperItem joint_item(int64_t i) const {
     const AttentionArgs& own = args.attention;
     const int64_t all = tiles[0] + tiles[1], tile = i % all;
     HopperItem item;
@@ -146,15 +176,16 @@ struct HopperBlock {
     const AttentionStream& own = args.attention.stream[work.stream];
     const int chunk = thread_index() % Queries::CHUNKS;
     const int first = group * GROUP_ROWS + thread_index() % 128 / Queries::CHUNKS;
-    const bf16* from = own.query + item.batch * own.query_batch + item.head * D + 8 * chunk;
+    const bf16* from = own.query + item.batch * own.query_batch + item.head * heads_each() * D + 8 * chunk;
     Words words[EACH];
     int64_t tokens[EACH];
     UNROLL
     for (int i = 0; i < EACH; ++i) {
-      tokens[i] = min64(work.row_first + first + 8 * i, work.row_end - 1);
-      words[i] = load_words(from + tokens[i] * own.query_stride);
+      const int64_t row = min64(work.row_first + first + 8 * i, work.row_end - 1);
+      tokens[i] = row / heads_each();
+      words[i] = load_words(from + tokens[i] * own.query_stride + row % heads_each() * D);
     }
-    prepare_chunks<D>(words, own.prepare, tokens, chunk);
+    if (!GROUPED) prepare_chunks<D>(words, own.prepare, tokens, chunk);
     named_barrier(OWN + group, 128);  // nobody reads what was there before
     UNROLL
     for (int i = 0; i < EACH; ++i) store_words(Queries::at(queries, first + 8 * i, chunk), words[i]);
@@ -241,18 +272,32 @@ struct SoftmaxRows {
 };
 
 // What a group does with one item. `before` counts the tiles that the block has seen before.
-DEVICE void hopper_consumer(HopperBlock& block, const HopperItem& item, int group, int before) {
-  constexpr int KEYS = HopperBlock::KEYS;
-  using Queries = HopperBlock::Queries;
-  const float factor = float(block.args.attention.scale * 1.4426950408889634);
+template <class Block>
+DEVICE void hopper_consumer(Block& block, const HopperItem& item, int group, int before) {
+  constexpr int KEYS = Block::KEYS;
+  using Queries = typename Block::Queries;
+  const AttentionArgs& args = block.args.attention;
+  const float factor = float(args.scale * 1.4426950408889634);
+  // Keys that the thread's two rows see, and the first of the group's rows.
+  int seen[2] = {0, 0}, seen_first = 0;
+  if (Block::GROUPED) {
+    const auto seen_of = [&](int row) {
+      if (!args.causal) return item.rows[0];
+      return int(min64(item.rows[0], (item.work.row_first + row) / args.group + args.offset + 1));
+    };
+    const int of_group = group * Block::GROUP_ROWS;
+    seen_first = seen_of(of_group);
+    UNROLL
+    for (int half = 0; half < 2; ++half) seen[half] = seen_of(of_group + warp() % 4 * 16 + 8 * half + (lane() >> 2));
+  }
   const int total = item.total();
-  auto my_turn = [&] { named_barrier(HopperBlock::TURNS + group, HopperBlock::CONSUMERS); };
-  auto your_turn = [&] { named_barrier_arrive(HopperBlock::TURNS + 1 - group, HopperBlock::CONSUMERS); };
+  auto my_turn = [&] { named_barrier(Block::TURNS + group, Block::CONSUMERS); };
+  auto your_turn = [&] { named_barrier_arrive(Block::TURNS + 1 - group, Block::CONSUMERS); };
   auto wait = [&](CountingBarrier* there, int t) {
-    barrier_wait(there + HopperBlock::stage(before + t), HopperBlock::parity(before + t));
+    barrier_wait(there + Block::stage(before + t), Block::parity(before + t));
   };
   auto release = [&](CountingBarrier* read, int t) {
-    if (lane() == 0) barrier_arrive(read + HopperBlock::stage(before + t));
+    if (lane() == 0) barrier_arrive(read + Block::stage(before + t));
   };
   block.load_queries(item, group);
 
@@ -268,7 +313,12 @@ DEVICE void hopper_consumer(HopperBlock& block, const HopperItem& item, int grou
   auto soften = [&](float (&scores)[KEYS / 8][4], int t) {
     const int there =
         t < item.tiles[0] ? item.rows[0] - t * KEYS : item.rows[1] - (t - item.tiles[0]) * KEYS;
-    if (there < KEYS) hide<KEYS>(scores, 0, there, 0, 1, false, 0);
+    if (Block::GROUPED) {
+      const int of_tile[2] = {seen[0] - t * KEYS, seen[1] - t * KEYS};
+      if (seen_first < (t + 1) * KEYS) hide_from<KEYS>(scores, of_tile);
+    } else if (there < KEYS) {
+      hide<KEYS>(scores, 0, there, 0, 1, false, 0);
+    }
     softmax.soften<KEYS>(scores, factor, keep);
   };
   auto rescale = [&] {
@@ -329,8 +379,8 @@ DEVICE void hopper_consumer(HopperBlock& block, const HopperItem& item, int grou
   }
 
   // The queries' place takes the output.
-  named_barrier(HopperBlock::OWN + group, 128);
-  const int first = group * HopperBlock::GROUP_ROWS + warp() % 4 * 16;
+  named_barrier(Block::OWN + group, 128);
+  const int first = group * Block::GROUP_ROWS + warp() % 4 * 16;
   UNROLL
   for (int half = 0; half < 2; ++half) {
     const float sum = sum_lanes(softmax.sum[half], 4);
@@ -343,12 +393,13 @@ DEVICE void hopper_consumer(HopperBlock& block, const HopperItem& item, int grou
     }
   }
   warp_barrier();
-  write_rows<Queries, 128>(block.queries, first, 16, block.args.attention, item.work, item.batch,
-                           item.head, 1);
+  write_rows<Queries, 128>(block.queries, first, 16, args, item.work, item.batch, item.head, block.heads_each());
 }
 
-KERNEL(attention_hopper_d128, HopperArgs, 384, 1) {
-  HopperBlock block(args);
+template <bool GROUPED>
+DEVICE void attention_hopper(const HopperArgs& args) {
+  using Block = HopperBlock<GROUPED>;
+  Block block(args);
   block.start_barriers();
   const int group = warp_group() - 1;
   if (group < 0) {
@@ -357,7 +408,7 @@ KERNEL(attention_hopper_d128, HopperArgs, 384, 1) {
     return;
   }
   registers_take<240>();
-  if (group == 1) named_barrier_arrive(HopperBlock::TURNS, HopperBlock::CONSUMERS);  // group 0 begins
+  if (group == 1) named_barrier_arrive(Block::TURNS, Block::CONSUMERS);  // group 0 begins
   int before = 0;
   for (int64_t i = block_x(); i < block.items; i += grid_x()) {
     const HopperItem item = block.item(i);
@@ -365,5 +416,8 @@ KERNEL(attention_hopper_d128, HopperArgs, 384, 1) {
     before += item.total();
   }
 }
+
+KERNEL(attention_hopper_d128, HopperArgs, 384, 1) { attention_hopper<false>(args); }
+KERNEL(attention_hopper_grouped_d128, HopperArgs, 384, 1) { attention_hopper<true>(args); }
 
 #endif

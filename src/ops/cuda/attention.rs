@@ -3,7 +3,7 @@
 use candle_core::{DType, Device, Result, Tensor};
 
 use super::{
-    ffi::{Output, launch},
+    ffi::{self, Output, launch},
     joint::Preparation,
     launch::{Args, Launch, Rows},
 };
@@ -17,6 +17,15 @@ const KEYS: usize = 64;
 const WIDE: usize = 384;
 const WIDE_KEYS: usize = 32;
 const WARP: usize = 32;
+/// Of Hopper's kernels: the width of heads, rows of queries that a block owns, keys of a tile, threads, and shared memory: the
+/// queries, two tiles of keys and of values, and eight barriers.
+pub(super) const HOPPER_WIDTH: usize = 128;
+pub(super) const HOPPER_ROWS: usize = 128;
+pub(super) const HOPPER_KEYS: usize = 192;
+pub(super) const HOPPER_THREADS: usize = 384;
+pub(super) const HOPPER_SHARED_BYTES: usize =
+    (HOPPER_ROWS + 4 * HOPPER_KEYS) * HOPPER_WIDTH * size_of::<half::bf16>()
+        + size_of::<[u64; 8]>();
 /// Blocks that keep a large GPU busy.
 const BLOCKS: usize = 512;
 
@@ -99,6 +108,11 @@ pub(in crate::ops) fn attention(
     let splits = BLOCKS.checked_div(tiles * h_kv * b).unwrap_or(1).min(m.div_ceil(KEYS));
     if pieces.is_none() && splits > 1 && d != WIDE {
         return call.split(tiles, splits).map(Some);
+    }
+    if pieces.is_none()
+        && let Some(out) = call.on_hopper()?
+    {
+        return Ok(Some(out));
     }
     call.whole(pieces.as_deref()).map(Some)
 }
@@ -186,6 +200,39 @@ impl Call<'_> {
             },
         )?;
         out.into_tensor()
+    }
+
+    /// As [`Self::whole`], by Hopper's kernel; `None` where it is not used or cannot read keys and values as they lie.
+    fn on_hopper(&self) -> Result<Option<Tensor>> {
+        let Sizes { b, n, h_kv, group, d, .. } = self.sizes;
+        let device = self.query.tensor.device();
+        if d != HOPPER_WIDTH || !super::hopper_is_used(device) {
+            return Ok(None);
+        }
+        let mut args = Args::default();
+        for rows in [&self.key, &self.value] {
+            let tiles = rows.tiles(HOPPER_KEYS, [b, h_kv])?;
+            if !tiles.fit() {
+                return Ok(None);
+            }
+            args.tiles(device, Some(&tiles))?;
+            args.tiles(device, None)?; // there is no second stream
+        }
+        let out = self.output()?;
+        args.0.extend(&self.args(out.address(), None, None)?.0); // the kernel's AttentionArgs
+        args.count(b).aligned();
+        let tiles = (n * group).div_ceil(HOPPER_ROWS) * h_kv * b;
+        launch(
+            device,
+            &Launch {
+                kernel: "attention_hopper_grouped_d128".to_owned(),
+                grid: [tiles.min(ffi::limits(device)?.multiprocessors), 1, 1],
+                threads: HOPPER_THREADS,
+                shared_bytes: HOPPER_SHARED_BYTES,
+                args,
+            },
+        )?;
+        out.into_tensor().map(Some)
     }
 
     /// The keys of a tile of rows are shared out to `splits` blocks.

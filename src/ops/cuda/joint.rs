@@ -3,23 +3,19 @@
 use candle_core::{DType, Device, Result, Tensor};
 
 use super::{
-    attention::{StreamArgs, shared_bytes},
+    attention::{
+        HOPPER_KEYS, HOPPER_ROWS, HOPPER_SHARED_BYTES, HOPPER_THREADS, HOPPER_WIDTH, StreamArgs,
+        shared_bytes,
+    },
     ffi::{self, Output, launch},
     launch::{Args, Launch, Rows},
     maps::Tiles,
 };
 use crate::ops::joint::{JointOutput, JointShape, JointStream};
 
-/// Rows of queries that a block owns, and its threads.
-const ROWS: usize = 128;
+/// Rows of queries that a block owns, also on a Hopper, and its threads.
+const ROWS: usize = HOPPER_ROWS;
 const THREADS: usize = 128;
-/// Width of the heads of Hopper's kernel, keys of a tile, threads of a block, which owns [`ROWS`] rows, and
-/// its shared memory: the queries, two tiles of keys and of values, and eight barriers.
-const HOPPER_WIDTH: usize = 128;
-const HOPPER_KEYS: usize = 192;
-const HOPPER_THREADS: usize = 384;
-const HOPPER_SHARED_BYTES: usize =
-    (ROWS + 4 * HOPPER_KEYS) * HOPPER_WIDTH * size_of::<half::bf16>() + size_of::<[u64; 8]>();
 /// Elements that one thread prepares.
 const TOGETHER: usize = 8;
 
@@ -174,13 +170,8 @@ impl Prepared {
     }
 
     fn value_tiles(&self, batch: usize, heads: usize) -> Result<Option<Tiles>> {
-        let Rows { tensor, rows, stride, batch_stride } = &self.value;
-        if *rows == 0 {
-            return Ok(None);
-        }
-        let (address, tile_rows) = (ffi::address(tensor)?, HOPPER_KEYS);
-        let (rows, stride, batch_stride) = (*rows, *stride, *batch_stride);
-        Ok(Some(Tiles { address, batch, rows, heads, stride, batch_stride, tile_rows }))
+        let there = self.value.rows > 0;
+        there.then(|| self.value.tiles(HOPPER_KEYS, [batch, heads])).transpose()
     }
 
     fn into_output(self) -> Result<Option<Tensor>> {

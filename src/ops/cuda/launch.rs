@@ -152,6 +152,21 @@ impl Rows {
         let (stride, batch_stride) = (tensor.stride()[1], tensor.stride()[0]);
         Ok(Self { tensor, rows, stride, batch_stride })
     }
+
+    /// Tiles of `tile_rows` rows of heads of 128 numbers.
+    pub(super) fn tiles(&self, tile_rows: usize, [batch, heads]: [usize; 2]) -> Result<Tiles> {
+        let Self { tensor, rows, stride, batch_stride } = self;
+        let (rows, stride, batch_stride) = (*rows, *stride, *batch_stride);
+        Ok(Tiles {
+            address: ffi::address(tensor)?,
+            batch,
+            rows,
+            heads,
+            stride,
+            batch_stride,
+            tile_rows,
+        })
+    }
 }
 
 #[cfg(test)]

@@ -56,7 +56,10 @@ pub const GROUPS: [Group; 7] = [
         name: "joint attention",
         check: |suite| super::with_hopper(false, || joint::check(suite)),
     },
-    Group { name: "attention", check: attention::check },
+    Group {
+        name: "attention",
+        check: |suite| super::with_hopper(false, || attention::check(suite)),
+    },
     Group { name: "elementwise", check: elementwise::check },
     Group { name: "pictures", check: pictures::check },
     Group { name: "products", check: products::check },
@@ -90,12 +93,15 @@ pub fn run_blas(device: &Device, orders: &[u32]) -> Vec<Outcome> {
     suite.outcomes
 }
 
-/// The checks of joint attention with Hopper's own instructions, which those of [`GROUPS`] do without.
+/// The checks of attention with Hopper's own instructions, which those of [`GROUPS`] do without.
 #[must_use]
 pub fn run_hopper(device: &Device, orders: &[u32]) -> Vec<Outcome> {
     let (device, orders) = (device.clone(), orders.to_vec());
     let mut suite = Suite { device, orders, seed: 2, outcomes: Vec::new() };
-    super::with_hopper(true, || joint::check(&mut suite));
+    super::with_hopper(true, || {
+        joint::check(&mut suite);
+        attention::check(&mut suite);
+    });
     suite.outcomes
 }
 
