@@ -193,13 +193,17 @@ fn elementwise(device: &Device, shrink: usize) -> Vec<Row> {
     })
 }
 
-/// The times of joint attention with Hopper's own instructions.
+/// The times of attention with Hopper's own instructions.
 fn attentions(device: &Device, part: &'static str, shrink: usize) -> Vec<Row> {
     if !on_kernels(device, || has_hopper(device)) {
         return Vec::new();
     }
     let runs = 20_usize.div_ceil(shrink);
-    with_hopper(true, || taken(device, part, runs, |timer| joint(timer, shrink)))
+    with_hopper(true, || {
+        taken(device, part, runs, |timer| {
+            joint(timer, shrink).and_then(|()| causal(timer, shrink))
+        })
+    })
 }
 
 fn joint(timer: &mut Timer<'_>, shrink: usize) -> Result<()> {

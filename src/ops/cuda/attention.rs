@@ -26,6 +26,8 @@ pub(super) const HOPPER_THREADS: usize = 384;
 pub(super) const HOPPER_SHARED_BYTES: usize =
     (HOPPER_ROWS + 4 * HOPPER_KEYS) * HOPPER_WIDTH * size_of::<half::bf16>()
         + size_of::<[u64; 8]>();
+/// Hopper's kernel is as fast as several blocks of the others, so that one of so many multiprocessors is enough.
+const BUSY: usize = 4;
 /// Blocks that keep a large GPU busy.
 const BLOCKS: usize = 512;
 
@@ -104,15 +106,15 @@ pub(in crate::ops) fn attention(
         }
         Mask::None | Mask::Causal { .. } => None,
     };
-    let tiles = (n * group).div_ceil(SPLIT_ROWS);
-    let splits = BLOCKS.checked_div(tiles * h_kv * b).unwrap_or(1).min(m.div_ceil(KEYS));
-    if pieces.is_none() && splits > 1 && d != WIDE {
-        return call.split(tiles, splits).map(Some);
-    }
     if pieces.is_none()
         && let Some(out) = call.on_hopper()?
     {
         return Ok(Some(out));
+    }
+    let tiles = (n * group).div_ceil(SPLIT_ROWS);
+    let splits = BLOCKS.checked_div(tiles * h_kv * b).unwrap_or(1).min(m.div_ceil(KEYS));
+    if pieces.is_none() && splits > 1 && d != WIDE {
+        return call.split(tiles, splits).map(Some);
     }
     call.whole(pieces.as_deref()).map(Some)
 }
@@ -202,11 +204,17 @@ impl Call<'_> {
         out.into_tensor()
     }
 
-    /// As [`Self::whole`], by Hopper's kernel; `None` where it is not used or cannot read keys and values as they lie.
+    /// As [`Self::whole`], by Hopper's kernel; `None` where it is not used, where it would leave most of the device idle, or
+    /// cannot read keys and values as they lie.
     fn on_hopper(&self) -> Result<Option<Tensor>> {
         let Sizes { b, n, h_kv, group, d, .. } = self.sizes;
         let device = self.query.tensor.device();
         if d != HOPPER_WIDTH || !super::hopper_is_used(device) {
+            return Ok(None);
+        }
+        let tiles = (n * group).div_ceil(HOPPER_ROWS) * h_kv * b;
+        let multiprocessors = ffi::limits(device)?.multiprocessors;
+        if BUSY * tiles < multiprocessors {
             return Ok(None);
         }
         let mut args = Args::default();
@@ -221,12 +229,11 @@ impl Call<'_> {
         let out = self.output()?;
         args.0.extend(&self.args(out.address(), None, None)?.0); // the kernel's AttentionArgs
         args.count(b).aligned();
-        let tiles = (n * group).div_ceil(HOPPER_ROWS) * h_kv * b;
         launch(
             device,
             &Launch {
                 kernel: "attention_hopper_grouped_d128".to_owned(),
-                grid: [tiles.min(ffi::limits(device)?.multiprocessors), 1, 1],
+                grid: [tiles.min(multiprocessors), 1, 1],
                 threads: HOPPER_THREADS,
                 shared_bytes: HOPPER_SHARED_BYTES,
                 args,
