@@ -200,9 +200,7 @@ fn attentions(device: &Device, part: &'static str, shrink: usize) -> Vec<Row> {
     }
     let runs = 20_usize.div_ceil(shrink);
     with_hopper(true, || {
-        taken(device, part, runs, |timer| {
-            joint(timer, shrink).and_then(|()| causal(timer, shrink))
-        })
+        taken(device, part, runs, |timer| joint(timer, shrink).and_then(|()| causal(timer, shrink)))
     })
 }
 
