@@ -210,7 +210,8 @@ fn prepared(streams: [&JointStream<'_>; 2], shape: JointShape<'_>) -> Result<[Pr
         let key = Rows::new(stream.key)?;
         let norm = stream.norm_key.contiguous()?;
         let out = (n > 0).then(|| Output::new(device, &[b, n, h, d], DType::BF16)).transpose()?;
-        of_streams.tensor(Some(&key.tensor))?.address(out.as_ref().map_or(0, Output::address));
+        of_streams.tensor((n > 0).then_some(&key.tensor))?;
+        of_streams.address(out.as_ref().map_or(0, Output::address));
         of_streams.counts([n, key.stride, key.batch_stride]);
         let Prepared { cos, sin, eps, .. } = prepared;
         Preparation { norm: &norm, cos, sin, eps: *eps }.push(&mut of_streams)?;
