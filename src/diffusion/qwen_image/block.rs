@@ -25,6 +25,9 @@ const MLP_RATIO: usize = 4;
 pub(super) struct Streams {
     pub(super) image: Tensor,
     pub(super) text: Tensor,
+    /// Text and image as the next block's attention begins with them, normalised and modulated, where that came
+    /// with the block before.
+    pub(super) normed: Option<[Tensor; 2]>,
 }
 
 /// The attention weights of one stream.
@@ -112,16 +115,18 @@ impl Block {
         })
     }
 
-    /// Both streams after the block.
+    /// Both streams after the block; `next` is of the block after it, if that wants all tokens. What came normalised
+    /// with the streams is used up.
     pub(super) fn forward(
         &self,
-        streams: &Streams,
+        streams: &mut Streams,
         layout: &Layout,
-        step: &BlockContext,
+        (step, next): (&BlockContext, Option<&BlockContext>),
     ) -> TensorResult<Streams> {
         let runs = Runs::of(streams, layout, step)?;
         if ops::cuda::runs_on(streams.image.device()) {
-            return self.forward_together(streams, layout, &runs);
+            let next = next.map(|next| Runs::of(streams, layout, next)).transpose()?;
+            return self.forward_together(streams, layout, (&runs, next.as_ref()));
         }
         let (of_text, of_image) = (&self.text_attention, &self.image_attention);
         let text = self.projections(of_text, &streams.text, &runs.text.attention)?;
@@ -138,6 +143,7 @@ impl Block {
         Ok(Streams {
             text: in_range(self.text_mlp.forward(text, &runs.text.mlp)?)?,
             image: in_range(self.image_mlp.forward(image, &runs.image.mlp)?)?,
+            normed: None,
         })
     }
 

@@ -443,6 +443,9 @@ impl Transformer {
         let last = self.config.layers.saturating_sub(1);
         each_block(&mut |index, block| {
             let context = &step.blocks[index];
+            // The last block of all wants the rows that it attends to apart from those that are denoised.
+            let wants_all = index + 1 < last || outputs == Outputs::All;
+            let of = (context, step.blocks.get(index + 1).filter(|_| wants_all));
             for (pass, branch) in passes.iter_mut().zip(branches.iter_mut()) {
                 if pass.finished.is_some() {
                     continue;
@@ -451,8 +454,8 @@ impl Transformer {
                 let cache = branch.cache.as_deref_mut().filter(|_| outputs == Outputs::Target);
                 match index {
                     _ if index == last => pass.end(block, context, outputs, cache)?,
-                    0 => pass.first(block, context, cache)?,
-                    _ => pass.advance(block, context)?,
+                    0 => pass.first(block, of, cache)?,
+                    _ => pass.advance(block, of)?,
                 }
             }
             lead.queued()?;
@@ -480,13 +483,14 @@ impl Transformer {
         let streams = Streams {
             image: self.image_in.forward(&image)?,
             text: self.text_in.forward(&self.text_norm.forward(&layout.texts)?)?,
+            normed: None,
         };
         Ok(Pass { layout, streams, recycles, after_first: None, finished: None })
     }
 
     /// `[inputs, n, latent_dim]`.
     fn velocity(&self, pass: Pass, step: &StepContext) -> Result<Tensor> {
-        let Pass { finished, streams: Streams { image, text }, recycles, .. } = pass;
+        let Pass { finished, streams: Streams { image, text, .. }, recycles, .. } = pass;
         let last = finished.as_ref().unwrap_or(&image);
         let normed = ops::modulated_layer_norm(last, &step.scale_out, &step.shift_out, EPS)?;
         let velocity = self.proj_out.forward(&normed)?;

@@ -13,6 +13,9 @@ use super::{
 };
 use crate::error::Result;
 
+/// What the step does to a block, and to the one after it, if that wants all tokens.
+pub(super) type Contexts<'a> = (&'a BlockContext, Option<&'a BlockContext>);
+
 /// A forward pass under way.
 pub(super) struct Pass {
     pub(super) layout: Arc<Layout>,
@@ -27,9 +30,9 @@ pub(super) struct Pass {
 }
 
 impl Pass {
-    pub(super) fn advance(&mut self, block: &Block, context: &BlockContext) -> Result<()> {
-        let after = block.forward(&self.streams, &self.layout, context)?;
-        let Streams { image, text } = std::mem::replace(&mut self.streams, after);
+    pub(super) fn advance(&mut self, block: &Block, of: Contexts<'_>) -> Result<()> {
+        let after = block.forward(&mut self.streams, &self.layout, of)?;
+        let Streams { image, text, .. } = std::mem::replace(&mut self.streams, after);
         if self.recycles {
             recycle([image, text])?;
         }
@@ -45,12 +48,12 @@ impl Pass {
     pub(super) fn first(
         &mut self,
         block: &Block,
-        context: &BlockContext,
+        of: Contexts<'_>,
         cache: Option<&mut BlockCache>,
     ) -> Result<()> {
-        let Some(cache) = cache else { return self.advance(block, context) };
+        let Some(cache) = cache else { return self.advance(block, of) };
         let before = self.target()?;
-        self.advance(block, context)?;
+        self.advance(block, of)?;
         let after = self.target()?;
         let added = (&after - before)?;
         match cache.reuse(&added)? {
@@ -69,7 +72,7 @@ impl Pass {
         cache: Option<&mut BlockCache>,
     ) -> Result<()> {
         if outputs == Outputs::All {
-            return self.advance(block, context);
+            return self.advance(block, (context, None));
         }
         let image = block.forward_target(&self.streams, &self.layout, context)?;
         if let (Some(cache), Some([after, added])) = (cache, self.after_first.take()) {

@@ -14,17 +14,23 @@ impl Block {
     /// [`Self::forward`] where kernels take the rows of both streams at once.
     pub(super) fn forward_together(
         &self,
-        streams: &Streams,
+        streams: &mut Streams,
         layout: &Layout,
-        runs: &Runs<'_>,
+        (runs, next): (&Runs<'_>, Option<&Runs<'_>>),
     ) -> TensorResult<Streams> {
         let of = [&self.text_attention, &self.image_attention];
+        let normed = streams.normed.take();
         let residual = [&streams.text, &streams.image];
         let attention = [runs.text.attention.as_slice(), &runs.image.attention];
         let mlp = [runs.text.mlp.as_slice(), &runs.image.mlp];
 
-        let rows = [0, 1].map(|i| (residual[i], attention[i]));
-        let [text, image] = ops::modulated_layer_norm_streams(rows, EPS)?;
+        let [text, image] = match normed {
+            Some(normed) => normed,
+            None => {
+                let rows = [0, 1].map(|i| (residual[i], attention[i]));
+                ops::modulated_layer_norm_streams(rows, EPS)?
+            }
+        };
         let (text, image) = (self.projected(of[0], text)?, self.projected(of[1], image)?);
         let JointOutput { text, image } = self.attend(text, image, layout)?;
         let added = [of[0].out.forward(&required(text)?)?, of[1].out.forward(&required(image)?)?];
@@ -36,8 +42,15 @@ impl Block {
             [self.text_mlp.of_normed(normed_text)?, self.image_mlp.of_normed(normed_image)?];
         let residual = [&text, &image];
         let rows = [0, 1].map(|i| gated(residual[i], &added[i], mlp[i]));
-        let [text, image] = ops::gated_add_streams(rows)?;
-        Ok(Streams { text: in_range(text)?, image: in_range(image)? })
+        let Some(next) = next else {
+            let [text, image] = ops::gated_add_streams(rows)?;
+            return Ok(Streams { text: in_range(text)?, image: in_range(image)?, normed: None });
+        };
+        let next = [next.text.attention.as_slice(), &next.image.attention];
+        let rows = [0, 1].map(|i| (rows[i], next[i]));
+        let [(text, normed_text), (image, normed_image)] = ops::gated_add_norm_streams(rows, EPS)?;
+        let normed = Some([normed_text, normed_image]);
+        Ok(Streams { text: in_range(text)?, image: in_range(image)?, normed })
     }
 
     /// Queries, keys and values of a stream's normalised tokens, `[b, n, dim]`.
