@@ -27,7 +27,7 @@ DEVICE float combined(float a, float b, int operation) {
   }
 }
 
-// Eight numbers of bf16 at a multiple of 16 bytes, or fewer that lie anywhere.
+// Up to eight numbers from `first` on, one by one.
 template <class Number, class Of>
 DEVICE void each_of_eight(const Number* x, Number* out, int64_t first, int64_t count, const Of& of) {
   for (int64_t i = first; i < first + 8 && i < count; ++i) out[i] = from_float<Number>(of(to_float(x[i]), i));

@@ -293,10 +293,17 @@ impl PackedLinear {
                 });
             }
             Kernel::Stored(weight, blocks) => {
-                match (weight.by_kernel(x, self.bias.as_ref())?, blocks) {
-                    (Some(y), _) => return Ok(y),
-                    (None, Some(blocks)) => dense(x, &blocks.dequantize(x.device())?)?,
-                    (None, None) => bail!("linear: no kernel for {:?} {:?}", x.dtype(), x.dims()),
+                // Plain numbers that cuBLASLt does not multiply: cuBLAS does.
+                if let Some(plain) = weight.as_plain().filter(|plain| plain.device().is_cuda()) {
+                    dense(x, plain)?
+                } else {
+                    match (weight.by_kernel(x, self.bias.as_ref())?, blocks) {
+                        (Some(y), _) => return Ok(y),
+                        (None, Some(blocks)) => dense(x, &blocks.dequantize(x.device())?)?,
+                        (None, None) => {
+                            bail!("linear: no kernel for {:?} {:?}", x.dtype(), x.dims())
+                        }
+                    }
                 }
             }
             Kernel::Packed(weight) => dense(x, &weight.unpacked()?)?,

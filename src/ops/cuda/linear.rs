@@ -216,6 +216,11 @@ impl StoredMatrix {
         joined.into_tensor().map(Some)
     }
 
+    /// `[outs, depth]` in bf16, where that is how it is kept.
+    pub(in crate::ops) fn as_plain(&self) -> Option<&Tensor> {
+        self.blocks.plain()
+    }
+
     /// Rows `outs` of the matrix where they lie; `None` for blocks that are not this crate's.
     ///
     /// # Errors
