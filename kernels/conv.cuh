@@ -198,6 +198,13 @@ DEVICE OutPair of_outs(const ConvArgs& args, const ConvTile& tile, const float* 
   return {of[out], of[out + 1]};
 }
 
+// sqrt(channels) / max(|y|, 1e-12), of the sum of squares.
+DEVICE float channel_factor(float squares, int64_t channels) {
+  const float length = sqrtf(squares);
+  // Not a maximum, which would hide NaN.
+  return sqrtf(float(channels)) / (length < 1e-12f ? 1e-12f : length);
+}
+
 // y / max(|y|, 1e-12) * sqrt(channels) * gamma of 16 pixels, and SiLU of it. Four lanes have a pixel's outputs.
 template <int BLOCKS>
 DEVICE void norm_pixels(const ConvArgs& args, const ConvTile& tile, float (&sums)[BLOCKS][4]) {
@@ -210,9 +217,7 @@ DEVICE void norm_pixels(const ConvArgs& args, const ConvTile& tile, float (&sums
       const float low = sums[n][2 * half], high = sums[n][2 * half + 1];
       squares += low * low + high * high;
     }
-    const float length = sqrtf(sum_lanes(squares, 4));
-    // Not a maximum, which would hide NaN.
-    factors[half] = sqrtf(float(args.norm_channels)) / (length < 1e-12f ? 1e-12f : length);
+    factors[half] = channel_factor(sum_lanes(squares, 4), args.norm_channels);
   }
   UNROLL
   for (int n = 0; n < BLOCKS; ++n) {

@@ -91,6 +91,13 @@ struct HopperBlock {
 
   DEVICE HopperItem item(int64_t i) const { return GROUPED ? grouped_item(i) : joint_item(i); }
 
+  // Keys that a row sees.
+  DEVICE int seen_by(int64_t row) const {
+    const AttentionArgs& own = args.attention;
+    const int64_t keys = own.stream[0].key_rows;
+    return int(own.causal ? min64(keys, row / own.group + own.offset + 1) : keys);
+  }
+
   // Tiles with the most keys first, of all heads, so that no block is left with one of these in the end.
   DEVICE HopperItem grouped_item(int64_t i) const {
     const AttentionArgs& own = args.attention;
@@ -101,9 +108,7 @@ struct HopperBlock {
     item.work.stream = 0;
     item.work.row_first = (tiles[0] - 1 - i / alike) * ROWS;
     item.work.row_end = min64(item.work.row_first + ROWS, own.stream[0].query_rows * own.group);
-    int64_t seen = own.stream[0].key_rows;
-    if (own.causal) seen = min64(seen, (item.work.row_end - 1) / own.group + own.offset + 1);
-    item.rows[0] = int(seen);
+    item.rows[0] = seen_by(item.work.row_end - 1);
     item.tiles[0] = (item.rows[0] + KEYS - 1) / KEYS;
     item.rows[1] = item.tiles[1] = 0;
     item.padded = -1;
@@ -281,10 +286,8 @@ DEVICE void hopper_consumer(Block& block, const HopperItem& item, int group, int
   // Keys that the thread's two rows see, and the first of the group's rows.
   int seen[2] = {0, 0}, seen_first = 0;
   if (Block::GROUPED) {
-    const auto seen_of = [&](int row) {
-      if (!args.causal) return item.rows[0];
-      return int(min64(item.rows[0], (item.work.row_first + row) / args.group + args.offset + 1));
-    };
+    // No more than the tile's last row, also behind it.
+    const auto seen_of = [&](int row) { return int(min64(item.rows[0], block.seen_by(item.work.row_first + row))); };
     const int of_group = group * Block::GROUP_ROWS;
     seen_first = seen_of(of_group);
     UNROLL

@@ -45,10 +45,8 @@ KERNEL(pixel_norm, PixelNormArgs, 256, 4) {
   UNROLL
   for (int i = 0; i < HELD; ++i) add(held[i]);
   for (int piece = own + HELD * lanes; piece < pieces; piece += lanes) add(load_words(x + 8 * piece));
-  const float length = sqrtf(sum_lanes(squares, lanes));
+  const float factor = channel_factor(sum_lanes(squares, lanes), args.channels);
   if (!there) return;
-  // Not a maximum, which would hide NaN.
-  const float factor = sqrtf(float(args.channels)) / (length < 1e-12f ? 1e-12f : length);
   auto finish = [&](const Words& words, int piece) {
     float gamma[8];
     if (args.gamma_is_float) {

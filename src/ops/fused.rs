@@ -10,7 +10,7 @@ use super::{
     cpu::{Floats, is_fast},
     cuda,
     linear::{PackedLinear, forward_each, wide_bias},
-    norm::{gated_add, gated_add_norm, modulated_layer_norm},
+    norm::{gated_add, modulated_layer_norm},
     recycle,
     rows::{AddGated, ModulatedRun, NormedRows},
     simd::{
@@ -98,7 +98,7 @@ pub fn gated_add_streams<const N: usize>(streams: [GatedTokens<'_>; N]) -> Resul
     })
 }
 
-/// [`gated_add_norm`] of each run of tokens: `runs` have the gates, `next` the scales and shifts of the
+/// [`gated_add_norm`](super::gated_add_norm) of each run of tokens: `runs` have the gates, `next` the scales and shifts of the
 /// norm. `residual, x: [b, n, dim]`; the runs have `n` tokens, each as many as the next one's.
 ///
 /// # Errors
@@ -126,11 +126,6 @@ pub fn gated_add_norm_streams<const N: usize>(
         return exactly(all);
     }
     exactly_each(streams, |(GatedTokens { residual, x, runs }, next)| {
-        if let ([run], [next]) = (runs, next)
-            && run.tokens == x.dims3()?.1
-        {
-            return gated_add_norm(residual, x, run.gate, [next.scale, next.shift], eps);
-        }
         let sum = gated_add_each(residual, x, runs)?;
         let normed = modulated_layer_norm_each(&sum, next, eps)?;
         Ok((sum, normed))

@@ -178,11 +178,15 @@ impl Block {
         runs: &[ModulatedTokens<'_>],
     ) -> TensorResult<Projections> {
         let linears = [&attention.query, &attention.key, &attention.value];
-        let [query, key, value] = Linear::modulated_each(linears, x, runs, EPS)?;
+        self.of_each(&Linear::modulated_each(linears, x, runs, EPS)?)
+    }
+
+    /// From queries, keys and values `[b, n, dim]`.
+    fn of_each(&self, [query, key, value]: &[Tensor; 3]) -> TensorResult<Projections> {
         Ok(Projections {
-            query: Some(self.heads_of(&query)?),
-            key: self.heads_of(&key)?,
-            value: self.heads_of(&value)?,
+            query: Some(self.heads_of(query)?),
+            key: self.heads_of(key)?,
+            value: self.heads_of(value)?,
         })
     }
 

@@ -21,9 +21,9 @@ const WARP: usize = 32;
 /// queries, two tiles of keys and of values, and eight barriers.
 pub(super) const HOPPER_WIDTH: usize = 128;
 pub(super) const HOPPER_ROWS: usize = 128;
-pub(super) const HOPPER_KEYS: usize = 192;
-pub(super) const HOPPER_THREADS: usize = 384;
-pub(super) const HOPPER_SHARED_BYTES: usize =
+const HOPPER_KEYS: usize = 192;
+const HOPPER_THREADS: usize = 384;
+const HOPPER_SHARED_BYTES: usize =
     (HOPPER_ROWS + 4 * HOPPER_KEYS) * HOPPER_WIDTH * size_of::<half::bf16>()
         + size_of::<[u64; 8]>();
 /// Hopper's kernel is as fast as several blocks of the others, so that one of so many multiprocessors is enough.
@@ -34,25 +34,53 @@ const BLOCKS: usize = 512;
 /// One `AttentionStream` of `kernels/attention.cuh`.
 pub(super) struct StreamArgs<'a> {
     pub(super) query: Option<&'a Rows>,
-    pub(super) key: Option<&'a Tensor>,
-    pub(super) key_rows: usize,
-    pub(super) key_stride: usize,
-    pub(super) key_batch_stride: usize,
+    pub(super) key: Option<&'a Rows>,
     pub(super) value: &'a Rows,
     pub(super) out: u64,
     pub(super) prepare: Option<Preparation<'a>>,
 }
 
+/// Hopper's kernel for what `args`, an `AttentionArgs`, say of keys and of values, of each stream, of a batch and heads, in
+/// so many tiles of queries; `None` where the copy engine cannot read the rows as they lie.
+pub(super) fn on_hopper(
+    kernel: &str,
+    rows: [[Option<&Rows>; 2]; 2],
+    args: &Args,
+    [batch, heads, tiles]: [usize; 3],
+) -> Result<Option<Launch>> {
+    let Some(device) = rows.iter().flatten().flatten().next().map(|rows| rows.tensor.device())
+    else {
+        return Ok(None);
+    };
+    let mut all = Args::default();
+    for rows in rows.into_iter().flatten() {
+        let tiles = rows.map(|rows| rows.tiles(HOPPER_KEYS, [batch, heads])).transpose()?;
+        if tiles.is_some_and(|tiles| !tiles.fit()) {
+            return Ok(None);
+        }
+        all.tiles(device, tiles.as_ref())?;
+    }
+    all.0.extend(&args.0);
+    all.count(batch).aligned();
+    Ok(Some(Launch {
+        kernel: kernel.to_owned(),
+        grid: [tiles.min(ffi::limits(device)?.multiprocessors), 1, 1],
+        threads: HOPPER_THREADS,
+        shared_bytes: HOPPER_SHARED_BYTES,
+        args: all,
+    }))
+}
+
 impl StreamArgs<'_> {
     pub(super) fn push(&self, args: &mut Args) -> Result<()> {
-        let value = (self.key_rows > 0).then_some(&self.value.tensor);
-        args.tensor(self.query.map(|query| &query.tensor))?.tensor(self.key)?.tensor(value)?;
+        let value = self.key.map(|_| self.value);
+        for rows in [self.query, self.key, value] {
+            args.tensor(rows.map(|rows| &rows.tensor))?;
+        }
         args.address(self.out);
-        match self.query {
-            Some(query) => args.counts([query.rows, query.stride, query.batch_stride]),
-            None => args.counts([0, 0, 0]),
-        };
-        args.counts([self.key_rows, self.key_stride, self.key_batch_stride]);
+        for rows in [self.query, self.key] {
+            args.counts(rows.map_or([0; 3], |rows| [rows.rows, rows.stride, rows.batch_stride]));
+        }
         args.counts([self.value.stride, self.value.batch_stride]);
         match &self.prepare {
             Some(prepare) => prepare.push(args),
@@ -155,10 +183,7 @@ impl Call<'_> {
         let mut args = Args::default();
         let stream = StreamArgs {
             query: Some(&self.query),
-            key: Some(&self.key.tensor),
-            key_rows: self.key.rows,
-            key_stride: self.key.stride,
-            key_batch_stride: self.key.batch_stride,
+            key: Some(&self.key),
             value: &self.value,
             out,
             prepare: None,
@@ -217,28 +242,13 @@ impl Call<'_> {
         if BUSY * tiles < multiprocessors {
             return Ok(None);
         }
-        let mut args = Args::default();
-        for rows in [&self.key, &self.value] {
-            let tiles = rows.tiles(HOPPER_KEYS, [b, h_kv])?;
-            if !tiles.fit() {
-                return Ok(None);
-            }
-            args.tiles(device, Some(&tiles))?;
-            args.tiles(device, None)?; // there is no second stream
-        }
         let out = self.output()?;
-        args.0.extend(&self.args(out.address(), None, None)?.0); // the kernel's AttentionArgs
-        args.count(b).aligned();
-        launch(
-            device,
-            &Launch {
-                kernel: "attention_hopper_grouped_d128".to_owned(),
-                grid: [tiles.min(multiprocessors), 1, 1],
-                threads: HOPPER_THREADS,
-                shared_bytes: HOPPER_SHARED_BYTES,
-                args,
-            },
-        )?;
+        let args = self.args(out.address(), None, None)?;
+        // There is no second stream.
+        let rows = [[Some(&self.key), None], [Some(&self.value), None]];
+        let start = on_hopper("attention_hopper_grouped_d128", rows, &args, [b, h_kv, tiles])?;
+        let Some(start) = start else { return Ok(None) };
+        launch(device, &start)?;
         out.into_tensor().map(Some)
     }
 

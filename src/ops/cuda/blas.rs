@@ -129,7 +129,7 @@ mod device {
             ffi::{Output, address, capability},
             float8::Activations,
             linear::{Format, StoredMatrix},
-            rows::aligned,
+            tensors::aligned,
         },
         Epilogue, Operands,
     };

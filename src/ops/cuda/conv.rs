@@ -6,8 +6,9 @@ use super::{
     ffi::{self, Output, launch},
     launch::{Args, Launch},
     pictures::Pixels,
-    rows::{TOGETHER, aligned},
+    rows::TOGETHER,
     takes,
+    tensors::aligned,
 };
 use crate::ops::{self, Conv2dShape};
 

@@ -49,7 +49,7 @@ pub(in crate::ops) fn float8_rows(x: &Tensor) -> Result<Option<(Tensor, Tensor)>
     if !takes(&[x]) || x.elem_count() == 0 || !depth.is_multiple_of(CHUNK) {
         return Ok(None);
     }
-    let x = super::rows::aligned(x)?;
+    let x = super::tensors::aligned(x)?;
     let rows = x.elem_count().checked_div(depth).unwrap_or(0);
     let bytes = Output::new(x.device(), &[rows, depth], DType::U8)?;
     let scales = Output::new(x.device(), &[rows], DType::F32)?;

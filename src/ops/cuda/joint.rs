@@ -1,15 +1,11 @@
 //! Joint attention: `kernels/joint_attention.cu`.
 
-use candle_core::{DType, Device, Result, Tensor};
+use candle_core::{DType, Result, Tensor};
 
 use super::{
-    attention::{
-        HOPPER_KEYS, HOPPER_ROWS, HOPPER_SHARED_BYTES, HOPPER_THREADS, HOPPER_WIDTH, StreamArgs,
-        shared_bytes,
-    },
-    ffi::{self, Output, launch},
+    attention::{self, HOPPER_ROWS, HOPPER_WIDTH, StreamArgs, shared_bytes},
+    ffi::{Output, launch},
     launch::{Args, Launch, Rows},
-    maps::Tiles,
 };
 use crate::ops::joint::{JointOutput, JointShape, JointStream};
 
@@ -46,7 +42,14 @@ pub(in crate::ops) fn joint_attention(
     }
     args.counts([h, 1]).tensor(lengths.as_ref())?.address(0);
     args.counts([0, 0, 1]).address(0).address(0).number(f64::from(shape.scale));
-    let start = match on_hopper(device, &prepared, &args, [b, h, tiles])? {
+    let on_hopper = if d == HOPPER_WIDTH && super::hopper_is_used(device) {
+        let keys = prepared.each_ref().map(|stream| stream.key.as_ref());
+        let rows = [keys, prepared.each_ref().map(Prepared::values)];
+        attention::on_hopper("attention_hopper_d128", rows, &args, [b, h, tiles * h * b])?
+    } else {
+        None
+    };
+    let start = match on_hopper {
         Some(start) => start,
         None => Launch {
             kernel: format!("attention_joint_d{d}"),
@@ -59,38 +62,6 @@ pub(in crate::ops) fn joint_attention(
     launch(device, &start)?;
     let [text, image] = prepared.map(Prepared::into_output);
     Ok(Some(JointOutput { text: text?, image: image? }))
-}
-
-/// Hopper's kernel for what `args` say, or `None` where it is not used or cannot read keys and values as they
-/// lie.
-fn on_hopper(
-    device: &Device,
-    streams: &[Prepared; 2],
-    args: &Args,
-    [b, h, tiles]: [usize; 3],
-) -> Result<Option<Launch>> {
-    if streams[0].heads_width != h * HOPPER_WIDTH || !super::hopper_is_used(device) {
-        return Ok(None);
-    }
-    let mut all = Args::default();
-    for of in [Prepared::key_tiles, Prepared::value_tiles] {
-        for stream in streams {
-            let tiles = of(stream, b, h)?;
-            if tiles.is_some_and(|tiles| !tiles.fit()) {
-                return Ok(None);
-            }
-            all.tiles(device, tiles.as_ref())?;
-        }
-    }
-    all.0.extend(&args.0); // the kernel's AttentionArgs
-    all.count(b).aligned();
-    Ok(Some(Launch {
-        kernel: "attention_hopper_d128".to_owned(),
-        grid: [(tiles * h * b).min(ffi::limits(device)?.multiprocessors), 1, 1],
-        threads: HOPPER_THREADS,
-        shared_bytes: HOPPER_SHARED_BYTES,
-        args: all,
-    }))
 }
 
 /// Whether the kernel reads the stream's types.
@@ -110,20 +81,18 @@ fn fits(stream: &JointStream<'_>) -> bool {
 /// One stream with its keys normalised and rotated, and a place for its output.
 struct Prepared {
     query: Option<Rows>,
-    key: Option<Tensor>,
+    key: Option<Rows>,
     value: Rows,
     out: Option<Output>,
     norm_query: Tensor,
     cos: Tensor,
     sin: Tensor,
     eps: f64,
-    heads_width: usize,
 }
 
 impl Prepared {
     /// But for its keys.
     fn new(stream: &JointStream<'_>, shape: JointShape<'_>) -> Result<Self> {
-        let (_, _, h, d) = stream.key.dims4()?;
         let (cos, sin) = (stream.cos.contiguous()?, stream.sin.contiguous()?);
         let out = stream.query.map(|query| Output::new(query.device(), query.dims(), DType::BF16));
         Ok(Self {
@@ -135,7 +104,6 @@ impl Prepared {
             cos,
             sin,
             eps: shape.eps,
-            heads_width: h * d,
         })
     }
 
@@ -147,9 +115,6 @@ impl Prepared {
         StreamArgs {
             query: self.query.as_ref(),
             key: self.key.as_ref(),
-            key_rows: self.value.rows,
-            key_stride: self.heads_width,
-            key_batch_stride: self.value.rows * self.heads_width,
             value: &self.value,
             out: self.out.as_ref().map_or(0, Output::address),
             prepare: Some(Preparation {
@@ -161,17 +126,9 @@ impl Prepared {
         }
     }
 
-    fn key_tiles(&self, batch: usize, heads: usize) -> Result<Option<Tiles>> {
-        let Some(key) = &self.key else { return Ok(None) };
-        let (rows, stride) = (self.value.rows, self.heads_width);
-        let (address, batch_stride) = (ffi::address(key)?, rows * stride);
-        let tile_rows = HOPPER_KEYS;
-        Ok(Some(Tiles { address, batch, rows, heads, stride, batch_stride, tile_rows }))
-    }
-
-    fn value_tiles(&self, batch: usize, heads: usize) -> Result<Option<Tiles>> {
-        let there = self.value.rows > 0;
-        there.then(|| self.value.tiles(HOPPER_KEYS, [batch, heads])).transpose()
+    /// The values, where there are any.
+    fn values(&self) -> Option<&Rows> {
+        (self.value.rows > 0).then_some(&self.value)
     }
 
     fn into_output(self) -> Result<Option<Tensor>> {
@@ -223,7 +180,7 @@ fn prepared(streams: [&JointStream<'_>; 2], shape: JointShape<'_>) -> Result<[Pr
     let grid = [blocks.iter().sum(), 1, b];
     launch(device, &Launch { kernel, grid, threads: THREADS, shared_bytes: 0, args })?;
     for (prepared, (out, ..)) in all.iter_mut().zip(places) {
-        prepared.key = out.map(Output::into_tensor).transpose()?;
+        prepared.key = out.map(|out| Rows::new(&out.into_tensor()?)).transpose()?;
     }
     Ok(all)
 }

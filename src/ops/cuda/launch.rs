@@ -7,6 +7,7 @@ use candle_core::{Device, Result, Tensor, bail};
 use super::{
     ffi,
     maps::{self, Boxes, TILE_MAP, Tiles},
+    tensors::copied,
 };
 
 /// A kernel's arguments: one struct of 8-byte fields, in their order.
@@ -148,7 +149,7 @@ impl Rows {
                 && (stride[2] == d || x.dims()[2] == 1)
                 && aligned.iter().all(|at| at.is_multiple_of(TOGETHER))
         };
-        let tensor = if fits(x) { x.clone() } else { x.force_contiguous()? };
+        let tensor = if fits(x) { x.clone() } else { copied(x)? };
         let (stride, batch_stride) = (tensor.stride()[1], tensor.stride()[0]);
         Ok(Self { tensor, rows, stride, batch_stride })
     }

@@ -281,10 +281,7 @@ impl StoredMatrix {
     /// The bytes of fp8 weights, `[outs · depth]`, and the scale of each output, where activations are
     /// to be rounded to fp8 as well.
     pub(super) fn float8(&self) -> Option<(&Tensor, &Tensor)> {
-        match &self.blocks {
-            Blocks::Bytes(bytes) => self.float8.as_ref().map(|scales| (bytes, scales)),
-            Blocks::Quantized(_) | Blocks::Plain(_) => None,
-        }
+        self.blocks.bytes().zip(self.float8.as_ref())
     }
 
     /// Whether a product is to widen the matrix first. bf16 lies as the library reads it.
@@ -372,7 +369,7 @@ impl StoredMatrix {
         if !takes(&[x]) || !bias.is_none_or(|bias| takes(&[bias])) || x.elem_count() == 0 {
             return Ok(None);
         }
-        let x = super::rows::aligned(x)?;
+        let x = super::tensors::aligned(x)?;
         let rows = x.elem_count().checked_div(self.depth).unwrap_or(0);
         if rows <= FEW_ROWS
             && let Some(y) = few::product(&x, &self.weights()?, bias)?
@@ -426,7 +423,7 @@ pub(in crate::ops) fn row_by_each(
         return Ok(None);
     }
     let matrices = matrices.iter().map(|(matrix, bias)| Ok((matrix.weights()?, *bias)));
-    few::product_each(&super::rows::aligned(x)?, &matrices.collect::<Result<Vec<_>>>()?)
+    few::product_each(&super::tensors::aligned(x)?, &matrices.collect::<Result<Vec<_>>>()?)
 }
 
 /// The product of few rows with `weight: [outs, depth]` in bf16, or `None` where no kernel fits.
@@ -447,5 +444,5 @@ pub(super) fn few_by_plain(
     }
     let (address, format) = (address(weight)?, Format::Bf16);
     let weights = Weights { address, format, outs, depth, scale: 1.0, is_constant: false };
-    few::product(&super::rows::aligned(x)?, &weights, bias)
+    few::product(&super::tensors::aligned(x)?, &weights, bias)
 }

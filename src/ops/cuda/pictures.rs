@@ -6,8 +6,9 @@ use super::{
     are_near,
     ffi::{Output, launch},
     launch::{Args, Launch},
-    rows::{TOGETHER, aligned},
+    rows::TOGETHER,
     takes,
+    tensors::aligned,
 };
 use crate::ops;
 

@@ -8,6 +8,7 @@ use super::{
     ffi::{Output, address, launch},
     launch::{Args, Launch},
     takes,
+    tensors::aligned,
 };
 
 /// Threads of a block that owns a row, and of one that owns chunks of elements.
@@ -69,7 +70,7 @@ pub(super) struct RowArgs<'a> {
 
 impl RowArgs<'_> {
     fn args(&self, pieces: &[RowPiece<'_>]) -> Result<Args> {
-        let none = RowPiece { shared: 1, ..RowPiece::default() };
+        let none = RowPiece::default();
         let mut args = Args::default();
         let wide = self.weight.is_some_and(|weight| weight.dtype() == DType::F32);
         args.count(self.width).tensor(self.weight)?.flag(wide).number(self.eps);
@@ -89,14 +90,14 @@ impl RowArgs<'_> {
         device: &Device,
         pieces: &[RowPiece<'_>],
     ) -> Result<()> {
-        for pieces in pieces.chunks(PIECES_MAX) {
-            let kernel = kernel.to_owned();
-            let grid = [pieces.iter().map(|piece| piece.rows).sum(), 1, 1];
-            let shared_bytes = (self.width + WARP_SUMS) * DType::F32.size_in_bytes();
-            let args = self.args(pieces)?;
-            launch(device, &Launch { kernel, grid, threads: ROW_THREADS, shared_bytes, args })?;
-        }
-        Ok(())
+        let shared_bytes = (self.width + WARP_SUMS) * DType::F32.size_in_bytes();
+        self.start(device, pieces, |rows, args| Launch {
+            kernel: kernel.to_owned(),
+            grid: [rows, 1, 1],
+            threads: ROW_THREADS,
+            shared_bytes,
+            args,
+        })
     }
 
     /// Starts a kernel whose threads own [`TOGETHER`] elements each.
@@ -106,10 +107,21 @@ impl RowArgs<'_> {
         device: &Device,
         pieces: &[RowPiece<'_>],
     ) -> Result<()> {
+        self.start(device, pieces, |rows, args| {
+            flat(kernel, (rows * self.width).div_ceil(TOGETHER * THREADS), args)
+        })
+    }
+
+    /// Starts what `of` says of a number of rows and the arguments, for as many pieces at a time as a kernel takes.
+    fn start(
+        &self,
+        device: &Device,
+        pieces: &[RowPiece<'_>],
+        of: impl Fn(usize, Args) -> Launch,
+    ) -> Result<()> {
         for pieces in pieces.chunks(PIECES_MAX) {
-            let rows: usize = pieces.iter().map(|piece| piece.rows).sum();
-            let blocks = (rows * self.width).div_ceil(TOGETHER * THREADS);
-            flat(kernel, device, blocks, self.args(pieces)?)?;
+            let rows = pieces.iter().map(|piece| piece.rows).sum();
+            launch(device, &of(rows, self.args(pieces)?))?;
         }
         Ok(())
     }
@@ -121,10 +133,12 @@ pub(super) fn has_rows(x: &Tensor) -> bool {
     x.elem_count() > 0 && width.is_multiple_of(TOGETHER) && width <= WIDTH_MAX
 }
 
-/// Rows of `x` and their width.
-fn rows_of(x: &Tensor) -> Result<(usize, usize)> {
+/// All rows of `x`, and their width.
+fn whole<'a>(x: &Tensor, out: &Output) -> Result<(RowPiece<'a>, usize)> {
     let width = x.dim(D::Minus1)?;
-    Ok((x.elem_count().checked_div(width).unwrap_or(0), width))
+    let rows = x.elem_count().checked_div(width).unwrap_or(0);
+    let (x, out) = (address(x)?, out.address());
+    Ok((RowPiece { x, out, rows, ..RowPiece::default() }, width))
 }
 
 /// [`crate::ops::rms_norm`], or `None` where there is no kernel for the types and sizes.
@@ -136,8 +150,7 @@ pub(in crate::ops) fn rms_norm(x: &Tensor, weight: &Tensor, eps: f64) -> Result<
     }
     let (x, weight) = (aligned(x)?, weight.contiguous()?);
     let out = Output::new(x.device(), x.dims(), DType::BF16)?;
-    let (rows, width) = rows_of(&x)?;
-    let piece = RowPiece { x: address(&x)?, out: out.address(), rows, ..RowPiece::default() };
+    let (piece, width) = whole(&x, &out)?;
     let args = RowArgs { width, weight: Some(&weight), eps };
     args.by_row("rms_norm", x.device(), &[piece])?;
     out.into_tensor().map(Some)
@@ -163,15 +176,12 @@ pub(in crate::ops) fn layer_norm(
         Some(_) => return Ok(None),
     };
     let out = Output::new(x.device(), x.dims(), DType::BF16)?;
-    let (rows, width) = rows_of(&x)?;
+    let (piece, width) = whole(&x, &out)?;
     let piece = RowPiece {
-        x: address(&x)?,
-        out: out.address(),
-        rows,
         scale: modulation.as_ref().map(|(scale, _)| &scale.tensor),
         shift: modulation.as_ref().map(|(_, shift)| shift),
         shared: modulation.as_ref().map_or(1, |(scale, _)| scale.rows),
-        ..RowPiece::default()
+        ..piece
     };
     RowArgs { width, eps, weight: None }.by_row("layer_norm", x.device(), &[piece])?;
     out.into_tensor().map(Some)
@@ -189,15 +199,12 @@ pub(in crate::ops) fn gated_add(
     let (residual, x) = (aligned(residual)?, aligned(x)?);
     let Some(gate) = Shared::new(&x, gate)? else { return Ok(None) };
     let out = Output::new(x.device(), x.dims(), DType::BF16)?;
-    let (rows, width) = rows_of(&x)?;
+    let (piece, width) = whole(&x, &out)?;
     let piece = RowPiece {
-        x: address(&x)?,
-        out: out.address(),
-        rows,
         residual: address(&residual)?,
         gate: Some(&gate.tensor),
         shared: gate.rows,
-        ..RowPiece::default()
+        ..piece
     };
     RowArgs { width, ..RowArgs::default() }.flat("gated_add", x.device(), &[piece])?;
     out.into_tensor().map(Some)
@@ -222,17 +229,15 @@ pub(in crate::ops) fn gated_add_norm(
     let (scale, shift) = (scale.contiguous()?, shift.contiguous()?);
     let sum = Output::new(x.device(), x.dims(), DType::BF16)?;
     let out = Output::new(x.device(), x.dims(), DType::BF16)?;
-    let (rows, width) = rows_of(&x)?;
+    let (piece, width) = whole(&x, &out)?;
     let piece = RowPiece {
-        x: address(&x)?,
-        out: out.address(),
-        rows,
         scale: Some(&scale),
         shift: Some(&shift),
         gate: Some(&gate.tensor),
         shared: gate.rows,
         residual: address(&residual)?,
         sum: sum.address(),
+        ..piece
     };
     RowArgs { width, eps, weight: None }.by_row("layer_norm", x.device(), &[piece])?;
     Ok(Some((sum.into_tensor()?, out.into_tensor()?)))
@@ -262,7 +267,8 @@ pub(in crate::ops) fn activate(
     let mut args = Args::default();
     args.tensor(Some(&x))?.tensor(up.as_ref())?.address(out.address());
     args.counts([x.elem_count(), activation as usize]);
-    flat("activate", x.device(), x.elem_count().div_ceil(PIECES * TOGETHER * THREADS), args)?;
+    let blocks = x.elem_count().div_ceil(PIECES * TOGETHER * THREADS);
+    launch(x.device(), &flat("activate", blocks, args))?;
     out.into_tensor().map(Some)
 }
 
@@ -283,7 +289,7 @@ pub(in crate::ops) fn rotate(
     let mut args = Args::default();
     args.tensor(Some(&x))?.address(out.address()).tensor(Some(&cos))?.tensor(Some(&sin))?;
     args.flag(cos.dtype() == DType::F32).counts([x.elem_count(), n, h, d]).flag(halves);
-    flat("rotate", x.device(), (x.elem_count() >> 1).div_ceil(THREADS), args)?;
+    launch(x.device(), &flat("rotate", (x.elem_count() >> 1).div_ceil(THREADS), args))?;
     out.into_tensor().map(Some)
 }
 
@@ -354,18 +360,8 @@ pub(in crate::ops) fn guided_step(
     out.into_tensor().map(Some)
 }
 
-fn flat(kernel: &str, device: &Device, blocks: usize, args: Args) -> Result<()> {
-    let grid = [blocks, 1, 1];
-    launch(
-        device,
-        &Launch { kernel: kernel.to_owned(), grid, threads: THREADS, shared_bytes: 0, args },
-    )
-}
-
-/// `x` without gaps, starting at a multiple of 16 bytes.
-pub(super) fn aligned(x: &Tensor) -> Result<Tensor> {
-    if x.is_contiguous() && x.layout().start_offset().is_multiple_of(TOGETHER) {
-        return Ok(x.clone());
-    }
-    x.force_contiguous()
+/// A start of a kernel of so many blocks.
+fn flat(kernel: &str, blocks: usize, args: Args) -> Launch {
+    let kernel = kernel.to_owned();
+    Launch { kernel, grid: [blocks, 1, 1], threads: THREADS, shared_bytes: 0, args }
 }

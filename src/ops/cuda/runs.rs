@@ -5,8 +5,9 @@ use candle_core::{DType, Result, Tensor};
 
 use super::{
     ffi::{Output, address},
-    rows::{RowArgs, RowPiece, aligned, has_rows},
+    rows::{RowArgs, RowPiece, has_rows},
     takes,
+    tensors::aligned,
 };
 use crate::ops::{GatedTokens, ModulatedTokens};
 

@@ -27,7 +27,7 @@ pub(in crate::ops) fn combine(
     if !suits(a) || a.dtype() != b.dtype() || !are_near(&[b]) {
         return Ok(None);
     }
-    let (a, b) = (packed(a)?, packed(b)?);
+    let (a, b) = (aligned(a)?, aligned(b)?);
     let out = Output::new(a.device(), a.dims(), a.dtype())?;
     let mut args = Args::default();
     args.tensor(Some(&a))?.tensor(Some(&b))?.address(out.address());
@@ -42,7 +42,7 @@ pub(in crate::ops) fn clamp(x: &Tensor, [low, high]: [f64; 2]) -> Result<Option<
     if !suits(x) {
         return Ok(None);
     }
-    let x = packed(x)?;
+    let x = aligned(x)?;
     let out = Output::new(x.device(), x.dims(), x.dtype())?;
     let mut args = Args::default();
     args.tensor(Some(&x))?.address(out.address()).count(x.elem_count());
@@ -59,7 +59,7 @@ pub(in crate::ops) fn take_rows(x: &Tensor, numbers: &Tensor) -> Result<Option<T
     if !fits || count == 0 || !row_bytes.is_multiple_of(PIECE_BYTES) {
         return Ok(None);
     }
-    let (x, numbers) = (packed(x)?, numbers.contiguous()?);
+    let (x, numbers) = (aligned(x)?, numbers.contiguous()?);
     let pieces = row_bytes.div_ceil(PIECE_BYTES);
     let out = Output::new(x.device(), &[count, width], x.dtype())?;
     let mut args = Args::default();
@@ -74,7 +74,7 @@ pub(in crate::ops) fn row_sizes(x: &Tensor) -> Result<Option<Tensor>> {
     if !suits(x) || x.rank() == 0 {
         return Ok(None);
     }
-    let x = packed(x)?;
+    let x = aligned(x)?;
     let width = x.dim(D::Minus1)?;
     let rows = x.elem_count().checked_div(width).unwrap_or(0);
     let out = Output::new(x.device(), &[rows], DType::F32)?;
@@ -109,14 +109,19 @@ fn suits(x: &Tensor) -> bool {
     matches!(x.dtype(), DType::BF16 | DType::F32) && are_near(&[x]) && x.elem_count() > 0
 }
 
-/// `x` without gaps, from a multiple of 16 bytes on.
-fn packed(x: &Tensor) -> Result<Tensor> {
+/// `x` without gaps, starting at a multiple of 16 bytes.
+pub(super) fn aligned(x: &Tensor) -> Result<Tensor> {
     let offset = x.layout().start_offset() * x.dtype().size_in_bytes();
     if x.is_contiguous() && offset.is_multiple_of(PIECE_BYTES) {
         return Ok(x.clone());
     }
+    copied(x)
+}
+
+/// The numbers of `x` one after the other, in memory of their own.
+pub(super) fn copied(x: &Tensor) -> Result<Tensor> {
     match laid_out(x)? {
-        Some(packed) => Ok(packed),
+        Some(copy) => Ok(copy),
         None => x.force_contiguous(),
     }
 }

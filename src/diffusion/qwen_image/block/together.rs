@@ -57,10 +57,8 @@ impl Block {
     fn projected(&self, attention: &StreamAttention, normed: Tensor) -> TensorResult<Projections> {
         let StreamAttention { query, key, value, .. } = attention;
         let Some(all) = &attention.all else {
-            let [query, key, value] =
-                Linear::forward_each([query, key, value].map(|of| (of, None)), &normed)?;
-            let [query, key, value] = [query, key, value].map(|x| self.heads_of(&x));
-            return Ok(Projections { query: Some(query?), key: key?, value: value? });
+            let each = [query, key, value].map(|of| (of, None));
+            return self.of_each(&Linear::forward_each(each, &normed)?);
         };
         let all = all.forward(&normed)?;
         drop(normed);
