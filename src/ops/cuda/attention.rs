@@ -40,8 +40,8 @@ pub(super) struct StreamArgs<'a> {
     pub(super) prepare: Option<Preparation<'a>>,
 }
 
-/// Hopper's kernel for what `args`, an `AttentionArgs`, say of keys and of values, of each stream, of a batch and heads, in
-/// so many tiles of queries; `None` where the copy engine cannot read the rows as they lie.
+/// A start of one of Hopper's kernels for `args`, an `AttentionArgs`, and so many tiles of queries. `rows` are the keys of
+/// both streams and their values, with so many heads; `None` where the copy engine cannot read them as they lie.
 pub(super) fn on_hopper(
     kernel: &str,
     rows: [[Option<&Rows>; 2]; 2],
