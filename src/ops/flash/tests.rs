@@ -1,6 +1,9 @@
 //! Every instruction set and both ways through the tiles, against a computation in float64.
 
+use std::{cell::RefCell, f64::consts::TAU};
+
 use candle_core::Device;
+use rand_mt::Mt64;
 
 use super::*;
 use crate::ops::simd::all_archs;
@@ -14,8 +17,22 @@ struct Case {
     d: usize,
 }
 
-fn random(shape: [usize; 4]) -> Tensor {
-    Tensor::randn(0.0_f32, 1.0, &shape, &Device::Cpu).unwrap()
+thread_local! {
+    /// A test has a thread of its own, and so the same numbers in every run.
+    static UNIFORM: RefCell<Mt64> = RefCell::new(Mt64::new(1));
+}
+
+/// Normal numbers, `spread` wide.
+#[expect(clippy::cast_possible_truncation, reason = "numbers of float32 from wider ones")]
+pub(super) fn random(shape: &[usize], spread: f32) -> Tensor {
+    // Above 0 and up to 1.
+    let uniform = || {
+        UNIFORM.with_borrow_mut(|of| f64::from((of.next_u64() >> 32) as u32) + 1.0)
+            / 4_294_967_296.0
+    };
+    let number = |_| ((-2.0 * uniform().ln()).sqrt() * (TAU * uniform()).cos()) as f32 * spread;
+    let numbers: Vec<f32> = (0..shape.iter().product()).map(number).collect();
+    Tensor::from_vec(numbers, shape, &Device::Cpu).unwrap()
 }
 
 fn values(x: &Tensor) -> Vec<f64> {
@@ -75,7 +92,8 @@ fn every_instruction_set_attends() {
     for arch in all_archs() {
         for case in &cases {
             let kv = [case.b, case.m, case.h_kv, case.d];
-            let inputs = [random([case.b, case.n, case.h, case.d]), random(kv), random(kv)];
+            let q = [case.b, case.n, case.h, case.d];
+            let inputs = [q, kv, kv].map(|shape| random(&shape, 1.0));
             let ends =
                 [0, case.n.div_euclid(3), case.n.div_euclid(3), case.n.div_euclid(2), case.n];
             let mut masks = vec![

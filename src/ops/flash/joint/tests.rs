@@ -2,7 +2,7 @@
 
 use candle_core::{Device, Tensor};
 
-use super::*;
+use super::{super::tests::random, *};
 use crate::ops::{TextLengths, joint_attention};
 
 /// Shapes of one case: batch, heads, width of a head; tokens and queries of text and picture.
@@ -21,10 +21,6 @@ struct Owned {
     value: Tensor,
     norms: [Tensor; 2],
     turn: [Tensor; 2],
-}
-
-fn random(shape: &[usize], spread: f32) -> Tensor {
-    Tensor::randn(0.0_f32, spread, shape, &Device::Cpu).unwrap()
 }
 
 impl Owned {
