@@ -28,11 +28,14 @@ fn main() -> Result<(), Box<dyn Error>> {
 /// The kernels as C++ for this machine.
 #[cfg(feature = "cuda-emulation")]
 fn emulation() {
-    cc::Build::new()
-        .cpp(true)
-        .std("c++17")
-        .opt_level(2)
-        .flag_if_supported("-fno-strict-aliasing")
-        .file("kernels/host/emulation.cpp")
-        .compile("pentimento_emulation");
+    let mut build = cc::Build::new();
+    build.cpp(true).std("c++17").opt_level(2).flag_if_supported("-fno-strict-aliasing");
+    // Not linked with the sanitizer's library: the emulation has the functions that accesses call.
+    let kernels = build
+        .clone()
+        .flag("-fsanitize=thread")
+        .flag_if_supported("--param=tsan-instrument-func-entry-exit=0")
+        .file("kernels/host/kernels.cpp")
+        .compile_intermediates();
+    build.file("kernels/host/emulation.cpp").objects(kernels).compile("pentimento_emulation");
 }

@@ -453,17 +453,16 @@ struct DecodeAttention {
 
   // Whether all other shares of this key head are written.
   DEVICE bool is_last(int shares) const {
-    memory_fence();
     block_barrier();
     uint32_t* before = reinterpret_cast<uint32_t*>(stats);
+    // Of the thread that counts, since fences order what a barrier has shown it, too.
     if (thread_index() == 0) {
-      *before = atomic_increment(args.arrived + block_y());
-      if (*before + 1 == uint32_t(shares)) args.arrived[block_y()] = 0;
+      memory_fence();
+      *before = atomic_turn(args.arrived + block_y(), uint32_t(shares));
+      memory_fence();
     }
     block_barrier();
-    const bool last = *before + 1 == uint32_t(shares);
-    memory_fence();
-    return last;
+    return *before + 1 == uint32_t(shares);
   }
 
   DEVICE void join_shares(int shares, float factor) const {

@@ -38,10 +38,10 @@ DEVICE void named_barrier_arrive(int number, int threads) {
 }
 DEVICE float shuffle_xor(float x, int mask) { return __shfl_xor_sync(0xffffffffu, x, mask); }
 DEVICE float shuffle(float x, int from) { return __shfl_sync(0xffffffffu, x, from); }
-DEVICE float atomic_add(float* at, float x) { return atomicAdd(at, x); }
-// Adds one and returns what was there before.
-DEVICE uint32_t atomic_increment(uint32_t* at) { return atomicAdd(at, 1u); }
-// What this thread wrote is seen by other blocks before what it writes after this.
+// Counts to `count` and begins anew; returns what was there before.
+DEVICE uint32_t atomic_turn(uint32_t* at, uint32_t count) { return atomicInc(at, count - 1); }
+// What this thread wrote, or what other threads wrote before a barrier that it has passed, is seen by other blocks before what
+// this thread writes after this.
 DEVICE void memory_fence() { __threadfence(); }
 
 // A count in global memory that all blocks of a grid add to, where all of them run at a time. What a block wrote before

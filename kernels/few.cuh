@@ -474,7 +474,8 @@ struct Few {
       block_barrier();
       for (int i = thread_index(); i < OUTS * COLUMNS; i += block_threads()) {
         const int64_t out = first_out + i % OUTS, row = i / OUTS;
-        if (row >= args.rows) continue;
+        // The last tile begins with outputs of the one before.
+        if (row >= args.rows || out < tile * OUTS) continue;
         float sum = 0.0f;
         for (int share = 0; share < warps; ++share) {
           sum += shares[(share * OUTS + i % OUTS) * COLUMNS + row];

@@ -42,6 +42,7 @@ extern thread_local Place place;
 // Waits for all lanes of the warp; the last one runs `exchange` on what the lanes brought. Lanes that
 // are in different operations are an error.
 void together(const char* operation, void* operands, void (*exchange)(void* const* lanes));
+void wait_for_warp();
 void wait_for_block();
 // Stops the launch and reports why.
 [[noreturn]] void fail(const char* why);
@@ -80,9 +81,15 @@ void wait_for_phase(CountingBarrier* at, int parity);
 void copy_row(void* to, const void* from, int bytes, CountingBarrier* arrived);
 void arrive_at_grid(uint64_t* count);
 void store_tagged(uint64_t* to, uint64_t word);
+void load_tagged(uint64_t (&two)[2], const uint64_t* from);
+uint64_t count_of_grid(const uint64_t* count);
 void let_others_go_on();
 void wait_for_grid(const uint64_t* count, uint64_t target);
 void shuffle(void* const* lanes);
+uint32_t turn_atomically(uint32_t* at, uint32_t count);
+void memory_fence();
+void wait_for_last_kernel();
+void publish_shared();
 
 }  // namespace emulation
 
@@ -98,23 +105,17 @@ inline int64_t grid_x() { return emulation::place.grid[0]; }
 inline int64_t grid_z() { return emulation::place.grid[2]; }
 
 inline void block_barrier() { emulation::wait_for_block(); }
-inline void warp_barrier() { emulation::together("warp_barrier", nullptr, nullptr); }
+inline void warp_barrier() { emulation::wait_for_warp(); }
 inline float shuffle(float x, int from) {
   emulation::Shuffle operands{x, from & 31, 0.0f};
   emulation::together("shuffle", &operands, emulation::shuffle);
   return operands.result;
 }
 inline float shuffle_xor(float x, int mask) { return shuffle(x, lane() ^ mask); }
-inline float atomic_add(float* at, float x) {
-  const float before = *at;
-  *at = before + x;
-  return before;
-}
-
-inline uint32_t atomic_increment(uint32_t* at) { return (*at)++; }
-inline void memory_fence() {}
+inline uint32_t atomic_turn(uint32_t* at, uint32_t count) { return emulation::turn_atomically(at, count); }
+inline void memory_fence() { emulation::memory_fence(); }
 inline void release_next_kernel() {}
-inline void wait_for_last_kernel() {}
+inline void wait_for_last_kernel() { emulation::wait_for_last_kernel(); }
 
 inline float load_fresh(const float* from) { return *from; }
 inline void load_fresh(uint32_t (&to)[4], const void* from) { memcpy(to, from, 16); }
@@ -193,12 +194,12 @@ inline void copy_row(void* to_shared, const void* from, int bytes, CopyBarrier* 
 }
 inline void barrier_wait(CopyBarrier* at, uint32_t parity) { emulation::wait_for_phase(at, int(parity)); }
 
-inline uint64_t grid_count(const uint64_t* count) { return *count; }
+inline uint64_t grid_count(const uint64_t* count) { return emulation::count_of_grid(count); }
 inline void grid_arrive(uint64_t* count) { emulation::arrive_at_grid(count); }
 inline void store_tagged(uint64_t* to, uint32_t bits, uint32_t tag) {
   emulation::store_tagged(to, uint64_t(tag) << 32 | bits);
 }
-inline void load_tagged(uint64_t (&two)[2], const uint64_t* from) { memcpy(two, from, 16); }
+inline void load_tagged(uint64_t (&two)[2], const uint64_t* from) { emulation::load_tagged(two, from); }
 inline void let_others_go_on() { emulation::let_others_go_on(); }
 inline void grid_wait(const uint64_t* count, uint64_t target) { emulation::wait_for_grid(count, target); }
 

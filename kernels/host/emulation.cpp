@@ -2,14 +2,14 @@
 // runs until it must wait for others, at a barrier or at an operation of a whole warp, which then
 // exchanges data as the PTX manual lays it out. What a GPU would punish now and then is punished here
 // every time: shared memory starts as NaN, asynchronous copies arrive at the last moment, lanes that
-// part ways or never meet are errors, and the order of the fibers can be varied to uncover races.
+// part ways or never meet are errors, the order of the fibers can be varied, and accesses to memory that
+// nothing orders are found in any order (emulation_races.h).
 #include "../device.cuh"
 
-#include <sched.h>
 #include <stdio.h>
 #include <stdlib.h>
 
-#include <vector>
+#include "races.h"
 
 #ifndef __x86_64__
 #include <ucontext.h>
@@ -123,6 +123,7 @@ struct WarpProducts {
 struct NamedBarrier {
   int arrived, threads;
   std::vector<int> waiting;
+  OrderMeeting meeting;
 };
 
 struct TileCopy {
@@ -136,7 +137,11 @@ struct PhaseBarrier {
   int64_t bytes;  // announced and not arrived yet
   std::vector<TileCopy> copies;
   std::vector<Copy> rows;
+  std::vector<std::pair<unsigned char*, size_t>> undecided;  // what others write meanwhile
   std::vector<int> waiting;
+  uint32_t copies_begun;
+  OrderMeeting meeting;
+  Order ended;  // what is known when the last phase has ended
 };
 
 struct Scheduler {
@@ -155,10 +160,13 @@ struct Scheduler {
   uint32_t random;
   const Kernel* kernel;
   const void* args;
-  char error[256];
+  Accesses accesses;
+  char error[400];
 };
 
 static thread_local Scheduler scheduler;
+// Whether accesses are watched, see emulation_races.h.
+static thread_local bool watches;
 
 // Blocks that wait for others.
 struct Parked {
@@ -186,9 +194,11 @@ void fail(const char* why) {
   abort();  // a fiber that failed is never run again
 }
 
+#include "emulation_races.h"
+
 void together(const char* operation, void* operands, void (*exchange)(void* const* lanes)) {
   Warp& warp = scheduler.warps[place.thread / 32];
-  if (warp.arrived > 0 && strcmp(warp.operation, operation) != 0) {
+  if (warp.arrived > 0 && warp.operation != operation && strcmp(warp.operation, operation) != 0) {
     char why[160];
     snprintf(why, sizeof why, "is at %s while other lanes of its warp are at %s", operation,
              warp.operation);
@@ -205,9 +215,12 @@ void together(const char* operation, void* operands, void (*exchange)(void* cons
   }
 }
 
+void wait_for_warp() { together("warp_barrier", nullptr, [](void* const*) { meet(place.thread / 32 * 32, 32); }); }
+
 void wait_for_block() {
   if (++scheduler.at_barrier < place.threads) return go_home();
   scheduler.at_barrier = 0;
+  meet(0, place.threads);
   for (int i = 0; i < place.threads; ++i) {
     if (i != place.thread) scheduler.ready.push_back(i);
   }
@@ -217,6 +230,8 @@ void copy_later(void* to, const void* from, int bytes) {
   if (reinterpret_cast<uintptr_t>(to) % 16 || (bytes && reinterpret_cast<uintptr_t>(from) % 16)) {
     fail("an asynchronous copy of 16 bytes is not aligned");
   }
+  touched(to, 16, WRITES);
+  touched(from, size_t(bytes), READS);
   memset(to, 0xff, 16);
   scheduler.fibers[place.thread].open.push_back({to, from, bytes});
 }
@@ -231,6 +246,7 @@ void finish_copies(int pending) {
   auto& groups = scheduler.fibers[place.thread].groups;
   while (groups.size() > size_t(pending)) {
     for (const Copy& copy : groups.front()) {
+      touched(copy.to, 16, WRITES);
       memset(copy.to, 0, 16);
       memcpy(copy.to, copy.from, size_t(copy.bytes));
     }
@@ -249,6 +265,7 @@ static void load_any(void* const* lanes) {
   const void* rows[32];
   for (int i = 0; i < 32; ++i) {
     rows[i] = static_cast<LoadMatrices*>(lanes[i])->row;
+    touched_by_lane(i, rows[i], 16, READS);
     if (reinterpret_cast<uintptr_t>(rows[i]) % 16) fail("a matrix row is not aligned to 16 bytes");
   }
   // The eight rows of a matrix are read at once where they lie in different banks.
@@ -293,12 +310,14 @@ static void deliver(size_t oldest, int64_t block) {
 
 void arrive_at_grid(uint64_t* count) {
   deliver(underway.size(), place.block[0]);
+  if (watches) order_of_count(count).add(shown());
   ++*count;
   ++arrivals;
 }
 
 void store_tagged(uint64_t* to, uint64_t word) {
   if (reinterpret_cast<uintptr_t>(to) % 8) fail("a tagged number is not aligned to 8 bytes");
+  touched(to, 8, WRITES | ATOMIC);
   underway.push_back({to, word, place.block[0]});
   ++arrivals;
 }
@@ -308,8 +327,18 @@ void let_others_go_on() {
   go_home();
 }
 
+uint64_t count_of_grid(const uint64_t* count) {
+  if (watches) learn(place.thread, order_of_count(count));
+  return *count;
+}
+
 void wait_for_grid(const uint64_t* count, uint64_t target) {
-  while (*count < target) let_others_go_on();
+  while (count_of_grid(count) < target) let_others_go_on();
+}
+
+void load_tagged(uint64_t (&two)[2], const uint64_t* from) {
+  touched(from, 16, ATOMIC);
+  memcpy(two, from, 16);
 }
 
 void multiply_add_bytes(void* const* lanes) {
@@ -477,16 +506,17 @@ static bool run_parked(std::vector<Parked>& parked) {
 
 }  // namespace emulation
 
-// The kernels make themselves known, so they belong to this unit: a linker takes what is asked for.
-#include "../kernels.cu"
+// The unit of the kernels, which make themselves known: a linker takes what is asked for.
+extern "C" void pentimento_know_kernels();
 
 // Runs kernel `name` on all blocks of the grid. `order` is the order of the fibers: 0 first come,
-// first served; 1 last come, first served; others, seeds of random orders. Returns null, or what went
-// wrong, which stays valid until this thread's next launch.
+// first served; 1 last come, first served; others, seeds of random orders, in which accesses to memory are
+// watched (emulation_races.h). `early`: it may begin before the kernel before it has ended. Returns null, or what went wrong, which stays valid until this thread's next launch.
 extern "C" const char* pentimento_emulate(const char* name, const int64_t grid[3], int64_t threads,
                                           uint64_t shared_bytes, const void* args,
-                                          uint64_t argument_bytes, uint32_t order) {
+                                          uint64_t argument_bytes, uint32_t order, bool early) {
   using namespace emulation;
+  pentimento_know_kernels();
   scheduler.error[0] = 0;
   underway.clear();
   const Kernel* kernel = kernels();
@@ -509,6 +539,8 @@ extern "C" const char* pentimento_emulate(const char* name, const int64_t grid[3
   scheduler.args = aligned;
   scheduler.order = int(order);
   scheduler.random = order;
+  watches = order > 1;
+  watch_launch(aligned, argument_bytes, early);
   place.threads = int(threads);
   for (int i = 0; i < 3; ++i) place.grid[i] = grid[i];
   std::vector<Parked> parked;
@@ -521,6 +553,7 @@ extern "C" const char* pentimento_emulate(const char* name, const int64_t grid[3
         place.block[2] = z;
         shared.assign(shared_bytes + ALIGNMENT, 0xff);
         place.shared = shared.data() + (ALIGNMENT - reinterpret_cast<uintptr_t>(shared.data()) % ALIGNMENT);
+        watch_block(shared_bytes);
         const BlockState state = start_block();
         if (state == BlockState::Failed) return scheduler.error;
         if (state == BlockState::Done) continue;

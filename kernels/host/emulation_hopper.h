@@ -10,6 +10,7 @@ static float shared_element(const unsigned char* at, long offset) {
   uintptr_t address = reinterpret_cast<uintptr_t>(at) + offset;
   address ^= (address >> 7 & 7) << 4;
   uint16_t bits;
+  if (address % 16 == 0) touched(reinterpret_cast<const void*>(address), 16, READS | ASYNCHRONOUS);  // of eight elements
   memcpy(&bits, reinterpret_cast<const void*>(address), 2);
   return to_float(bf16{bits});
 }
@@ -125,6 +126,7 @@ void finish_products(void* const* pending) {
     }
     warp.sums.erase(warp.sums.begin() + long(at));
   }
+  meet(place.thread / 32 * 32, 32);  // the lanes wait as one, for what one of them stands for
 }
 
 void named_barrier(int number, int threads, bool wait) {
@@ -134,6 +136,7 @@ void named_barrier(int number, int threads, bool wait) {
     fail("a named barrier is for another number of threads");
   }
   barrier.threads = threads;
+  bring(barrier.meeting, place.thread);
   if (++barrier.arrived < threads) {
     if (!wait) return;
     barrier.waiting.push_back(place.thread);
@@ -141,6 +144,8 @@ void named_barrier(int number, int threads, bool wait) {
   }
   barrier.arrived = 0;
   for (int thread : barrier.waiting) scheduler.ready.push_back(thread);
+  if (wait) barrier.waiting.push_back(place.thread);
+  let_know(barrier.waiting, end_meeting(barrier.meeting));
   barrier.waiting.clear();
 }
 
@@ -148,7 +153,8 @@ void start_barrier(CountingBarrier* at, int count) {
   for (const PhaseBarrier& barrier : scheduler.phases) {
     if (barrier.at == at) fail("a barrier is started twice");
   }
-  scheduler.phases.push_back({at, count, count, 0, 0, {}, {}, {}});
+  touched(at, sizeof *at, WRITES);
+  scheduler.phases.push_back({at, count, count, 0, 0, {}, {}, {}, {}, 0, {}, {}});
 }
 
 static PhaseBarrier& barrier_at(const CountingBarrier* at) {
@@ -158,7 +164,9 @@ static PhaseBarrier& barrier_at(const CountingBarrier* at) {
   fail("a barrier was not started");
 }
 
-static void copy_now(const TileCopy& copy) {
+// Each 16 bytes of a tile: where they come to, and where they come from, or null.
+template <class Work>
+static void each_of_tile(const TileCopy& copy, const Work& work) {
   const TileMap& map = *copy.map;
   for (int64_t piece = 0; piece < map.box_pieces; ++piece) {
     for (int64_t row = 0; row < map.box_rows; ++row) {
@@ -170,14 +178,20 @@ static void copy_now(const TileCopy& copy) {
         const unsigned char* from = map.base + from_row * map.row_stride +
                                     from_piece * map.piece_stride + copy.batch * map.batch_stride +
                                     chunk * 16;
-        if (there) {
-          memcpy(reinterpret_cast<void*>(to), from, 16);
-        } else {
-          memset(reinterpret_cast<void*>(to), 0, 16);
-        }
+        work(reinterpret_cast<void*>(to), there ? from : nullptr);
       }
     }
   }
+}
+
+static void copy_now(const TileCopy& copy) {
+  each_of_tile(copy, [](void* to, const unsigned char* from) {
+    if (from) {
+      memcpy(to, from, 16);
+    } else {
+      memset(to, 0, 16);
+    }
+  });
 }
 
 // Ends the phase if everything that it waits for has arrived; copies arrive when someone waits.
@@ -196,19 +210,28 @@ static void end_phase(PhaseBarrier& barrier) {
     }
     barrier.bytes -= copy.bytes;
   }
+  for (const auto& [at, bytes] : barrier.undecided) memset(at, 0xff, bytes);
   barrier.copies.clear();
   barrier.rows.clear();
+  barrier.undecided.clear();
   if (barrier.bytes < 0) fail("more bytes arrive at a barrier than were announced");
   if (barrier.bytes > 0) return;
   barrier.parity ^= 1;
   barrier.missing = barrier.count;
-  for (int thread : barrier.waiting) scheduler.ready.push_back(thread);
+  bring_engine(barrier);
+  barrier.ended = end_meeting(barrier.meeting);
+  for (int thread : barrier.waiting) {
+    learn(thread, barrier.ended);
+    scheduler.ready.push_back(thread);
+  }
   barrier.waiting.clear();
 }
 
 void arrive(CountingBarrier* at, int bytes) {
   PhaseBarrier& barrier = barrier_at(at);
   if (barrier.missing == 0) fail("arrives at a barrier whose phase others have ended");
+  touched(at, sizeof *at, WRITES | ATOMIC);
+  bring(barrier.meeting, place.thread);
   barrier.bytes += bytes;
   --barrier.missing;
   end_phase(barrier);
@@ -217,7 +240,8 @@ void arrive(CountingBarrier* at, int bytes) {
 void wait_for_phase(CountingBarrier* at, int parity) {
   PhaseBarrier& barrier = barrier_at(at);
   if (parity != 0 && parity != 1) fail("a parity is neither 0 nor 1");
-  if (barrier.parity != parity) return;
+  touched(at, sizeof *at, ATOMIC);
+  if (barrier.parity != parity) return learn(place.thread, barrier.ended);
   barrier.waiting.push_back(place.thread);
   end_phase(barrier);
   if (barrier.parity == parity) return go_home();
@@ -229,15 +253,30 @@ void wait_for_phase(CountingBarrier* at, int parity) {
   }
 }
 
-bool phase_ended(CountingBarrier* at, int parity) { return barrier_at(at).parity != parity; }
+bool phase_ended(CountingBarrier* at, int parity) {
+  const PhaseBarrier& barrier = barrier_at(at);
+  if (barrier.parity == parity) return false;
+  learn(place.thread, barrier.ended);
+  return true;
+}
+
+// The engine's copies at a barrier are numbered.
+static void begin_copy(PhaseBarrier& barrier, void* to, size_t bytes) {
+  ++barrier.copies_begun;
+  engine_writes(to, bytes, barrier);
+  memset(to, 0xff, bytes);
+}
 
 void copy_tile(void* to, const TileMap& map, CountingBarrier* arrived, int row, int piece, int batch) {
   if (reinterpret_cast<uintptr_t>(to) % 1024) fail("a tile's place is not aligned to 1024 bytes");
   if (batch < 0 || batch >= map.batch) fail("a tile of a batch entry that is not there");
   if (map.box_rows < 1 || map.box_rows > 256) fail("a tile has 1 to 256 rows");
-  memset(to, 0xff, size_t(map.box_rows * map.box_pieces * 128));
   PhaseBarrier& barrier = barrier_at(arrived);
+  begin_copy(barrier, to, size_t(map.box_rows * map.box_pieces * 128));
   barrier.copies.push_back({static_cast<unsigned char*>(to), &map, row, piece, batch});
+  each_of_tile(barrier.copies.back(), [&](void* place, const unsigned char* from) {
+    if (from) engine_reads(place, from, 16, barrier);
+  });
   end_phase(barrier);
 }
 
@@ -245,8 +284,9 @@ void copy_row(void* to, const void* from, int bytes, CountingBarrier* arrived) {
   if (reinterpret_cast<uintptr_t>(to) % 16 || reinterpret_cast<uintptr_t>(from) % 16 || bytes % 16) {
     fail("a copy of a row is not aligned to 16 bytes");
   }
-  memset(to, 0xff, size_t(bytes));
   PhaseBarrier& barrier = barrier_at(arrived);
+  begin_copy(barrier, to, size_t(bytes));
+  engine_reads(to, from, size_t(bytes), barrier);
   barrier.rows.push_back({to, from, bytes});
   end_phase(barrier);
 }
@@ -261,12 +301,16 @@ void copy_box(void* to, const BoxMap* map, CountingBarrier* arrived, int word, i
   }
   const int64_t bytes = 4 * map->box_words, left = 4 * (map->words - word);
   const int64_t there = word < 0 || left < 0 ? 0 : left < bytes ? left : bytes;
-  memset(to, 0xff, size_t(map->box_rows * bytes));
   PhaseBarrier& barrier = barrier_at(arrived);
+  begin_copy(barrier, to, size_t(map->box_rows * bytes));
   for (int64_t i = 0; i < map->box_rows; ++i) {
     unsigned char* place = static_cast<unsigned char*>(to) + i * bytes;
     const int64_t own = row + i < 0 || row + i >= map->rows ? 0 : there;
-    if (own > 0) barrier.rows.push_back({place, map->base + (row + i) * map->row_stride + 4 * word, int(own)});
+    const unsigned char* from = map->base + (row + i) * map->row_stride + 4 * word;
+    if (own > 0) {
+      engine_reads(place, from, size_t(own), barrier);
+      barrier.rows.push_back({place, from, int(own)});
+    }
     if (own < bytes) barrier.rows.push_back({place + own, nullptr, int(bytes - own)});
   }
   end_phase(barrier);

@@ -81,7 +81,7 @@ using SharedOperand = emulation::SharedOperand;
 inline SharedOperand shared_operand(const void* at, int leading_bytes, int stride_bytes) {
   return {static_cast<const unsigned char*>(at), leading_bytes, stride_bytes};
 }
-inline void publish_shared() {}
+inline void publish_shared() { emulation::publish_shared(); }
 inline void products_begin() { emulation::together("products_begin", nullptr, nullptr); }
 inline void products_commit() {
   emulation::together("products_commit", nullptr, emulation::commit_products);

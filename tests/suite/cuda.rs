@@ -22,6 +22,11 @@ fn require(outcomes: &[Outcome], at_least: usize) {
 #[test]
 fn emulated_kernels_follow_the_rule_in_every_order_of_threads() {
     require(&parity::run(&Device::Cpu, &[0, 1, 77]), 300);
+}
+
+#[cfg(feature = "cuda-emulation")]
+#[test]
+fn emulated_kernels_of_a_hopper_follow_the_rule_in_every_order_of_threads() {
     require(&parity::run_hopper(&Device::Cpu, &[0, 1, 77]), 40);
     require(&parity::run_blas(&Device::Cpu, &[0, 1, 77]), 50);
 }

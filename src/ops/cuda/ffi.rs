@@ -220,8 +220,8 @@ pub(super) fn limits(device: &Device) -> Result<Limits> {
 }
 
 #[cfg_attr(
-    not(feature = "cuda"),
-    expect(unused_variables, reason = "blocks run in any order in the emulation")
+    not(any(feature = "cuda", feature = "cuda-emulation")),
+    expect(unused_variables, reason = "no kernel runs")
 )]
 fn start(device: &Device, launch: &Launch, order: Order) -> Result<()> {
     if launch.grid.contains(&0) {
@@ -237,7 +237,7 @@ fn start(device: &Device, launch: &Launch, order: Order) -> Result<()> {
     count_launches(usize::from(!super::recorded::is_recording()));
     match device {
         #[cfg(feature = "cuda-emulation")]
-        Device::Cpu => emulation::launch(launch),
+        Device::Cpu => emulation::launch(launch, order == Order::Early),
         #[cfg(feature = "cuda")]
         Device::Cuda(device) => device::launch(device, launch, order),
         _ => bail!("no kernel runs on {device:?}"),
@@ -265,10 +265,11 @@ mod emulation {
             args: *const c_void,
             argument_bytes: u64,
             order: u32,
+            early: bool,
         ) -> *const c_char;
     }
 
-    pub(super) fn launch(launch: &Launch) -> Result<()> {
+    pub(super) fn launch(launch: &Launch, early: bool) -> Result<()> {
         let order = super::super::emulated_order().unwrap_or(0);
         let name = CString::new(launch.kernel.as_str()).map_err(Error::wrap)?;
         let grid = launch.grid.map(i64::try_from);
@@ -288,6 +289,7 @@ mod emulation {
                 args.as_ptr().cast(),
                 size_of_val(args.as_slice()) as u64,
                 order,
+                early,
             );
             (!fault.is_null()).then(|| CStr::from_ptr(fault).to_string_lossy().into_owned())
         };
@@ -533,11 +535,11 @@ mod device {
         started.result().map_err(|error| named(launch, &error))
     }
 
-    /// Puts bytes at the beginning of memory for bytes or float32.
     /// Copies `bytes` bytes from the device's own `from` to byte `at` of what the storage holds.
     pub(super) fn copy(storage: &CudaStorage, at: usize, from: u64, bytes: usize) -> Result<()> {
         let _turn = super::super::recorded::turn();
         let stream = storage.device.cuda_stream();
+        stream.context().bind_to_thread().w()?;
         let to = address(storage, 0)? + at as u64;
         // SAFETY: both lie on the device, as long as it was checked, and the copy is queued on the one stream of all
         // work, so that neither is given back before.
@@ -545,6 +547,7 @@ mod device {
             .w()
     }
 
+    /// Puts bytes at the beginning of memory for bytes or float32.
     pub(super) fn write(storage: &mut CudaStorage, bytes: &[u8]) -> Result<()> {
         use candle_core::backend::BackendStorage;
         let device = storage.device.clone();

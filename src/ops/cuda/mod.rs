@@ -22,6 +22,8 @@ mod maps;
 pub mod parity;
 mod pictures;
 mod queue;
+#[cfg(all(test, feature = "cuda-emulation"))]
+mod races;
 mod recorded;
 mod rows;
 mod runs;
@@ -64,7 +66,8 @@ thread_local! {
 
 /// Runs `work` with the kernels in place of the plain versions for bf16 tensors in host memory, in
 /// this thread. `order` is the order in which a block's threads run: 0 first come, first served;
-/// 1 last come, first served; others, seeds of random orders. No result may depend on it.
+/// 1 last come, first served; others, seeds of random orders. No result may depend on it. In random orders accesses to
+/// memory are watched, and two that nothing orders are an error.
 #[cfg(feature = "cuda-emulation")]
 pub fn emulated<T>(order: u32, work: impl FnOnce() -> T) -> T {
     with_order(Some(order), work)

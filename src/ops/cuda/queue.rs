@@ -6,7 +6,7 @@ use candle_core::{DType, Device, Result, bail};
 #[cfg(feature = "cuda")]
 use super::ffi::count_launches;
 use super::{
-    ffi::{Output, launch},
+    ffi::{Output, launch, launch_early},
     launch::Launch,
 };
 
@@ -73,6 +73,7 @@ impl Readout {
 /// Kernels that are started in this order again and again, with the same arguments.
 pub(super) struct Sequence {
     launches: Vec<Launch>,
+    starts: Starts,
     #[cfg(feature = "cuda")]
     queue: Option<device::Queue>,
 }
@@ -84,11 +85,12 @@ impl Sequence {
         #[cfg(feature = "cuda")]
         if let Device::Cuda(device) = device {
             let queue = Some(device::Queue::new(device, &launches, starts)?);
-            return Ok(Self { launches, queue });
+            return Ok(Self { launches, starts, queue });
         }
-        let _of_a_device = (device, starts);
+        let _of_a_device = device;
         Ok(Self {
             launches,
+            starts,
             #[cfg(feature = "cuda")]
             queue: None,
         })
@@ -126,7 +128,11 @@ impl Sequence {
             count_launches(self.launches.len());
             return queue.run();
         }
-        self.launches.iter().try_for_each(|start| launch(device, start))
+        // The first one follows what is no kernel of the sequence.
+        self.launches.iter().enumerate().try_for_each(|(i, start)| {
+            let early = i > 0 && self.starts == Starts::Overlapping;
+            if early { launch_early(device, start) } else { launch(device, start) }
+        })
     }
 }
 
