@@ -30,7 +30,7 @@ const CASES: &[Sizes] = &[
 
 pub(super) fn check(suite: &mut Suite) {
     for sizes in CASES {
-        for variant in [Variant::Plain, Variant::Lengths, Variant::NoText] {
+        for variant in [Variant::Plain, Variant::Lengths, Variant::NoText, Variant::Joined] {
             one(suite, *sizes, variant);
         }
     }
@@ -43,6 +43,8 @@ enum Variant {
     Lengths,
     /// The text has no queries.
     NoText,
+    /// Queries, keys and values of a stream lie side by side, as one product gives them.
+    Joined,
 }
 
 fn one(suite: &mut Suite, sizes: Sizes, variant: Variant) {
@@ -84,6 +86,13 @@ fn padded(x: &Tensor, lengths: &[usize]) -> Result<Tensor> {
 }
 
 fn attend(inputs: [&Tensor; 14], variant: Variant, lengths: &[usize]) -> Result<Tensor> {
+    let (mut joined, mut inputs) = (Vec::new(), inputs);
+    if variant == Variant::Joined {
+        joined = [side_by_side(&inputs[..3])?, side_by_side(&inputs[3..6])?].concat();
+    }
+    for (input, joined) in inputs.iter_mut().zip(&joined) {
+        *input = joined;
+    }
     let (text, image) = streams(inputs, variant);
     let lengths = (variant == Variant::Lengths).then(|| TextLengths::new(lengths.to_vec()));
     let shape = JointShape { text_lengths: lengths.as_ref(), ..SHAPE };
@@ -91,6 +100,23 @@ fn attend(inputs: [&Tensor; 14], variant: Variant, lengths: &[usize]) -> Result<
     let parts = [out.text, out.image].into_iter().flatten();
     let parts: Vec<Tensor> = parts.filter(|part| part.elem_count() > 0).collect();
     Tensor::cat(&parts, 1)
+}
+
+/// `parts: [b, n, h, d]` as views of one tensor, or keys and values alone where there are fewer queries.
+fn side_by_side(parts: &[&Tensor]) -> Result<Vec<Tensor>> {
+    let [q, k, v] = parts else { candle_core::bail!("queries, keys and values") };
+    let h = q.dim(2)?;
+    if k.dim(1)? == 0 {
+        return Ok(parts.iter().map(|&part| part.clone()).collect()); // nothing to cut
+    }
+    let joined = |parts: &[&Tensor]| -> Result<Vec<Tensor>> {
+        let all = Tensor::cat(parts, 2)?; // (b, n, parts · h, d)
+        (0..parts.len()).map(|i| all.narrow(2, i * h, h)).collect() // (b, n, h, d)
+    };
+    if q.dim(1)? == k.dim(1)? {
+        return joined(parts);
+    }
+    Ok([vec![(*q).clone()], joined(&[k, v])?].concat())
 }
 
 const SHAPE: JointShape<'static> = JointShape { scale: 0.11, eps: 1e-6, text_lengths: None };
