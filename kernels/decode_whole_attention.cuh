@@ -59,6 +59,7 @@ struct WholeAttention {
       to[0] = select_bytes(uint32_t(pairs[0]), uint32_t(pairs[1]), 0x5410);
       to[D / 4] = select_bytes(uint32_t(pairs[0]), uint32_t(pairs[1]), 0x7632);
     }
+    warp_barrier();  // lanes may have looked unequally often, and barriers of all threads are for whole warps
   }
   // A row from shared memory, in the order of a lane's numbers of a query.
   DEVICE void load_row(Words (&to)[CHUNKS], int row) const {
