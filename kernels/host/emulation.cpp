@@ -265,7 +265,7 @@ static void load_any(void* const* lanes) {
   const void* rows[32];
   for (int i = 0; i < 32; ++i) {
     rows[i] = static_cast<LoadMatrices*>(lanes[i])->row;
-    touched_by_lane(i, rows[i], 16, READS);
+    lane_reads(i, rows[i], 16);
     if (reinterpret_cast<uintptr_t>(rows[i]) % 16) fail("a matrix row is not aligned to 16 bytes");
   }
   // The eight rows of a matrix are read at once where they lie in different banks.

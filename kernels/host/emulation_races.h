@@ -1,5 +1,5 @@
-// Finds accesses to shared and global memory that nothing orders, whatever order the fibers happened to run in. A part of
-// emulation.cpp, within its namespace.
+// Finds data races: accesses to shared and global memory that nothing orders, whatever order the fibers happened to run in. A
+// part of emulation.cpp, within its namespace.
 //
 // kernels.cpp is compiled with the compiler's thread sanitizer, which calls a function at each access to memory that is not a
 // function's own; here are these functions, and what barriers, fences and asynchronous copies of a GPU mean for them. A thread
@@ -53,7 +53,7 @@ static bool knows(const Actor& who, uint32_t access, const Cell::Entry& entry) {
 static bool is_engine(uint32_t actor) { return actor % ACTORS >= uint32_t(THREADS_MAX); }
 
 // Whether what is read is decided: boxes may hold rows that others write meanwhile, if nobody uses them.
-static bool touch(Cell& cell, uint32_t bytes, uint32_t access, const Actor& who, const void* at) {
+static bool record(Cell& cell, uint32_t bytes, uint32_t access, const Actor& who, const void* at) {
   bool decided = true;
   const Cell::Entry now = {who.number, who.moment << 7 | bytes << 3 | access};
   const bool overwrites = access & WRITES && !(access & ATOMIC);
@@ -106,7 +106,7 @@ static Cell& global_cell(uintptr_t at) {
 
 // `undecided` gets the offset and number of bytes that are.
 template <class Undecided>
-static void touch(const void* from, size_t count, uint32_t access, const Actor& who, const Undecided& undecided) {
+static void record(const void* from, size_t count, uint32_t access, const Actor& who, const Undecided& undecided) {
   uintptr_t at = reinterpret_cast<uintptr_t>(from);
   const uintptr_t end = at + count;
   Accesses& own = scheduler.accesses;
@@ -115,15 +115,15 @@ static void touch(const void* from, size_t count, uint32_t access, const Actor& 
     const uint32_t bytes = ((1u << (next - at)) - 1) << (at & 3);
     const uintptr_t in_shared = at - reinterpret_cast<uintptr_t>(own.shared_at);
     Cell& cell = in_shared / 4 < own.shared.size() ? own.shared[in_shared / 4] : global_cell(at);
-    if (!touch(cell, bytes, access, who, reinterpret_cast<const void*>(at))) {
+    if (!record(cell, bytes, access, who, reinterpret_cast<const void*>(at))) {
       undecided(at - reinterpret_cast<uintptr_t>(from), next - at);
     }
     at = next;
   }
 }
 
-static void touch(const void* from, size_t count, uint32_t access, const Actor& who) {
-  touch(from, count, access, who, [](size_t, size_t) {});
+static void record(const void* from, size_t count, uint32_t access, const Actor& who) {
+  record(from, count, access, who, [](size_t, size_t) {});
 }
 
 // By an instruction of the thread that runs.
@@ -133,7 +133,7 @@ static void watch_access(const void* at, size_t count, uint32_t access) {
   };
   if (within(scheduler.stacks, STACK_BYTES * THREADS_MAX) || within(&place, sizeof place)) return;
   if (within(launch_accesses.args, size_t(launch_accesses.args_end - launch_accesses.args))) return;
-  touch(at, count, access, this_thread());
+  record(at, count, access, this_thread());
 }
 
 static inline void touched(const void* at, size_t count, uint32_t access) {
@@ -141,10 +141,10 @@ static inline void touched(const void* at, size_t count, uint32_t access) {
 }
 
 // By an operation of the whole warp.
-static void touched_by_lane(int lane, const void* at, size_t count, uint32_t access) {
+static void lane_reads(int lane, const void* at, size_t count) {
   if (!watches) return;
   const int thread = place.thread / 32 * 32 + lane;
-  touch(at, count, access, {actor_of(thread), scheduler.accesses.sights[size_t(thread)].moment, thread});
+  record(at, count, READS, {actor_of(thread), scheduler.accesses.sights[size_t(thread)].moment, thread});
 }
 
 // By the copy engine, for the copy that comes next at a barrier.
@@ -152,11 +152,11 @@ static Actor engine(const PhaseBarrier& barrier) {
   return {actor_of_barrier(size_t(&barrier - scheduler.phases.data())), barrier.copies_begun, place.thread};
 }
 static void engine_writes(const void* at, size_t count, const PhaseBarrier& barrier) {
-  if (watches) touch(at, count, WRITES | ASYNCHRONOUS, engine(barrier));
+  if (watches) record(at, count, WRITES | ASYNCHRONOUS, engine(barrier));
 }
 static void engine_reads(void* to, const void* from, size_t count, PhaseBarrier& barrier) {
   if (!watches) return;
-  touch(from, count, READS | ASYNCHRONOUS, engine(barrier), [&](size_t at, size_t bytes) {
+  record(from, count, READS | ASYNCHRONOUS, engine(barrier), [&](size_t at, size_t bytes) {
     barrier.undecided.push_back({static_cast<unsigned char*>(to) + at, bytes});
   });
 }
@@ -256,7 +256,7 @@ void publish_shared() {
   sight.published = sight.moment++;
 }
 
-// What the compiler calls.
+// What compilers call, GCC some of it and Clang all.
 #define WATCHED(bytes)                                                                                     \
   extern "C" void __tsan_read##bytes(void* at) { touched(at, bytes, READS); }                              \
   extern "C" void __tsan_write##bytes(void* at) { touched(at, bytes, WRITES); }                            \
@@ -269,6 +269,20 @@ WATCHED(8)
 WATCHED(16)
 extern "C" void __tsan_read_range(void* at, size_t bytes) { touched(at, bytes, READS); }
 extern "C" void __tsan_write_range(void* at, size_t bytes) { touched(at, bytes, WRITES); }
+extern "C" void* __tsan_memcpy(void* to, const void* from, size_t bytes) {
+  touched(from, bytes, READS);
+  touched(to, bytes, WRITES);
+  return memcpy(to, from, bytes);
+}
+extern "C" void* __tsan_memmove(void* to, const void* from, size_t bytes) {
+  touched(from, bytes, READS);
+  touched(to, bytes, WRITES);
+  return memmove(to, from, bytes);
+}
+extern "C" void* __tsan_memset(void* to, int byte, size_t bytes) {
+  touched(to, bytes, WRITES);
+  return memset(to, byte, bytes);
+}
 extern "C" void __tsan_vptr_update(void**, void*) {}
 extern "C" void __tsan_vptr_read(void**) {}
 extern "C" void __tsan_init() {}
