@@ -58,9 +58,8 @@ constexpr int WHOLE_WARPS = 8, WHOLE_THREADS = 32 * WHOLE_WARPS;  // that multip
 // Warps that bring weights, each for the warps that multiply of this number and of this plus 4.
 constexpr int WHOLE_BRINGING = 4;
 constexpr int WHOLE_SLOTS_MAX = 16;  // of a warp that brings
-// `ops/cuda/decode/whole.rs` asks for WHOLE_UNDER_WAY + 3 places at least: see WholeRing::wait_for_place.
 // Units that are on their way to one of them at most; those that are there do not count. More would only wait before the memory,
-// and everything else that is read behind them.
+// and everything else that is read behind them. Three places more are needed (`SLOTS` of `ops/cuda/decode/whole.rs`).
 constexpr int WHOLE_UNDER_WAY = 3;
 // The same of those that are asked for long before they are multiplied, while blocks wait for each other and attend.
 constexpr int WHOLE_UNDER_WAY_EARLY = 1;
@@ -318,7 +317,7 @@ struct WholeKeys {
 // the second if there are so many.
 template <int D>
 DEVICE void bring_keys(const WholeKeys& keys, const WholeProduct& qkv, WholeBringing& ring, int which) {
-  const BoxMap* const maps[2] = {qkv.matrix[1].second_map, qkv.matrix[2].second_map};
+  const BoxMap *of_keys = qkv.matrix[1].second_map, *of_values = qkv.matrix[2].second_map;
   for (int number = int(block_x()); number < keys.items; number += int(grid_x())) {
     const WholeKeys::Item item = keys.item(number);
     for (int start = item.begin + WholeKeys::EACH * which; start < item.end; start += WholeKeys::STEP) {
@@ -327,7 +326,7 @@ DEVICE void bring_keys(const WholeKeys& keys, const WholeProduct& qkv, WholeBrin
         if (first >= item.end) break;
         ring.ask(WHOLE_UNDER_WAY, [&](unsigned char* to, CountingBarrier* came) {
           barrier_arrive_expecting(came, WholeKeys::EACH * D * int(sizeof(bf16)));
-          copy_box(to, i % 2 ? maps[1] : maps[0], item.head * (D / 2), first, came);
+          copy_box(to, i % 2 ? of_values : of_keys, item.head * (D / 2), first, came);
         });
       }
     }

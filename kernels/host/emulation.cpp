@@ -511,7 +511,8 @@ extern "C" void pentimento_know_kernels();
 
 // Runs kernel `name` on all blocks of the grid. `order` is the order of the fibers: 0 first come,
 // first served; 1 last come, first served; others, seeds of random orders, in which accesses to memory are
-// watched (emulation_races.h). `early`: it may begin before the kernel before it has ended. Returns null, or what went wrong, which stays valid until this thread's next launch.
+// watched (emulation_races.h). `early`: it may begin before the kernel before it has ended. Returns null, or what
+// went wrong, which stays valid until this thread's next launch.
 extern "C" const char* pentimento_emulate(const char* name, const int64_t grid[3], int64_t threads,
                                           uint64_t shared_bytes, const void* args,
                                           uint64_t argument_bytes, uint32_t order, bool early) {

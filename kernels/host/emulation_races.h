@@ -167,16 +167,16 @@ static void watch_launch(const void* args, size_t bytes, bool early) {
   if (!watches || !early || all.blocks >= UINT32_MAX / (2 * ACTORS)) {
     ++all.launch;
     all.blocks = 0;
+    if (all.pages.size() > 2048) {  // 100 MB
+      all.pages.clear();
+      all.last = nullptr;
+    }
   }
   if (!watches) return;
   all.first_block = all.blocks;
   all.args = static_cast<const unsigned char*>(args);
   all.args_end = all.args + bytes;
   all.counts.clear();
-  if (all.pages.size() > 2048) {  // 100 MB
-    all.pages.clear();
-    all.last = nullptr;
-  }
 }
 
 static void watch_block(size_t shared_bytes) {

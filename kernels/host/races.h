@@ -119,7 +119,8 @@ struct Accesses {
   const unsigned char* shared_at = nullptr;
 };
 
-// Of a launch, and of those before it that may not have ended: accesses to global memory by pages, and what counts in global memory hand on.
+// Of a launch, and of those before it that may not have ended: accesses to global memory by pages, and what counts in global
+// memory hand on.
 struct Page {
   uint64_t launch;
   Cell cells[1024];
